@@ -1,0 +1,294 @@
+"""Loss values against plain float64 loops, and properties that every ranking loss must have."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trl_larpo.losses import (
+    RANKING_LOSSES,
+    approx_ndcg_loss,
+    contrastive_loss,
+    lambdarank_loss,
+    listmle_loss,
+    listnet_loss,
+    ndcg_lambda_weight,
+    pairwise_loss,
+)
+from trl_larpo.metrics import ndcg
+
+PAPER_LOSSES = ["pairwise", "contrastive", "lambdarank", "listmle"]
+
+
+def neg_log_sigmoid(x):
+    return math.log1p(math.exp(-x)) if x > 0 else -x + math.log1p(math.exp(x))
+
+
+def neg_log_softmax_first(values):
+    """-log softmax of values[0] among values."""
+    highest = max(values)
+    return highest - values[0] + math.log(sum(math.exp(v - highest) for v in values))
+
+
+def oracle_pairwise(scores, relevance):
+    best = [s for s, r in zip(scores, relevance, strict=True) if r == max(relevance)]
+    worst = [s for s, r in zip(scores, relevance, strict=True) if r == min(relevance)]
+    if max(relevance) == min(relevance):
+        return 0.0
+    return sum(neg_log_sigmoid(b - w) for b in best for w in worst) / (len(best) * len(worst))
+
+
+def oracle_contrastive(scores, relevance):
+    if max(relevance) == min(relevance):
+        return 0.0
+    negatives = [s for s, r in zip(scores, relevance, strict=True) if r < max(relevance)]
+    best = [s for s, r in zip(scores, relevance, strict=True) if r == max(relevance)]
+    return sum(neg_log_softmax_first([b, *negatives]) for b in best) / len(best)
+
+
+def oracle_lambdarank(scores, relevance):
+    m = len(scores)
+    return sum(
+        neg_log_sigmoid(scores[i] - scores[j]) for i in range(m) for j in range(m) if relevance[i] > relevance[j]
+    )
+
+
+def oracle_listmle(scores, relevance):
+    total = 0.0
+    for score, rel in zip(scores, relevance, strict=True):
+        worse = [s for s, r in zip(scores, relevance, strict=True) if r < rel]
+        if worse:
+            total += neg_log_softmax_first([score, *worse])
+    return total
+
+
+def oracle_listnet(scores, relevance):
+    if max(relevance) == min(relevance):
+        return 0.0
+    targets = [math.exp(r - max(relevance)) for r in relevance]
+    nlls = [neg_log_softmax_first([s, *scores[:i], *scores[i + 1 :]]) for i, s in enumerate(scores)]
+    return sum(t / sum(targets) * nll for t, nll in zip(targets, nlls, strict=True))
+
+
+def oracle_approx_ndcg(scores, relevance):
+    if max(relevance) == min(relevance):
+        return 0.0
+    lift = min(0.0, *relevance)
+    gains = [r - lift for r in relevance]
+    dcg = 0.0
+    for i, gain in enumerate(gains):
+        others = [s for j, s in enumerate(scores) if j != i]
+        rank = 1 + sum(math.exp(-neg_log_sigmoid((s - scores[i]) / 0.1)) for s in others)
+        dcg += gain / math.log2(1 + rank)
+    return 1 - dcg / sum(g / math.log2(2 + i) for i, g in enumerate(sorted(gains, reverse=True)))
+
+
+ORACLES = {
+    "pairwise": oracle_pairwise,
+    "contrastive": oracle_contrastive,
+    "lambdarank": oracle_lambdarank,
+    "listmle": oracle_listmle,
+    "listnet": oracle_listnet,
+    "approx_ndcg": oracle_approx_ndcg,
+}
+
+
+def random_lists(batch, max_size, seed, score_scale=3.0):
+    """Ragged lists with many ties in the relevance and junk, NaN included, in the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(2, max_size + 1, (batch,), generator=generator)
+    mask = torch.arange(max_size) < sizes[:, None]
+    scores = torch.randn(batch, max_size, generator=generator) * score_scale
+    relevance = torch.randint(-2, 4, (batch, max_size), generator=generator).float()
+    relevance[::7] = 1.0  # every seventh list is tied throughout
+    shuffled = torch.rand(batch, max_size, generator=generator).argsort(dim=1)  # padding may stand anywhere
+    scores, relevance, mask = (t.gather(1, shuffled) for t in (scores, relevance, mask))
+    return scores.masked_fill(~mask, torch.nan), relevance.masked_fill(~mask, torch.nan), mask
+
+
+def test_every_registered_loss_has_an_oracle():
+    assert set(ORACLES) == set(RANKING_LOSSES)
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_equals_plain_loops_on_1000_ragged_lists(name):
+    scores, relevance, mask = random_lists(1000, 64, seed=0)
+    losses = RANKING_LOSSES[name](scores, relevance, mask)
+    assert losses.shape == (1000,)
+    assert losses.dtype == torch.float32
+    expected = torch.tensor(
+        [
+            ORACLES[name](s[m].double().tolist(), r[m].double().tolist())
+            for s, r, m in zip(scores, relevance, mask, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_values_by_hand():
+    scores = torch.tensor([[1.0, 2.0, 0.0]])
+    relevance = torch.tensor([[3.0, 1.0, 2.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    e = math.exp
+    # Best is candidate 0 (score 1), then 2 (score 0), then 1 (score 2)
+    assert pairwise_loss(scores, relevance, mask).item() == pytest.approx(math.log(1 + e(2 - 1)))
+    assert contrastive_loss(scores, relevance, mask).item() == pytest.approx(-math.log(e(1) / (e(1) + e(0) + e(2))))
+    assert lambdarank_loss(scores, relevance, mask).item() == pytest.approx(
+        math.log(1 + e(0 - 1)) + math.log(1 + e(2 - 1)) + math.log(1 + e(2 - 0))
+    )
+    assert listmle_loss(scores, relevance, mask).item() == pytest.approx(
+        -math.log(e(1) / (e(1) + e(0) + e(2))) - math.log(e(0) / (e(0) + e(2)))
+    )
+
+
+@pytest.mark.parametrize("name", PAPER_LOSSES)
+def test_list_of_two_is_dpo_sigmoid(name):
+    scores = torch.randn(50, 2) * 5
+    relevance = torch.tensor([[1.0, 0.0]]).expand(50, 2)
+    losses = RANKING_LOSSES[name](scores, relevance, torch.ones(50, 2, dtype=torch.bool))
+    torch.testing.assert_close(losses, -F.logsigmoid(scores[:, 0] - scores[:, 1]))
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_adding_a_constant_to_a_list_changes_nothing(name):
+    scores, relevance, mask = random_lists(50, 8, seed=1)
+    shift = torch.randn(50, 1) * 10
+    loss_fn = RANKING_LOSSES[name]
+    torch.testing.assert_close(
+        loss_fn(scores.double(), relevance, mask), loss_fn(scores.double() + shift, relevance, mask)
+    )
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_order_of_candidates_changes_nothing(name):
+    scores, relevance, mask = random_lists(50, 8, seed=2)
+    order = torch.rand(50, 8).argsort(dim=1)
+    shuffled = [t.gather(1, order) for t in (scores, relevance, mask)]
+    torch.testing.assert_close(RANKING_LOSSES[name](scores, relevance, mask), RANKING_LOSSES[name](*shuffled))
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_mask_is_truncation(name):
+    scores, relevance, mask = random_lists(50, 8, seed=3)
+    whole = RANKING_LOSSES[name](scores, relevance, mask)
+    for i in range(50):
+        m = mask[i]
+        alone = RANKING_LOSSES[name](
+            scores[i, m][None], relevance[i, m][None], torch.ones(1, m.sum(), dtype=torch.bool)
+        )
+        torch.testing.assert_close(alone[0], whole[i])
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+@pytest.mark.parametrize(
+    "relevance, mask",
+    [
+        ([0.5, 0.5, 0.5], [True, True, True]),
+        ([1.0, 0.0, 0.0], [True, False, False]),
+        ([2.0, 1.0, 0.0], [False, False, False]),
+    ],
+    ids=["all tied", "one candidate", "padding alone"],
+)
+def test_nothing_comparable_is_zero_without_gradient(name, relevance, mask):
+    scores = torch.tensor([[3.0, -1.0, 0.5]], requires_grad=True)
+    loss = RANKING_LOSSES[name](scores, torch.tensor([relevance]), torch.tensor([mask]))
+    loss.sum().backward()
+    assert loss.item() == 0.0
+    assert scores.grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["pairwise", "contrastive", "lambdarank", "listmle"])
+def test_tied_candidates_are_not_compared_with_each_other(name):
+    # Two candidates tied for best get equal gradients at equal scores, and their own difference is never penalised
+    scores = torch.tensor([[1.0, 1.0, 0.0]], requires_grad=True)
+    RANKING_LOSSES[name](scores, torch.tensor([[1.0, 1.0, 0.0]]), torch.ones(1, 3, dtype=torch.bool)).sum().backward()
+    assert scores.grad[0, 0] == scores.grad[0, 1] < 0
+    assert scores.grad[0, 2] > 0
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_gradient_is_right(name):
+    scores, relevance, mask = random_lists(6, 5, seed=4, score_scale=0.3)
+    scores = scores.masked_fill(~mask, 0.0).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: RANKING_LOSSES[name](s, relevance, mask), (scores,))
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_at_extreme_scores(name, dtype):
+    scores = torch.tensor([[-1e4, 1e4, 0.0, 1e4], [1e4, -1e4, 1e4, 80.0], [1e4, 1e4, 1e4, 1e4]]).to(dtype)
+    scores.requires_grad_()
+    relevance = torch.tensor([[3.0, 2.0, 2.0, -1e3], [1.0, 0.0, 0.0, 5.0], [4.0, 3.0, 2.0, 1.0]])
+    loss = RANKING_LOSSES[name](scores, relevance, torch.ones(3, 4, dtype=torch.bool))
+    loss.sum().backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize("name", PAPER_LOSSES)
+def test_worst_ordered_pair_keeps_its_gradient(name):
+    # A clamp before the logarithm would silence exactly the pair that needs correcting most
+    scores = torch.tensor([[-1e4, 1e4]], requires_grad=True)
+    RANKING_LOSSES[name](scores, torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)).sum().backward()
+    assert scores.grad.tolist() == [[-1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", PAPER_LOSSES)
+def test_tiny_losses_are_not_rounded_to_zero(name):
+    scores = torch.tensor([[30.0, 0.0]])
+    loss = RANKING_LOSSES[name](scores, torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
+    assert loss.item() == pytest.approx(math.exp(-30), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_half_precision_is_computed_in_float32(name):
+    scores, relevance, mask = random_lists(50, 8, seed=5)
+    half = scores.to(torch.bfloat16)
+    torch.testing.assert_close(
+        RANKING_LOSSES[name](half, relevance, mask), RANKING_LOSSES[name](half.float(), relevance, mask)
+    )
+
+
+def test_ndcg_weight_is_the_change_in_ndcg_from_swapping():
+    scores, relevance, mask = random_lists(20, 6, seed=6)
+    weights = ndcg_lambda_weight(scores, relevance, mask)
+    before = ndcg(scores, relevance, mask)
+    for i in range(6):
+        for j in range(6):
+            order = list(range(6))
+            order[i], order[j] = order[j], order[i]
+            change = (ndcg(scores[:, order], relevance, mask) - before).abs().float()
+            both_real = mask[:, i] & mask[:, j]
+            torch.testing.assert_close(weights[:, i, j], change.masked_fill(~both_real, 0.0), atol=1e-6, rtol=1e-4)
+
+
+def test_ndcg_weight_keeps_a_gradient_where_all_scores_are_equal():
+    # At the first step policy and reference agree and every score is 0
+    scores = torch.zeros(1, 4, requires_grad=True)
+    relevance = torch.tensor([[3.0, 2.0, 1.0, 1.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    lambdarank_loss(scores, relevance, mask, lambda_weight=ndcg_lambda_weight).sum().backward()
+    assert scores.grad[0, 0] < scores.grad[0, 1] < 0 < scores.grad[0, 2]
+    assert scores.grad[0, 2] == scores.grad[0, 3]
+
+
+def test_listnet_temperature_sharpens_the_targets():
+    scores, relevance, mask = (
+        torch.tensor([[0.0, 1.0]]),
+        torch.tensor([[1.0, 0.0]]),
+        torch.ones(1, 2, dtype=torch.bool),
+    )
+    nearly_hard = listnet_loss(scores, relevance, mask, temperature=0.01).item()
+    assert nearly_hard == pytest.approx(math.log(1 + math.exp(1)))
+    assert listnet_loss(scores, relevance, mask, temperature=100.0).item() < nearly_hard
+
+
+def test_approx_ndcg_approaches_ndcg():
+    scores, relevance, mask = random_lists(30, 8, seed=8)
+    exact = 1 - ndcg(scores, relevance, mask).float()
+    comparable = torch.tensor([len(set(r[m].tolist())) > 1 for r, m in zip(relevance, mask, strict=True)])
+    approximate = approx_ndcg_loss(scores, relevance, mask, temperature=1e-6)
+    torch.testing.assert_close(approximate[comparable], exact[comparable], atol=1e-3, rtol=1e-3)

@@ -1,0 +1,442 @@
+"""
+From a user's dataset rows to tokenised candidate lists.
+
+Rows come as ranked lists (`prompt`, `completions` and, unless the completions stand best first, `rewards`) or as TRL's
+preference pairs (`chosen`, `rejected`, with or without `prompt`), in standard (strings) or conversational (messages)
+form. [`check_dataset`] looks at every row of a map-style dataset before a model is loaded; [`tokenize_dataset`] turns
+rows of any of these forms into one: `prompt_ids`, `completion_ids`, `relevance`.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+import pyarrow.compute as pc
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import extract_prompt
+from trl.data_utils import _tokenize, common_prefix_length
+
+from .errors import DataError
+
+logger = get_logger(__name__)
+
+Row = dict[str, Any]
+RowFormat = Literal["list", "pair"]
+
+KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+
+# Columns under which other tools keep what we call `completions`
+_OTHER_NAMES = (
+    "responses",
+    "response",
+    "completion",
+    "outputs",
+    "generations",
+    "candidates",
+    "all_generated_responses",
+)
+
+_NUM_PEEKED_ROWS = 16  # of a stream, which cannot be read twice cheaply
+_NUM_ROWS_NAMED = 4  # bad rows named in one error
+
+
+@dataclass
+class ListSummary:
+    """
+    What a pass over all rows found.
+
+    Attributes:
+        num_lists: Rows looked at.
+        num_candidates: Completions in all of them.
+        num_tied: Lists whose rewards are all equal: kept, but without any effect on training.
+        num_conflicting: Lists in which the same completion occurs with different rewards.
+    """
+
+    num_lists: int = 0
+    num_candidates: int = 0
+    num_tied: int = 0
+    num_conflicting: int = 0
+
+    def add(self, row: Row) -> None:
+        self.num_lists += 1
+        self.num_candidates += len(row["completions"])
+        self.num_tied += min(row["relevance"]) == max(row["relevance"])
+        rewards_of: dict[str, set[float]] = {}
+        for completion, reward in zip(row["completions"], row["relevance"], strict=True):
+            key = completion if isinstance(completion, str) else json.dumps(completion, sort_keys=True, default=str)
+            rewards_of.setdefault(key, set()).add(reward)
+        self.num_conflicting += any(len(rewards) > 1 for rewards in rewards_of.values())
+
+
+def dataset_format(dataset: Dataset | IterableDataset, where: str) -> RowFormat:
+    """
+    Tells lists from pairs by the names of the columns.
+
+    Args:
+        dataset: Raw dataset.
+        where: Name of the dataset in error messages, e.g. `"train_dataset"`.
+
+    Returns:
+        `"list"` or `"pair"`.
+
+    Raises:
+        DataError: If columns are missing, or the columns of both formats are there.
+    """
+    columns = _column_names(dataset)
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise DataError(f"{where} is empty; give at least one row.")
+    pair = "chosen" in columns and "rejected" in columns
+    if "completions" in columns:
+        if pair:
+            raise DataError(
+                f"{where} has the columns of ranked lists (`completions`) and of pairs (`chosen`, `rejected`); keep "
+                "one of the two, e.g. with `dataset.remove_columns(['chosen', 'rejected'])`."
+            )
+        if "prompt" not in columns:
+            raise DataError(
+                f"{where} has the column `completions` but no column `prompt`; lists need both. Its columns: "
+                f"{', '.join(columns)}."
+            )
+        return "list"
+    if pair:
+        return "pair"
+    other = next((name for name in _OTHER_NAMES if name in columns), None)
+    if other is not None:
+        mend = f"`dataset.rename_column({other!r}, 'completions')`, if each of its entries is a list of completions"
+    else:
+        mend = "add `prompt` and `completions` (ranked lists), or `chosen` and `rejected` (pairs)"
+    raise DataError(f"{where} has no column `completions`; {mend}. Its columns: {', '.join(columns)}.")
+
+
+def has_images(dataset: Dataset | IterableDataset) -> bool:
+    """Whether rows carry an `image` or `images`, as in TRL's vision datasets."""
+    return not {"image", "images"}.isdisjoint(_column_names(dataset))
+
+
+def check_dataset(dataset: Dataset | IterableDataset, where: str) -> ListSummary:
+    """
+    Looks at every list of a dataset (at the first few of a stream) and refuses it if one of them is unusable.
+
+    Args:
+        dataset: Raw dataset in list format.
+        where: Name of the dataset in messages, e.g. `"train_dataset"`.
+
+    Returns:
+        Counts of what was seen; also logged, as a warning where it asks for attention.
+
+    Raises:
+        DataError: Names the first bad row, its column and the mend, and the numbers of further bad rows.
+    """
+    summary, first_error, further = ListSummary(), None, []
+    for index, row in _rows(dataset, where):
+        try:
+            summary.add(canonical_row(row, index, where))
+        except DataError as error:
+            if first_error is None:
+                first_error = error
+            else:
+                further.append(str(index))
+            if len(further) == _NUM_ROWS_NAMED - 1:
+                break
+    if first_error is not None:
+        also = f" (Bad as well: row{'s' * (len(further) > 1)} {', '.join(further)}.)" if further else ""
+        raise DataError(f"{first_error}{also}") from None
+    if summary.num_tied:
+        logger.warning(
+            f"{where}: in {summary.num_tied} of {summary.num_lists} lists all rewards are equal. They are kept and "
+            "contribute nothing to the loss."
+        )
+    if summary.num_conflicting:
+        logger.warning(
+            f"{where}: {summary.num_conflicting} of {summary.num_lists} lists hold the same completion more than once, "
+            "with different rewards. Check the reward, or drop the duplicates."
+        )
+    return summary
+
+
+def canonical_row(row: Row, index: int, where: str) -> Row:
+    """
+    One list in the only form the rest of the package knows, or an error that says what is wrong with it.
+
+    Args:
+        row: Row with `prompt`, `completions` and perhaps `rewards`, or with `chosen`, `rejected` and perhaps `prompt`.
+        index: Its number, for the error message.
+        where: Name of the dataset, for the error message.
+
+    Returns:
+        `{"prompt": str or messages, "completions": list of str or of messages, "relevance": list of float}`. Relevance
+        is the rewards where given, else it falls from m - 1 for the first completion to 0 for the last.
+
+    Raises:
+        DataError: If the row cannot be used.
+    """
+
+    def fail(column: str, problem: str) -> DataError:
+        return DataError(f"{where} row {index}, column `{column}`: {problem}")
+
+    if "completions" not in row:
+        return _canonical_pair(row, fail)
+    prompt = row.get("prompt")
+    conversational = isinstance(prompt, list)
+    problem = _message_problem(prompt) if conversational else _text_problem(prompt)
+    if problem:
+        raise fail("prompt", problem)
+
+    completions = _as_list(row["completions"])
+    if not isinstance(completions, list):
+        kind = "a string" if isinstance(completions, str) else f"of type {type(completions).__name__}"
+        raise fail("completions", f"is {kind}; give a list of at least 2 completions.")
+    for position, completion in enumerate(completions):
+        problem = _completion_problem(completion, conversational)
+        if problem:
+            raise fail("completions", f"entry {position} {problem}")
+    if len(completions) < 2:
+        raise fail("completions", f"has {len(completions)} of the 2 entries a list needs; remove the row.")
+
+    if "rewards" not in row:
+        return {"prompt": prompt, "completions": completions, "relevance": _relevance_of_order(len(completions))}
+    rewards = _as_list(row["rewards"])
+    if not isinstance(rewards, list):
+        kind = "None" if rewards is None else f"of type {type(rewards).__name__}"
+        raise fail(
+            "rewards",
+            f"is {kind}; give one number per completion (or drop the column if completions stand best first).",
+        )
+    if len(rewards) != len(completions):
+        raise fail("rewards", f"has {len(rewards)} numbers for {len(completions)} completions; give one for each.")
+    for position, reward in enumerate(rewards):
+        if reward is None or not isinstance(reward, Real):
+            raise fail("rewards", f"entry {position} is {reward!r}, not a number; score it or remove the completion.")
+        if not math.isfinite(reward):
+            raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
+    return {"prompt": prompt, "completions": completions, "relevance": [float(reward) for reward in rewards]}
+
+
+def tokenize_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    where: str,
+    eos_token: str,
+    max_length: int | None,
+    truncation_mode: str,
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Adds the columns `prompt_ids`, `completion_ids` and `relevance` to a dataset of lists or pairs.
+
+    Tokens are those that `DPOTrainer` would see: the chat template for conversations, the end-of-sequence token
+    appended to plain strings. As in TRL, a list whose prompt alone fills `max_length` is dropped when the start is
+    kept; how many were is logged.
+
+    Args:
+        dataset: Raw dataset.
+        processing_class: Tokenizer or processor.
+        where: Name of the dataset in messages.
+        eos_token: Appended to plain-text completions that do not end with it.
+        max_length: Longest prompt plus completion, in tokens. `None`: no limit.
+        truncation_mode: `"keep_start"` or `"keep_end"`.
+        num_proc: Processes to use on a map-style dataset.
+
+    Returns:
+        The dataset with three more columns.
+
+    Raises:
+        DataError: If a row is unusable, or no row is left.
+    """
+    # Nothing but plain values is handed to `map` and `filter`, so that datasets can find their results in its cache
+    map_kwargs: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        map_kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {where}"}
+    dataset = dataset.map(
+        _tokenize_row,
+        with_indices=True,
+        fn_kwargs={"processing_class": processing_class, "eos_token": eos_token, "where": where},
+        **map_kwargs,
+    )
+    if max_length is None or truncation_mode != "keep_start":
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_prompt_fits, fn_kwargs={"max_length": max_length, "where": where, "announce": True})
+    num_lists = len(dataset)
+    map_kwargs["desc"] = f"Dropping prompts that fill max_length from {where}"
+    dataset = dataset.filter(
+        _prompt_fits, fn_kwargs={"max_length": max_length, "where": where, "announce": False}, **map_kwargs
+    )
+    num_dropped = num_lists - len(dataset)
+    if len(dataset) == 0:
+        raise DataError(
+            f"{where}: no list is left, because every prompt alone has at least `max_length={max_length}` tokens. "
+            "Raise `max_length` or shorten the prompts."
+        )
+    if num_dropped:
+        logger.warning(
+            f"{where}: dropped {num_dropped} of {num_lists} lists, because their prompt alone has at least "
+            f"`max_length={max_length}` tokens."
+        )
+    num_cut, num_candidates = _count_cut_completions(dataset, max_length)
+    if num_cut:
+        logger.warning(
+            f"{where}: {num_cut} of {num_candidates} completions are cut at `max_length={max_length}` tokens and lose "
+            "their end."
+        )
+    return dataset
+
+
+def _tokenize_row(
+    row: Row, index: int, processing_class: PreTrainedTokenizerBase | ProcessorMixin, eos_token: str, where: str
+) -> Row:
+    ranked = canonical_row(row, index, where)
+    prompt, completions = ranked["prompt"], ranked["completions"]
+    if isinstance(prompt, list):
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
+    else:
+        template_kwargs = {}
+        completions = [text if text.endswith(eos_token) else text + eos_token for text in completions]
+        prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
+    sequences = [_tokenize(processing_class, prompt + text, **template_kwargs)["input_ids"] for text in completions]
+
+    # A completion starts where prompt and prompt + completion part ways, which can be before the end of the prompt.
+    # The candidates of a list share one prompt, so the earliest such place counts.
+    prompt_length = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+    if prompt_length < len(prompt_ids):
+        logger.warning_once(
+            f"{where} row {index}: the tokenised prompt is not how the tokenised prompt with completion begins. The "
+            f"prompt's end {processing_class.decode(prompt_ids[prompt_length:])!r} is left out of training, so the "
+            "model will see another context when it generates. Use a chat template that renders the prompt alike in "
+            "both, or end the prompt where a token ends. Said once; other rows may be affected too."
+        )
+    return {
+        "prompt_ids": prompt_ids[:prompt_length],
+        "completion_ids": [sequence[prompt_length:] for sequence in sequences],
+        "relevance": ranked["relevance"],
+    }
+
+
+def _prompt_fits(row: Row, max_length: int, where: str, announce: bool) -> bool:
+    fits = len(row["prompt_ids"]) < max_length
+    if announce and not fits:
+        logger.warning_once(
+            f"{where}: lists whose prompt alone has at least `max_length={max_length}` tokens are dropped. Said once."
+        )
+    return fits
+
+
+def _count_cut_completions(dataset: Dataset, max_length: int) -> tuple[int, int]:
+    """How many completions do not fit into `max_length` after their prompt, and how many there are."""
+    num_cut = num_candidates = 0
+    columns = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    for table in columns.iter(batch_size=1000):
+        completions = table["completion_ids"].combine_chunks()
+        prompt_lengths = pc.list_value_length(table["prompt_ids"].combine_chunks())
+        lengths = pc.add(
+            pc.take(prompt_lengths, pc.list_parent_indices(completions)),
+            pc.list_value_length(pc.list_flatten(completions)),
+        )
+        num_cut += pc.sum(pc.greater(lengths, max_length)).as_py() or 0
+        num_candidates += len(lengths)
+    return num_cut, num_candidates
+
+
+def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    columns = dataset.column_names
+    return list(next(iter(dataset), {})) if columns is None else columns  # a stream may not know its columns
+
+
+def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int, Row]]:
+    if isinstance(dataset, IterableDataset):
+        yield from enumerate(dataset.take(_NUM_PEEKED_ROWS))
+        return
+    columns = [name for name in ("prompt", "completions", "rewards") if name in dataset.column_names]
+    batches = dataset.with_format(None).select_columns(columns).iter(batch_size=1000)
+    quiet = not PartialState().is_local_main_process
+    with tqdm(total=len(dataset), desc=f"Checking {where}", unit=" lists", delay=2, disable=quiet) as progress:
+        index = 0
+        for batch in batches:
+            for values in zip(*batch.values(), strict=True):
+                yield index, dict(zip(batch, values, strict=True))
+                index += 1
+            progress.update(index - progress.n)
+
+
+def _canonical_pair(row: Row, fail) -> Row:
+    for column in ("chosen", "rejected"):
+        if not isinstance(row.get(column), str | list):
+            raise fail(column, f"is {row.get(column)!r}; give a string or a list of messages.")
+    if row.get("prompt") is None:
+        row = extract_prompt(row)
+    return {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "relevance": [1.0, 0.0]}
+
+
+def _relevance_of_order(num_completions: int) -> list[float]:
+    return [float(rank) for rank in reversed(range(num_completions))]
+
+
+def _as_list(value: Any) -> Any:
+    """Lists stay; tuples, arrays and tensors become lists; anything else stays what it is."""
+    if isinstance(value, tuple):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _text_problem(text: Any) -> str | None:
+    if text is None:
+        return "is None; give a string or a list of messages."
+    if not isinstance(text, str):
+        return f"is of type {type(text).__name__}; give a string or a list of messages."
+    if not text.strip():
+        return "is empty; remove the row or fill it."
+    return None
+
+
+def _completion_problem(completion: Any, conversational: bool) -> str | None:
+    if completion is None:
+        return "is None; remove it, together with its reward."
+    if isinstance(completion, dict):
+        return f"is a single object with the keys {', '.join(map(repr, completion))}; give " + (
+            "a list of messages, e.g. [{'role': 'assistant', 'content': ...}]." if conversational else "its text."
+        )
+    if conversational and isinstance(completion, str):
+        return "is a string, but the prompt is a list of messages; wrap it: [{'role': 'assistant', 'content': ...}]."
+    if not conversational and isinstance(completion, list):
+        return "is a list of messages, but the prompt is a string; give both as strings or both as messages."
+    if conversational:
+        problem = _message_problem(completion)
+        if problem is None and not _says_something(completion[-1]):
+            problem = "is empty; remove it, together with its reward."
+        return problem
+    if isinstance(completion, str) and not completion.strip():
+        return "is empty; remove it, together with its reward."
+    return _text_problem(completion)
+
+
+def _message_problem(messages: Any) -> str | None:
+    if not isinstance(messages, list):
+        return f"is of type {type(messages).__name__}; give a list of messages."
+    if not messages:
+        return "is an empty list of messages; remove it or fill it."
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message:
+            return f"holds {message!r}, which is no message; give {{'role': ..., 'content': ...}}."
+        if message["role"] not in KNOWN_ROLES:
+            return (
+                f"has a message of the unknown role {message['role']!r}; use one of {', '.join(sorted(KNOWN_ROLES))}."
+            )
+    if not any(_says_something(message) for message in messages):
+        return "is empty: no message has any content; remove it or fill it."
+    return None
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
