@@ -4,15 +4,18 @@ import difflib
 from dataclasses import dataclass, field
 from functools import partial
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from .errors import ConfigError
 from .losses import RANKING_LOSSES, RankingLoss, ndcg_lambda_weight
 
-DPO_LOSSES = frozenset(
-    ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"]
-    + ["apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
-)
+# fmt: off
+DPO_LOSSES = frozenset([
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+])
+# fmt: on
 """Names of TRL's own losses. TRL exports no such list; the contract test compares this one with TRL's."""
 
 SIGMOID_ON_PAIRS = frozenset({"pairwise", "contrastive", "lambdarank", "listmle"})
@@ -28,8 +31,9 @@ class LarPOConfig(DPOConfig):
     r"""
     Configuration class for the [`LarPOTrainer`].
 
-    It has every option of [`~trl.DPOConfig`], with the same defaults except `loss_type`, and the options below. Like
-    any TRL configuration it can be filled from the command line and from YAML by [`~trl.TrlParser`].
+    It has every option of [`~trl.DPOConfig`] and those below. Defaults are the same but for `loss_type`, and for `bf16`
+    on a machine without an accelerator that has it, where it is off. Like any TRL configuration it can be filled from
+    the command line and from YAML by [`~trl.TrlParser`].
 
     Parameters:
         loss_type (`list[str]`, *optional*, defaults to `["lambdarank"]`):
@@ -89,6 +93,8 @@ class LarPOConfig(DPOConfig):
                 f"`listnet_temperature={self.listnet_temperature}` belongs to the 'listnet' loss, but `loss_type` is "
                 f"{self.loss_type}. Add 'listnet' to `loss_type` or remove `listnet_temperature`."
             )
+        if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            self.bf16 = False  # DPOConfig's default of True is refused on a machine without an accelerator
         super().__post_init__()
 
 

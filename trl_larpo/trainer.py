@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
+from trl.trainer import utils as trl_utils
 from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -272,14 +273,15 @@ class LarPOTrainer(DPOTrainer):
             inputs[name][candidate_mask] for name in ("input_ids", "attention_mask", "completion_mask")
         )
         labels = input_ids.masked_fill(completion_mask == 0, -100)
-        raw = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
-            use_cache=False,
-            fused_lm_head=True,
-            **model_kwargs,
-        )
+        with _score_labelled_positions_only():
+            raw = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                use_cache=False,
+                fused_lm_head=True,
+                **model_kwargs,
+            )
         token_mask = completion_mask[:, 1:]  # position t predicts token t + 1
 
         def per_candidate(token_values: Tensor) -> Tensor:
@@ -411,6 +413,22 @@ class LarPOTrainer(DPOTrainer):
                 metrics[name].append(total / count)
         if policy.aux_loss is not None:
             metrics["aux_loss"].append(self.accelerator.gather_for_metrics(policy.aux_loss.detach()).mean().item())
+
+
+@contextlib.contextmanager
+def _score_labelled_positions_only():
+    """
+    Lets TRL's fused head leave out prompt and padding on a CPU too.
+
+    TRL does so only where it runs Triton, because dynamic shapes would recompile on accelerators such as Neuron. A CPU
+    has no such trouble, and the head is half of the work there.
+    """
+    uses_triton = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = uses_triton
 
 
 def divergence_scores(log_ratios: Tensor, f_divergence_type: str, alpha: float) -> Tensor:

@@ -1,0 +1,67 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("WANDB_API_KEY", None)
+
+import datasets
+import pytest
+import tiny
+import torch
+
+from trl_larpo import LarPOConfig, LarPOTrainer
+
+torch.set_num_threads(1)  # tiny matrices gain nothing from more
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a tiny Llama with its tokenizer."""
+    return tiny.save_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dataset_cache(tmp_path, monkeypatch):
+    """Results of `map` go to the test's own folder, so that no test reads what another one cached."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Makes a LarPOConfig (or another class) fit for a CPU: float32, quiet, deterministic."""
+
+    def make(cls=LarPOConfig, **options):
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return cls(**(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def trained(tiny_model, config):
+    """Trains on a dataset and returns the trainer. Options of the trainer are keywords, those of the config a dict."""
+
+    def train(dataset, options=None, cls=LarPOTrainer, config_cls=LarPOConfig, model=None, **trainer_kwargs):
+        trainer = cls(
+            model=model or tiny_model,
+            args=config(config_cls, **(options or {})),
+            train_dataset=dataset,
+            **trainer_kwargs,
+        )
+        trainer.train()
+        return trainer
+
+    return train

@@ -1,0 +1,187 @@
+"""On chosen/rejected pairs LarPOTrainer is DPOTrainer: to the last digit on its own way, to rounding as lists of two."""
+
+import pytest
+import tiny
+import torch
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from trl_larpo import ConfigError, LarPOConfig
+from trl_larpo.losses import listmle_loss
+
+PAPER_LOSSES = ["pairwise", "contrastive", "lambdarank", "listmle"]
+TEN_STEPS = {"max_steps": 10, "gradient_accumulation_steps": 1}
+
+SHARED_METRICS = [
+    "entropy",
+    "num_tokens",
+    "logits/chosen",
+    "logits/rejected",
+    "mean_token_accuracy",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+]
+
+
+def trajectory(trainer, *names):
+    """Logged values of each optimizer step."""
+    return [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_close(ours, theirs, names, rtol, atol):
+    for name in names:
+        values = [torch.tensor(trajectory(trainer, name), dtype=torch.float64) for trainer in (ours, theirs)]
+        torch.testing.assert_close(*values, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def run_both(trained, dataset, options, dpo_options, **trainer_kwargs):
+    ours = trained(dataset, TEN_STEPS | options, **trainer_kwargs)
+    theirs = trained(dataset, TEN_STEPS | dpo_options, cls=DPOTrainer, config_cls=DPOConfig, **trainer_kwargs)
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "sigmoid"},
+        {"loss_type": "hinge"},
+        {"loss_type": "ipo"},
+        {"loss_type": "exo_pair", "label_smoothing": 1e-3},
+        {"loss_type": "nca_pair"},
+        {"loss_type": "robust", "label_smoothing": 0.1},
+        {"loss_type": "bco_pair"},
+        {"loss_type": "sppo_hard"},
+        {"loss_type": "aot"},
+        {"loss_type": "aot_unpaired"},
+        {"loss_type": "apo_zero"},
+        {"loss_type": "apo_down"},
+        {"loss_type": "discopop"},
+        {"loss_type": "sft"},
+        {"loss_type": "sigmoid_norm"},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"loss_type": "sigmoid", "ld_alpha": 0.5},
+        {"loss_type": "sigmoid", "use_weighting": True},
+        {"loss_type": "sigmoid", "f_divergence_type": "forward_kl"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_trl_losses_equal_dpo_trainer(trained, options):
+    ours, theirs = run_both(trained, tiny.pairs(), options, options)
+    assert not ours._list_mode
+    assert len(trajectory(ours, "loss")) == 10
+    assert_close(ours, theirs, ("loss", "grad_norm", *SHARED_METRICS), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", PAPER_LOSSES)
+@pytest.mark.parametrize(
+    "dataset",
+    [tiny.pairs(), tiny.pairs(conversational=True), tiny.pairs(implicit_prompt=True)],
+    ids=["standard", "conversational", "implicit prompt"],
+)
+def test_ranking_losses_equal_dpo_sigmoid(trained, loss_type, dataset):
+    ours, theirs = run_both(trained, dataset, {"loss_type": loss_type}, {"loss_type": "sigmoid"})
+    assert ours._list_mode
+    assert_close(ours, theirs, ("loss", "grad_norm"), rtol=1e-5, atol=0)
+    assert_close(ours, theirs, SHARED_METRICS, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precompute_ref_log_probs": True},
+        {"max_length": 20},
+        {"max_length": 20, "truncation_mode": "keep_end"},
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+        {"sync_ref_model": True, "ref_model_sync_steps": 2},
+        {"gradient_checkpointing": True},
+        {"pad_to_multiple_of": 16},
+        {"beta": 0.5, "gradient_accumulation_steps": 2},
+        {"bf16": True},
+    ],
+    ids=lambda options: "-".join(map(str, options)) + "-" + "-".join(map(str, options.values())),
+)
+def test_options_equal_dpo_sigmoid(trained, options):
+    ours, theirs = run_both(
+        trained, tiny.pairs(), {"loss_type": "lambdarank"} | options, {"loss_type": "sigmoid"} | options
+    )
+    assert ours._list_mode
+    tolerance = 2e-2 if "bf16" in options else 2e-5
+    assert_close(ours, theirs, ("loss", "grad_norm"), rtol=tolerance, atol=0)
+
+
+def test_sft_term_equals_dpo_trainer(trained):
+    weights = {"loss_weights": [1.0, 0.3]}
+    ours, theirs = run_both(
+        trained, tiny.pairs(), {"loss_type": ["listmle", "sft"]} | weights, {"loss_type": ["sigmoid", "sft"]} | weights
+    )
+    assert ours._list_mode
+    assert_close(ours, theirs, ("loss", "grad_norm"), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("option", [{"ld_alpha": 0.5}, {"use_weighting": True}])
+@pytest.mark.parametrize("loss_type", PAPER_LOSSES)
+def test_ranking_losses_read_as_sigmoid_with_options_of_pairs(trained, loss_type, option):
+    ours, theirs = run_both(trained, tiny.pairs(), {"loss_type": loss_type} | option, {"loss_type": "sigmoid"} | option)
+    assert not ours._list_mode
+    assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
+    assert ours.args.loss_type == [loss_type]
+
+
+def test_own_collator_goes_dpo_trainers_way(trained, tiny_model):
+    collator = DataCollatorForPreference(pad_token_id=0)
+    ours, theirs = run_both(
+        trained, tiny.pairs(), {"loss_type": "listmle"}, {"loss_type": "sigmoid"}, data_collator=collator
+    )
+    assert ours.data_collator is collator
+    assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
+
+
+def test_dpo_config_is_accepted(trained):
+    ours = trained(tiny.pairs(), TEN_STEPS, config_cls=DPOConfig)
+    theirs = trained(tiny.pairs(), TEN_STEPS, cls=DPOTrainer, config_cls=DPOConfig)
+    assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
+
+
+def test_evaluation_equals_dpo_trainer(trained):
+    held_out = tiny.pairs(num_rows=6, seed=1)  # the last batch is incomplete
+    ours, theirs = run_both(
+        trained, tiny.pairs(), {"loss_type": "listmle"}, {"loss_type": "sigmoid"}, eval_dataset=held_out
+    )
+    ours_metrics, theirs_metrics = ours.evaluate(), theirs.evaluate()
+    for name in ("eval_loss", *(f"eval_{name}" for name in SHARED_METRICS)):
+        assert ours_metrics[name] == pytest.approx(theirs_metrics[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "options, trainer_kwargs, named",
+    [
+        ({"loss_type": "listnet", "ld_alpha": 0.5}, {}, "listnet.*ld_alpha"),
+        ({"loss_type": ["approx_ndcg", "ipo"]}, {}, "approx_ndcg.*ipo"),
+        ({"loss_type": "lambdarank", "lambda_weight": "ndcg", "use_weighting": True}, {}, "lambda_weight.*use_weight"),
+        ({"ld_alpha": 0.5}, {"loss_fn": listmle_loss}, "loss_fn.*ld_alpha"),
+    ],
+)
+def test_list_options_are_refused_where_dpo_trainer_takes_over(tiny_model, config, options, trainer_kwargs, named):
+    from trl_larpo import LarPOTrainer
+
+    with pytest.raises(ConfigError, match=named):
+        LarPOTrainer(model=tiny_model, args=config(**options), train_dataset=tiny.pairs(), **trainer_kwargs)
+
+
+def test_lists_for_evaluation_are_refused_where_dpo_trainer_takes_over(tiny_model, config):
+    from trl_larpo import LarPOTrainer
+
+    with pytest.raises(ConfigError, match=r"eval_dataset holds lists.*loss_type"):
+        LarPOTrainer(
+            model=tiny_model,
+            args=config(LarPOConfig, loss_type="ipo"),
+            train_dataset=tiny.pairs(),
+            eval_dataset=tiny.lists(),
+        )
