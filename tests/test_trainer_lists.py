@@ -1,0 +1,494 @@
+"""Training on ranked lists: each candidate once, the losses as given, and everything DPOTrainer supports."""
+
+import functools
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+from test_trainer_pairs import trajectory
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from trl_larpo import ConfigError, DataError, LarPOConfig, LarPOTrainer
+from trl_larpo.losses import RANKING_LOSSES, lambdarank_loss, listmle_loss, listnet_loss, ndcg_lambda_weight
+from trl_larpo.trainer import divergence_scores
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(model, other, **tolerance):
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("loss_type", RANKING_LOSSES)
+@pytest.mark.parametrize("conversational", [False, True])
+def test_trains_with_every_loss(trained, tiny_model, loss_type, conversational):
+    trainer = trained(tiny.lists(conversational=conversational), {"loss_type": loss_type})
+    before = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for (name, old), new in zip(before.named_parameters(), trainer.model.parameters(), strict=True):
+        assert not torch.equal(old, new), name
+
+
+def test_first_loss_is_what_the_formula_says_at_score_zero(trained):
+    # Before the first step policy and reference agree: every score is 0 and every compared pair costs log 2
+    dataset = tiny.lists(num_rows=4)
+    trainer = trained(dataset, {"loss_type": "lambdarank", "max_steps": 1})
+    num_pairs = [sum(a > b for a in row["rewards"] for b in row["rewards"]) for row in dataset]
+    assert trajectory(trainer, "loss")[0][0] == pytest.approx(math.log(2) * sum(num_pairs) / 4)
+
+
+def test_a_step_forwards_each_candidate_once(tiny_model, config):
+    dataset = tiny.lists(num_rows=4)
+    num_candidates = sum(len(row["completions"]) for row in dataset)
+    trainer = LarPOTrainer(model=tiny_model, args=config(max_steps=1), train_dataset=dataset)
+    rows = {"policy": [], "reference": []}
+    for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: rows[name].append(kwargs["input_ids"].size(0)), with_kwargs=True
+        )
+    trainer.train()
+    assert rows == {"policy": [num_candidates], "reference": [num_candidates]}
+
+
+def test_scores_are_those_of_dpo_trainer_on_each_pair_of_the_list(trained):
+    # Loss and gradient of the pairwise loss on (best, worst) must be DPO's on the pair made of these two
+    lists = Dataset.from_list(
+        [
+            {"prompt": "a b", "completions": [" mid", " worst one", " best of all"], "rewards": [0.5, -1.0, 2.0]},
+            {"prompt": "c", "completions": [" best", " worst", " mid", " mid 2"], "rewards": [9.0, 1.0, 2.0, 3.0]},
+        ]
+    )
+    pairs = Dataset.from_list(
+        [
+            {"prompt": "a b", "chosen": " best of all", "rejected": " worst one"},
+            {"prompt": "c", "chosen": " best", "rejected": " worst"},
+        ]
+    )
+    options = {"loss_type": "pairwise", "per_device_train_batch_size": 2, "max_steps": 5}
+    ours, theirs = trained(lists, options), trained(pairs, options)
+    torch.testing.assert_close(
+        torch.tensor(trajectory(ours, "loss", "grad_norm", "rewards/margins")),
+        torch.tensor(trajectory(theirs, "loss", "grad_norm", "rewards/margins")),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["lambdarank", "listmle", "contrastive", "pairwise"])
+def test_trajectory_does_not_depend_on_how_a_batch_is_split(trained, loss_type):
+    runs = [
+        trained(
+            tiny.lists(num_rows=40),
+            {
+                "loss_type": loss_type,
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": 8 // size,
+                "max_steps": 5,
+            },
+        )
+        for size in (8, 1, 2)
+    ]
+    whole = torch.tensor(trajectory(runs[0], "loss", "grad_norm"))
+    for run in runs[1:]:
+        torch.testing.assert_close(torch.tensor(trajectory(run, "loss", "grad_norm")), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_unsorted_lists_are_ranked_by_reward_and_best_first_lists_by_order(trained):
+    sorted_rows = [
+        {"prompt": "p", "completions": [" one", " two", " three"]},
+        {"prompt": "q", "completions": [" four", " five"]},
+    ] * 4
+    shuffled_rows = [
+        {"prompt": "p", "completions": [" three", " one", " two"], "rewards": [-1.0, 7.0, 3.0]},
+        {"prompt": "q", "completions": [" five", " four"], "rewards": [0.0, 1.0]},
+    ] * 4
+    runs = [trained(Dataset.from_list(rows)) for rows in (sorted_rows, shuffled_rows)]
+    torch.testing.assert_close(*(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in runs))
+
+
+def test_tied_lists_contribute_nothing(trained, caplog):
+    rows = [{"prompt": "p", "completions": [" a", " b", " c"], "rewards": [1.0, 1.0, 1.0]}] * 4
+    with caplog.at_level(logging.WARNING):
+        trainer = trained(Dataset.from_list(rows), {"loss_type": ["lambdarank", "sft"]})
+    assert "in 4 of 4 lists all rewards are equal" in caplog.text
+    assert trajectory(trainer, "loss", "grad_norm") == [[0.0, 0.0]] * 3
+    assert "ranking/ndcg" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["list_size"] == 3
+
+
+def test_own_loss_takes_the_place_of_loss_type(trained):
+    seen = []
+
+    def my_loss(scores, relevance, mask):
+        seen.append((scores, relevance, mask))
+        return listmle_loss(scores, relevance, mask)
+
+    own = trained(tiny.lists(), loss_fn=my_loss)
+    named = trained(tiny.lists(), {"loss_type": "listmle"})
+    assert trajectory(own, "loss", "grad_norm") == trajectory(named, "loss", "grad_norm")
+    scores, relevance, mask = seen[0]
+    assert scores.shape == relevance.shape == mask.shape
+    assert (scores.dtype, relevance.dtype, mask.dtype) == (torch.float32, torch.float32, torch.bool)
+
+
+@pytest.mark.parametrize(
+    "options, loss_fn",
+    [
+        (
+            {"loss_type": "lambdarank", "lambda_weight": "ndcg"},
+            functools.partial(lambdarank_loss, lambda_weight=ndcg_lambda_weight),
+        ),
+        ({"loss_type": "listnet", "listnet_temperature": 0.3}, functools.partial(listnet_loss, temperature=0.3)),
+        (
+            {"loss_type": ["listmle", "lambdarank"], "loss_weights": [0.7, 2.0]},
+            lambda *list_: 0.7 * listmle_loss(*list_) + 2.0 * lambdarank_loss(*list_),
+        ),
+    ],
+    ids=["ndcg weight", "listnet temperature", "weighted combination"],
+)
+def test_options_of_losses(trained, options, loss_fn):
+    by_option, by_function = trained(tiny.lists(), options), trained(tiny.lists(), loss_fn=loss_fn)
+    torch.testing.assert_close(
+        *(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in (by_option, by_function))
+    )
+
+
+def test_sft_term_is_the_nll_per_token_of_the_best(trained, tiny_model):
+    row = {"prompt": "p", "completions": [" worse", " best one"], "rewards": [0.0, 1.0]}
+    options = {"loss_type": ["sft"], "max_steps": 1, "per_device_train_batch_size": 1}
+    trainer = trained(Dataset.from_list([row]), options)
+    tokenizer = trainer.processing_class
+    ids = torch.tensor([tokenizer("p best one" + tokenizer.eos_token)["input_ids"]])
+    with torch.no_grad():
+        log_probs = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits.log_softmax(-1)
+    nll = -log_probs[0, :-1].gather(1, ids[0, 1:, None])[len("p") - 1 :].mean().item()
+    assert trajectory(trainer, "loss")[0][0] == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("f_divergence_type", ["forward_kl", "js_divergence", "alpha_divergence"])
+def test_divergences(trained, f_divergence_type):
+    trainer = trained(tiny.lists(), {"f_divergence_type": f_divergence_type})
+    plain = trained(tiny.lists())
+    ours, reverse_kl = trajectory(trainer, "loss"), trajectory(plain, "loss")
+    assert ours[0] == pytest.approx(reverse_kl[0])  # at the first step all scores are equal
+    assert ours[1] != pytest.approx(reverse_kl[1], rel=1e-6)
+
+
+def test_divergence_scores_are_finite_and_increasing():
+    log_ratios = torch.linspace(-60, 60, 241)
+    for name, alpha in (("reverse_kl", 0.5), ("forward_kl", 0.5), ("js_divergence", 0.5), ("alpha_divergence", 0.5)):
+        scores = divergence_scores(log_ratios, name, alpha)
+        assert torch.isfinite(scores).all()
+        assert (scores.diff() >= 0).all()
+    with pytest.raises(ConfigError, match="f_divergence_type"):
+        divergence_scores(log_ratios, "total_variation", 0.5)
+
+
+# What DPOTrainer supports
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_precomputed_reference_gives_the_same_training(trained, batch_size):
+    options = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch_size}
+    precomputed, plain = trained(tiny.lists(), options), trained(tiny.lists())
+    assert precomputed.ref_model is None
+    assert [len(x) for x in precomputed.train_dataset["ref_logps"]] == [len(x["completions"]) for x in tiny.lists()]
+    torch.testing.assert_close(
+        *(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in (precomputed, plain)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_precomputed_reference_is_cached_and_depends_on_its_options(trained, tmp_path, monkeypatch):
+    path = tmp_path / "lists"
+    tiny.lists().save_to_disk(path)
+    computed = []
+    original = LarPOTrainer._compute_all_ref_logps
+
+    def spy(self, *args):
+        computed.append(self.args.max_length)
+        return original(self, *args)
+
+    monkeypatch.setattr(LarPOTrainer, "_compute_all_ref_logps", spy)
+    for max_length in (64, 64, 20):
+        options = {"precompute_ref_log_probs": True, "max_length": max_length}
+        trained(Dataset.load_from_disk(path), options)
+    assert computed == [64, 20]
+
+
+def test_precompute_refuses_a_stream(tiny_model, config):
+    with pytest.raises(ConfigError, match=r"precompute_ref_log_probs.*IterableDataset"):
+        LarPOTrainer(
+            model=tiny_model,
+            args=config(precompute_ref_log_probs=True),
+            train_dataset=tiny.lists().to_iterable_dataset(),
+        )
+
+
+def test_sync_ref_model(trained, tiny_model):
+    trainer = trained(tiny.lists(), {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0})
+    initial = AutoModelForCausalLM.from_pretrained(tiny_model)
+    reference = trainer.ref_model.get_parameter("lm_head.weight")
+    assert not torch.equal(reference, initial.get_parameter("lm_head.weight"))
+
+
+def test_explicit_reference_model_is_used(trained, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(tiny.save_tiny_model(tmp_path / "other"))
+    trainer = trained(tiny.lists(), {"max_steps": 1}, ref_model=other)
+    assert trajectory(trainer, "rewards/chosen")[0][0] != 0.0
+
+
+@pytest.mark.parametrize("peft_type", ["lora", "prompt tuning"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_peft_with_a_new_adapter(trained, tiny_model, peft_type, gradient_checkpointing):
+    peft = pytest.importorskip("peft")
+    peft_config = (
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+        if peft_type == "lora"
+        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    trainer = trained(
+        tiny.lists(),
+        {"gradient_checkpointing": gradient_checkpointing, "learning_rate": 0.1},
+        peft_config=peft_config,
+    )
+    assert trainer.ref_model is None
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for name, parameter in base.named_parameters():
+        trained_parameter = trainer.model.get_base_model().state_dict()
+        key = name if name in trained_parameter else name.replace(".weight", ".base_layer.weight")
+        torch.testing.assert_close(trained_parameter[key], parameter)
+    assert all(math.isfinite(loss) for [loss] in trajectory(trainer, "loss"))
+    if peft_type == "lora":  # a new LoRA adapter starts as the base model, so the first scores are 0
+        assert trajectory(trainer, "rewards/margins")[0][0] == 0.0
+        assert trajectory(trainer, "rewards/margins")[2][0] != 0.0
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_peft_with_an_existing_adapter_keeps_a_copy_as_reference(trained, tiny_model, precompute):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base, lora)
+    trainer = trained(tiny.lists(), {"learning_rate": 0.01, "precompute_ref_log_probs": precompute}, model=model)
+    margins = [value for [value] in trajectory(trainer, "rewards/margins")]
+    assert margins[0] == pytest.approx(0.0, abs=1e-5)  # the reference is the adapter as it was, not the base model
+    assert abs(margins[2]) > 1e-4
+    parameters = dict(trainer.model.named_parameters())
+    assert any(
+        not torch.equal(parameter, parameters[name.replace(".default.", ".ref.")])
+        for name, parameter in parameters.items()
+        if ".default." in name
+    )
+
+
+def test_quantized_base_with_lora(trained, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    folder = tiny.save_tiny_model(tmp_path / "wide", hidden_size=64, intermediate_size=64)
+    trainer = trained(
+        tiny.lists(),
+        model=folder,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+    )
+    assert trainer.model.is_loaded_in_4bit
+    assert trajectory(trainer, "rewards/margins")[0][0] == 0.0
+
+
+def test_mixture_of_experts_adds_its_balancing_loss(trained, tmp_path):
+    folder = tiny.save_tiny_model(
+        tmp_path / "moe",
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        head_dim=8,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+    )
+    with_loss = trained(tiny.lists(), {"max_steps": 1}, model=folder)
+    without = trained(tiny.lists(), {"max_steps": 1, "router_aux_loss_coef": 0.0}, model=folder)
+    [[loss, aux_loss]], [[plain]] = trajectory(with_loss, "loss", "aux_loss"), trajectory(without, "loss")
+    assert aux_loss > 0
+    assert loss == pytest.approx(plain + 0.1 * aux_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(trained, use_reentrant):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    runs = [trained(tiny.lists(), options), trained(tiny.lists())]
+    torch.testing.assert_close(*(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in runs))
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_stream(trained, conversational):
+    trainer = trained(tiny.lists(conversational=conversational).to_iterable_dataset())
+    assert len(trajectory(trainer, "loss", "ranking/ndcg")) == 3
+
+
+def test_stream_of_unknown_columns_names_its_bad_row(trained):
+    def rows():
+        for i in range(40):
+            yield {"prompt": "p", "completions": [" a", " b"], "rewards": [1.0, math.nan if i == 30 else 0.0]}
+
+    with pytest.raises(DataError, match="train dataset row 30, column `rewards`: entry 1 is nan"):
+        trained(IterableDataset.from_generator(rows), {"max_steps": 20})
+
+
+def test_evaluation_during_training_and_on_new_sets(trained):
+    trainer = trained(
+        tiny.lists(),
+        {"eval_strategy": "steps", "eval_steps": 1},
+        eval_dataset={"lists": tiny.lists(num_rows=5, seed=1), "pairs": tiny.pairs(num_rows=3)},
+    )
+    logged = [entry for entry in trainer.state.log_history if "eval_lists_loss" in entry]
+    assert len(logged) == 3
+    assert all(0 < entry["eval_ranking/ndcg"] <= 1 for entry in logged)
+    new_set = tiny.lists(num_rows=4, seed=2)
+    assert trainer.evaluate(new_set)["eval_list_size"] == sum(len(row["completions"]) for row in new_set) / 4
+    assert trainer.evaluate(tiny.pairs(num_rows=3))["eval_list_size"] == 2
+    again = trainer.evaluate(trainer.eval_dataset["lists"])  # prepared already
+    assert again["eval_loss"] == pytest.approx(trainer.evaluate(tiny.lists(num_rows=5, seed=1))["eval_loss"])
+
+
+def test_evaluation_checks_new_sets(trained):
+    with pytest.raises(DataError, match="eval dataset row 0, column `rewards`"):
+        trained(tiny.lists()).evaluate(
+            Dataset.from_list([{"prompt": "p", "completions": [" a", " b"], "rewards": [1.0]}])
+        )
+
+
+def test_evaluation_after_precomputed_training_is_refused_as_in_trl(trained):
+    trainer = trained(tiny.lists(), {"precompute_ref_log_probs": True})
+    with pytest.raises(ValueError, match="after training has started"):
+        trainer.evaluate(tiny.lists(seed=1))
+
+
+def test_compute_metrics_receives_scores_and_relevance(trained):
+    held_out = tiny.lists(num_rows=6, max_size=6, seed=3)
+    received = []
+
+    def compute_metrics(prediction):
+        received.append(prediction)
+        return {"num_lists": len(prediction.label_ids)}
+
+    trainer = trained(
+        tiny.lists(), eval_dataset=held_out, compute_metrics=compute_metrics, options={"learning_rate": 0.01}
+    )
+    assert trainer.evaluate()["eval_num_lists"] == 6
+    (scores, mask), relevance = received[0].predictions, received[0].label_ids
+    assert scores.shape == mask.shape == relevance.shape
+    for row, s, m, r in zip(held_out, scores, mask, relevance, strict=True):
+        np.testing.assert_allclose(r[m == 1], row["rewards"])
+        assert len(s[m == 1]) == len(row["completions"])
+        assert np.abs(s[m == 1]).min() > 0
+
+
+def test_resuming_from_a_checkpoint_gives_the_same_weights(tiny_model, config, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = LarPOTrainer(model=tiny_model, args=config(**options), train_dataset=tiny.lists())
+    whole.train()
+    resumed = LarPOTrainer(model=tiny_model, args=config(**options), train_dataset=tiny.lists())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert_same_weights(whole.model, resumed.model, rtol=1e-6, atol=1e-7)
+
+
+def test_model_card_and_tags_name_larpo_and_the_paper(trained, tmp_path):
+    trainer = trained(tiny.lists())
+    assert set(trainer.model.model_tags) >= {"trl", "dpo", "larpo"}
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained with LarPO" in card
+    assert "LLM Alignment as Retriever Optimization" in card
+    assert "2502.03699" in card
+
+
+def test_saved_model_loads(trained, tmp_path):
+    trainer = trained(tiny.lists())
+    trainer.save_model(tmp_path / "saved")
+    assert_same_weights(trainer.model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+
+
+# Lengths
+
+
+def test_over_long_prompts_are_dropped_and_cut_completions_counted(trained, caplog):
+    rows = [{"prompt": "x" * length, "completions": [" a", " " + "b" * 30]} for length in (3, 30, 40, 3, 3, 3)]
+    with caplog.at_level(logging.WARNING):
+        trainer = trained(Dataset.from_list(rows), {"max_length": 20})
+    assert len(trainer.train_dataset) == 4
+    assert "dropped 2 of 6 lists" in caplog.text
+    assert "4 of 8 completions are cut at `max_length=20`" in caplog.text
+
+
+def test_nothing_left_is_an_error(tiny_model, config):
+    rows = [{"prompt": "x" * 30, "completions": [" a", " b"]}]
+    with pytest.raises(DataError, match=r"no list is left.*max_length=20"):
+        LarPOTrainer(model=tiny_model, args=config(max_length=20), train_dataset=Dataset.from_list(rows))
+
+
+def test_without_max_length_nothing_is_cut(trained):
+    rows = [{"prompt": "x" * 30, "completions": [" a", " b" * 30]}] * 4
+    trainer = trained(Dataset.from_list(rows), {"max_length": None})
+    assert trajectory(trainer, "completions/mean_length")[0][0] == (3 + 61) / 2
+
+
+def test_training_examples_are_shown_nothing_but_documented_columns(trained):
+    # Extra columns of the user's must not reach the model
+    rows = [{"prompt": "p", "completions": [" a", " b"], "labels": [1, 2], "source": "web", "input_ids": [1]}] * 4
+    trainer = trained(Dataset.from_list(rows))
+    assert len(trajectory(trainer, "loss")) == 3
+
+
+# What has no meaning on lists
+
+
+@pytest.mark.parametrize(
+    "options, trainer_kwargs, named",
+    [
+        ({"ld_alpha": 0.5}, {}, "`ld_alpha=0.5` has no meaning on lists"),
+        ({"use_weighting": True}, {}, "`use_weighting=True` has no meaning on lists"),
+        ({"label_smoothing": 0.1}, {}, "`label_smoothing=0.1` has no meaning on lists"),
+        ({"discopop_tau": 0.1}, {}, "`discopop_tau=0.1` has no meaning on lists"),
+        *[
+            ({"loss_type": name}, {}, f"names '{name}', which TRL defines on chosen/rejected pairs only")
+            for name in ("sigmoid", "ipo", "hinge", "aot", "bco_pair")
+        ],
+        ({"loss_type": ["listmle", "sigmoid"]}, {}, "names 'sigmoid'"),
+        ({"loss_type": "listmle"}, {"loss_fn": listmle_loss}, "`loss_fn` and `loss_type=.*listmle.* are both given"),
+        ({"lambda_weight": "ndcg"}, {"loss_fn": listmle_loss}, "`lambda_weight` has no effect on a `loss_fn`"),
+    ],
+)
+def test_options_of_pairs_are_refused_on_lists_before_the_model_is_loaded(config, options, trainer_kwargs, named):
+    with pytest.raises(ConfigError, match=named):
+        LarPOTrainer(model="/no/such/model", args=config(**options), train_dataset=tiny.lists(), **trainer_kwargs)
+
+
+def test_images_are_refused_on_lists(config):
+    rows = [{"prompt": "p", "completions": [" a", " b"], "images": [[0]]}]
+    with pytest.raises(ConfigError, match="train_dataset has images"):
+        LarPOTrainer(model="/no/such/model", args=config(), train_dataset=Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("train_dataset", [None, [{"prompt": "p"}], {"train": 1}])
+def test_other_kinds_of_dataset_are_refused_as_in_trl(tiny_model, config, train_dataset):
+    with pytest.raises((ValueError, TypeError), match="train_dataset"):
+        LarPOTrainer(model=tiny_model, args=config(), train_dataset=train_dataset)
+
+
+def test_options_are_saved_as_they_were_given(trained, tmp_path):
+    trainer = trained(tiny.lists(), {"loss_type": "listmle", "save_strategy": "steps", "save_steps": 3})
+    assert trainer.args.loss_type == ["listmle"]
+    saved = torch.load(tmp_path / "out" / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert isinstance(saved, LarPOConfig)
+    assert saved.loss_type == ["listmle"]
+    state = json.loads(Path(tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3

@@ -1,0 +1,184 @@
+"""
+The command `larpo`.
+
+`larpo train` is the counterpart of `trl dpo`: options come from a YAML file (`--config`) and from flags, which win. It
+runs in this process, also under `accelerate launch -m trl_larpo train ...`; with options of `accelerate launch` (such
+as `--num_processes`) or `--accelerate_config` it launches itself through accelerate.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+
+from .errors import ConfigError, LarPOError
+from .version import __version__
+
+_LAST_CHECKPOINT = ("true", "last", "auto")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line. Returns the exit status: 0, or 2 for an error the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="larpo", description="Align language models with ranked lists of responses (LarPO).", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"trl-larpo {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands")
+    commands.add_parser(
+        "train", add_help=False, help="train on ranked lists or pairs; `larpo train --help` explains every option"
+    )
+    if not argv:
+        parser.print_help()
+        return 0
+    parser.parse_known_args(argv[:1])  # refuses unknown commands, answers --help and --version
+    try:
+        return train(argv[1:])
+    except LarPOError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
+            print(f"larpo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(argv: list[str]) -> int:
+    """`larpo train`: parses the options, loads the data, trains, saves."""
+    script_args, training_args, model_args, mixture_args, launch_args = _parse(argv)
+    if launch_args:
+        return _launch(argv, launch_args)
+
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import get_peft_config, get_quantization_config
+
+    from .data import load_splits
+    from .trainer import LarPOTrainer
+
+    _check_model_path(model_args.model_name_or_path)
+    if mixture_args.datasets:
+        from trl import get_dataset
+
+        splits = get_dataset(mixture_args)
+    elif script_args.dataset_name:
+        splits = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    else:
+        raise ConfigError(
+            "No data: give `dataset_name` (a file, a folder or a hub id), or `datasets` in the YAML file."
+        )
+    train_dataset = _pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = _pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    trainer = LarPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if script_args.ignore_bias_buffers:  # as in TRL's scripts: a work-around for boolean buffers under DDP
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype.is_floating_point is False
+        ]
+
+    checkpoint = training_args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and checkpoint.lower() in _LAST_CHECKPOINT:
+        checkpoint = get_last_checkpoint(training_args.output_dir)  # None, a fresh start, where there is none yet
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset_name=_hub_name(script_args.dataset_name))
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=_hub_name(script_args.dataset_name))
+    if hasattr(trainer, "end"):  # transformers ≥ 5.18: finishes trackers and the process group
+        trainer.end()
+    return 0
+
+
+def _parse(argv: list[str]):
+    """Options as dataclasses, and what is left for `accelerate launch`."""
+    from accelerate.commands.launch import launch_command_parser
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from .config import LarPOConfig
+
+    class Parser(TrlParser):
+        def error(self, message):  # argparse would print some hundred lines of usage first
+            raise ConfigError(f"{message} (`larpo train --help` explains every option)")
+
+    parser = Parser(
+        (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
+        prog="larpo train",
+        description="Train a model on ranked lists of responses, or on chosen/rejected pairs.",
+        epilog="Options of `accelerate launch` (--num_processes, --config_file, ...) and --accelerate_config are taken "
+        "too, and launch the training through accelerate.",
+        allow_abbrev=False,
+    )
+    try:
+        *options, from_config, from_flags = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except LarPOError:
+        raise
+    except IndexError:
+        raise ConfigError("`--config` needs the path of a YAML file.") from None
+    except Exception as error:  # of many libraries: YAML, files, values that a dataclass refuses
+        raise ConfigError(" ".join(str(error).split())) from error
+
+    remaining = from_config + from_flags
+    launch_parser = launch_command_parser()
+    known = {flag for action in [*parser._actions, *launch_parser._actions] for flag in action.option_strings}
+    for word in remaining:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in known | {"--accelerate_config"}:
+            close = difflib.get_close_matches(flag, sorted(known), n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            where = f"`{flag[2:]}` in the YAML file" if word in from_config else f"`{flag}`"
+            raise ConfigError(f"Unknown option {where}.{hint}")
+    if remaining and not remaining[0].startswith("--"):
+        raise ConfigError(f"Unexpected argument {remaining[0]!r}: options start with `--`.")
+    return *options, remaining
+
+
+def _launch(argv: list[str], launch_args: list[str]) -> int:
+    """Starts `accelerate launch ... -m trl_larpo train ...`, each option going to the one it belongs to."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    if "RANK" in os.environ:
+        raise ConfigError(f"Already launched by accelerate; give {launch_args[0]} to `accelerate launch` itself.")
+    ours, remaining = [], list(launch_args)
+    for word in argv:
+        if remaining and word == remaining[0]:
+            remaining.pop(0)
+        else:
+            ours.append(word)
+    try:
+        launch_args = resolve_accelerate_config_argument(launch_args)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    launch_command(launch_command_parser().parse_args([*launch_args, "-m", "trl_larpo", "train", *ours]))
+    return 0
+
+
+def _check_model_path(name: str | None) -> None:
+    if not name:
+        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
+    if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
+        raise ConfigError(f"`model_name_or_path` is {name!r}, and there is no such folder.")
+
+
+def _pick_split(splits, name: str, option: str):
+    if name not in splits:
+        raise ConfigError(f"`{option}` is {name!r}, but the data has only: {', '.join(splits)}.")
+    return splits[name]
+
+
+def _hub_name(dataset_name: str | None) -> str | None:
+    """The name to put on the model card: hub ids, but no paths of this machine."""
+    return None if dataset_name is None or os.path.exists(dataset_name) else dataset_name
