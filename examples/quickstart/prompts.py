@@ -27,7 +27,7 @@ def make_prompts(topics: list[str]) -> list[dict]:
     prompts = []
     for i, topic in enumerate(topics):
         for name, value, sentence in (INSTRUCTIONS[i % 4], INSTRUCTIONS[(i + 1 + i // 4 % 3) % 4]):
-            content = f"Tell me something about {topic}. {sentence}"
+            content = f"Tell me a short fact about {topic}. {sentence}"
             prompt = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": content}]
             prompts.append({"prompt": prompt, "instruction": name, "value": value})
     return prompts

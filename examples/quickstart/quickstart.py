@@ -84,7 +84,10 @@ def main(argv: list[str] | None = None) -> dict:
     samples = sample(train_prompts, options.num_samples, "Training answers", seed=2)
     rewards = reward(train_prompts, samples)
     lists = build_candidate_lists(
-        [row["prompt"] for row in train_prompts], [[s.text for s in of_prompt] for of_prompt in samples], rewards
+        [row["prompt"] for row in train_prompts],
+        [[s.text for s in of_prompt] for of_prompt in samples],
+        rewards,
+        finished=[[s.finished for s in of_prompt] for of_prompt in samples],
     )
     print(f"Candidate lists: {lists.summary()}")
     write_jsonl(output_dir / "candidate_lists.jsonl", lists.rows)
@@ -133,7 +136,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_held_out_prompts", type=int, default=64, help="held-out prompts, at most 64")
     parser.add_argument("--num_eval_samples", type=int, default=4, help="answers per held-out prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer; a longer one is cut off")
+    parser.add_argument("--max_new_tokens", type=int, default=96, help="longest answer; a longer one is cut off")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     return parser.parse_args(argv)
 

@@ -1,0 +1,80 @@
+"""Two processes train as one does: ragged lists, under DDP, DeepSpeed ZeRO and FSDP2, with gloo on a CPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("train_lists.py")
+ONE_PROCESS = {"per_device_train_batch_size": 4}
+TWO_PROCESSES = {"per_device_train_batch_size": 2}
+
+
+def zero(stage, **zero_options):
+    return {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": stage, **zero_options},
+        }
+    }
+
+
+LAUNCHERS = {
+    "DDP": {},
+    "ZeRO-1": zero(1),
+    "ZeRO-2": zero(2),
+    "ZeRO-3": zero(3),
+    "FSDP2": {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "reshard_after_forward": True}},
+}
+
+
+def run(tiny_model, tmp_path, options, num_processes):
+    result = tmp_path / f"{num_processes}.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [sys.executable] if num_processes == 1 else launch
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.run(
+        [*command, str(SCRIPT), tiny_model, str(result), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(result.read_text())
+
+
+def trajectory(result, *names):
+    return [[entry[name] for name in names] for entry in result["steps"] if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"precompute_ref_log_probs": True}], ids=str
+)
+def test_two_processes_train_as_one(tiny_model, tmp_path, launcher, options):
+    if launcher.startswith("ZeRO") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: `pip install trl-larpo[deepspeed]`")
+    one = run(tiny_model, tmp_path, ONE_PROCESS | options, 1)
+    two = run(tiny_model, tmp_path, TWO_PROCESSES | options | LAUNCHERS[launcher], 2)
+    names = [
+        "loss",
+        "grad_norm",
+        "rewards/margins",
+        "ranking/accuracy",
+        "list_size",
+        "completions/mean_length",
+        "num_tokens",
+    ]
+    ours, theirs = trajectory(one, *names), trajectory(two, *names)
+    assert len(ours) == len(theirs) == 5
+    for step, (expected, found) in enumerate(zip(ours, theirs, strict=True)):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), f"step {step}: {names}"

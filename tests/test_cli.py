@@ -1,0 +1,185 @@
+"""`larpo train`: from YAML and flags to a saved model, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM
+
+from trl_larpo import LarPOTrainer, cli
+
+
+@pytest.fixture
+def lists_file(tmp_path):
+    path = tmp_path / "lists.jsonl"
+    tiny.lists().to_json(path)
+    return path
+
+
+@pytest.fixture
+def yaml_file(tmp_path, tiny_model, lists_file):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""\
+model_name_or_path: {tiny_model}
+dataset_name: {lists_file}
+output_dir: {tmp_path / "out"}
+loss_type: listmle
+max_steps: 4
+save_steps: 2
+learning_rate: 1e-3
+per_device_train_batch_size: 4
+bf16: false
+use_cpu: true
+report_to: none
+disable_tqdm: true
+"""
+    )
+    return path
+
+
+def log_of(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_trains_from_yaml_with_flags_that_win(yaml_file, tmp_path, capsys):
+    assert cli.main(["train", "--config", str(yaml_file), "--max_steps", "2", "--logging_steps", "1"]) == 0
+    assert "Model saved to" in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [entry["step"] for entry in log_of(tmp_path / "out" / "checkpoint-2")] == [1, 2]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "LLM Alignment as Retriever Optimization" in card
+    assert str(tmp_path) not in card.split("model=")[0]  # paths of this machine are no names of data sets
+
+
+def test_resumes_from_the_last_checkpoint(yaml_file, tmp_path, monkeypatch):
+    assert cli.main(["train", "--config", str(yaml_file), "--resume_from_checkpoint", "last"]) == 0  # none there yet
+    started_at = []
+    original = LarPOTrainer.training_step
+
+    def spy(self, *args, **kwargs):
+        started_at.append(self.state.global_step)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LarPOTrainer, "training_step", spy)
+    again = ["train", "--config", str(yaml_file), "--max_steps", "6", "--resume_from_checkpoint", "last"]
+    assert cli.main(again) == 0
+    assert started_at == [4, 5]
+
+
+def test_trains_with_lora_and_evaluates(yaml_file, tmp_path, tiny_model):
+    pytest.importorskip("peft")
+    from datasets import DatasetDict
+
+    DatasetDict({"train": tiny.lists(), "test": tiny.pairs(num_rows=4)}).save_to_disk(tmp_path / "splits")
+    flags = ["--use_peft", "--lora_r", "4", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--dataset_name", str(tmp_path / "splits")]
+    assert cli.main(["train", "--config", str(yaml_file), *flags]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert any("eval_loss" in entry for entry in log_of(tmp_path / "out" / "checkpoint-4"))
+
+
+def test_dataset_mixture_of_the_yaml_file(yaml_file, lists_file, tmp_path):
+    text = yaml_file.read_text().replace(f"dataset_name: {lists_file}\n", "")
+    yaml_file.write_text(text + f"datasets:\n  - path: json\n    data_files: {lists_file}\n")
+    assert cli.main(["train", "--config", str(yaml_file)]) == 0
+
+
+def test_help_explains_every_option(capsys):
+    assert cli.main([]) == 0
+    assert "train" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for phrase in ("--loss_type", "Losses over a ranked list", "--lambda_weight", "--dataset_name", "--use_peft"):
+        assert phrase in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("trl-larpo 0.")
+
+
+BAD_COMMANDS = {
+    "unknown flag": (["--loss_tpye", "listmle"], "Unknown option `--loss_tpye`. Did you mean `--loss_type`?"),
+    "unknown loss": (["--loss_type", "listml"], "Did you mean 'listmle'?"),
+    "wrong type": (["--beta", "strong"], "argument --beta: invalid float value: 'strong'"),
+    "missing file": (["--dataset_name", "nowhere.jsonl"], "There is no file or folder 'nowhere.jsonl'"),
+    "missing model": (["--model_name_or_path", "./nowhere"], "`model_name_or_path` is './nowhere'"),
+    "missing split": (
+        ["--dataset_train_split", "best"],
+        "`dataset_train_split` is 'best', but the data has only: train",
+    ),
+    "no test split": (["--eval_strategy", "steps"], "`dataset_test_split` is 'test', but the data has only: train"),
+    "option of pairs": (["--ld_alpha", "0.5"], "`ld_alpha=0.5` has no meaning on lists"),
+    "stray word": (["listmle"], "Unexpected argument 'listmle'"),
+    "weights": (["--loss_weights", "1", "2"], "`loss_weights` must have the same length as `loss_type`"),
+    "accelerate config": (["--accelerate_config", "zero9"], "Accelerate config zero9 is neither a file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COMMANDS)
+def test_mistakes_are_one_line(yaml_file, capsys, name):
+    flags, message = BAD_COMMANDS[name]
+    assert cli.main(["train", "--config", str(yaml_file), *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("larpo: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("loss_tpye: listmle\n", "Unknown option `loss_tpye` in the YAML file. Did you mean `--loss_type`?"),
+        ("- a\n- b\n", "must contain a YAML mapping"),
+        ("a: [1\n", "while parsing a flow sequence"),
+        ("model_name_or_path: m\noutput_dir: o\nuse_cpu: true\n", "No data: give `dataset_name`"),
+        ("output_dir: o\nuse_cpu: true\n", "No model: give `model_name_or_path`"),
+    ],
+)
+def test_mistakes_in_yaml_are_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert cli.main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_missing_yaml(capsys):
+    assert cli.main(["train", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    assert cli.main(["train", "--config"]) == 2
+    assert "`--config` needs the path of a YAML file" in capsys.readouterr().err
+
+
+def run(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("through", ["accelerate launch", "larpo train"])
+def test_launches_through_accelerate(yaml_file, tmp_path, through):
+    launch = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--cpu",
+    ]
+    train = ["train", "--config", str(yaml_file), "--max_steps", "1"]
+    if through == "accelerate launch":
+        result = run(sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "trl_larpo", *train)
+    else:
+        result = run(sys.executable, "-m", "trl_larpo", *train, *launch)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,114 @@
+"""
+What LarPOTrainer relies on in TRL. A failure here says which part of TRL has changed, before anything subtler breaks.
+"""
+
+import inspect
+import re
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+from trl.data_utils import _tokenize, common_prefix_length
+from trl.models import prepare_deepspeed
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import utils as trl_utils
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from trl_larpo.config import DPO_LOSSES
+
+SIGNATURES = {
+    DPOTrainer._prepare_dataset: ["self", "dataset", "processing_class", "args", "dataset_name"],
+    DPOTrainer._set_signature_columns_if_needed: ["self"],
+    DPOTrainer._precompute_ref_logps: ["self", "dataset", "name", "batch_size"],
+    DPOTrainer.compute_ref_log_probs: ["self", "model", "inputs"],
+    DPOTrainer._compute_loss: ["self", "model", "inputs", "return_outputs"],
+    DPOTrainer.prediction_step: ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+    common_prefix_length: ["ids", "other_ids"],
+    _tokenize: ["processing_class", "input", "apply_chat_template_kwargs"],
+    disable_gradient_checkpointing: ["model", "gradient_checkpointing_kwargs"],
+    prepare_deepspeed: ["model", "accelerator"],
+    trl_utils.use_adapter: ["model", "adapter_name"],
+    trl_utils.global_then_local_main_first: [],
+    trl_utils.get_config_model_id: ["config"],
+    trl_utils._use_triton: ["device"],
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signatures(function):
+    found = list(inspect.signature(function).parameters)
+    assert found == SIGNATURES[function], f"TRL changed {function.__qualname__}: it now takes {found}"
+
+
+def test_constructor_takes_what_we_hand_on():
+    expected = [
+        "self", "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class",
+        "compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config",
+    ]  # fmt: skip
+    found = list(inspect.signature(DPOTrainer.__init__).parameters)
+    assert found == expected, f"TRL changed the arguments of DPOTrainer to {found}"
+
+
+def test_attributes_of_a_dpo_trainer(tiny_model, config):
+    trainer = DPOTrainer(model=tiny_model, args=config(DPOConfig), train_dataset=tiny.pairs())
+    used = [
+        "beta", "loss_types", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "precompute_ref_logps",
+        "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_metrics", "_total_train_tokens", "_tp_size",
+        "_tokenizer", "_precompute_engine", "_precompute_model_hash", "_signature_columns", "is_deepspeed_enabled",
+    ]  # fmt: skip
+    missing = [name for name in used if not hasattr(trainer, name)]
+    assert not missing, f"DPOTrainer no longer has {missing}"
+    assert isinstance(trainer.data_collator, DataCollatorForPreference)
+    fields = ["pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"]
+    assert list(DataCollatorForPreference.__dataclass_fields__) == fields
+
+
+def test_fused_head_gives_log_probabilities_of_the_next_token(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    expected = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    labels = torch.tensor([[-100, -100, 7, 8, 9]])
+    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    scored = torch.tensor([[False, True, True, True]])
+    torch.testing.assert_close(output.log_probs, expected.masked_fill(~scored, 0.0))
+    for name in ("entropy", "mean_logits", "is_top1"):
+        assert getattr(output, name).shape == (1, 4), f"field {name} of the fused head"
+
+
+def test_scoring_labelled_positions_only_changes_no_number(tiny_model):
+    from trl_larpo.trainer import _score_labelled_positions_only
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    rows = []
+    model.get_output_embeddings()
+    kernel = trl_utils._ChunkedLogProbFunction
+
+    class Spy:
+        @staticmethod
+        def apply(hidden, *args):
+            rows.append(hidden.size(0))
+            return kernel.apply(hidden, *args)
+
+    ids, labels = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[-100, -100, 7, -100, 9]])
+    trl_utils._ChunkedLogProbFunction = Spy
+    try:
+        whole = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        with _score_labelled_positions_only():
+            part = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    finally:
+        trl_utils._ChunkedLogProbFunction = kernel
+    assert rows == [4, 2], "TRL no longer chooses the scored positions by `_use_triton`"
+    for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name))
+
+
+def test_names_of_trl_losses(tiny_model, config):
+    trainer = DPOTrainer(model=tiny_model, args=config(DPOConfig, loss_type="no such loss"), train_dataset=tiny.pairs())
+    with pytest.raises(ValueError, match="Unknown loss type") as error:
+        trainer.train()
+    in_trl = set(re.findall(r"'(\w+)'", str(error.value)))
+    assert in_trl == DPO_LOSSES, f"TRL's losses are now {sorted(in_trl)}; update DPO_LOSSES in config.py"

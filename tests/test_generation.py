@@ -1,0 +1,104 @@
+"""Sampling equals `generate`, ends are told from cut-offs, and impossible requests are refused."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_larpo import ConfigError
+from trl_larpo.generation import generate_completions
+
+PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_pretrained(
+        tiny.save_tiny_model(tmp_path_factory.mktemp("m"), initializer_range=1.0)
+    )
+
+
+def plain_generate(model, tokenizer, prompt, **options):
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=tokenizer.pad_token_id, **options
+    )
+    return tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral with a window", "gpt2"])
+def test_greedy_equals_generate_prompt_by_prompt(tmp_path, architecture):
+    # Left padding, the shared prefill and leaving the batch early must not show
+    config = {"sliding_window": 8} if architecture == "mistral with a window" else {}
+    if architecture == "gpt2":
+        config = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 512}
+    folder = tiny.save_tiny_model(tmp_path, architecture.split()[0], **config)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny.tiny_tokenizer()
+    samples = generate_completions(model, tokenizer, PROMPTS, num_samples=1, temperature=0, max_new_tokens=40)
+    expected = [plain_generate(model, tokenizer, prompt, max_new_tokens=40) for prompt in PROMPTS]
+    assert [sample.text for [sample] in samples] == expected
+
+
+def test_samples_are_distinct_reproducible_and_leave_the_global_seed_alone(model):
+    tokenizer = tiny.tiny_tokenizer()
+    options = {"num_samples": 5, "max_new_tokens": 12, "batch_size": 7}
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = generate_completions(model, tokenizer, PROMPTS, seed=1, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == generate_completions(model, tokenizer, PROMPTS, seed=1, **options)
+    assert first != generate_completions(model, tokenizer, PROMPTS, seed=2, **options)
+    assert [len(of_prompt) for of_prompt in first] == [5] * 4
+    assert all(len({sample.text for sample in of_prompt}) > 1 for of_prompt in first)
+
+
+def test_ends_are_told_from_cut_offs(model):
+    tokenizer = tiny.tiny_tokenizer()
+    always_end = model.generation_config.eos_token_id = list(range(len(tokenizer)))
+    try:
+        samples = generate_completions(model, tokenizer, ["a"], num_samples=3, max_new_tokens=5)
+        assert all(sample.finished and sample.num_tokens == 1 and sample.text == "" for sample in samples[0])
+    finally:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert always_end
+    samples = generate_completions(model, tokenizer, ["a"], num_samples=8, max_new_tokens=1)
+    assert all(sample.num_tokens == 1 and sample.finished == (sample.text == "") for sample in samples[0])
+
+
+def test_sampling_follows_the_model_distribution(model):
+    # 4000 first tokens against the softmax: the shared prefill must feed the right logits to every copy
+    tokenizer = tiny.tiny_tokenizer()
+    prompt = "why is"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        probabilities = model(ids).logits[0, -1].softmax(-1)
+    samples = generate_completions(model, tokenizer, [prompt], num_samples=4000, max_new_tokens=1, batch_size=4000)
+    top = int(probabilities.argmax())
+    share = sum(sample.text == tokenizer.decode([top], skip_special_tokens=True) for sample in samples[0]) / 4000
+    assert share == pytest.approx(probabilities[top].item(), abs=0.04)
+
+
+def test_model_mode_is_restored(model):
+    model.train()
+    generate_completions(model, tiny.tiny_tokenizer(), ["a b"], num_samples=1, max_new_tokens=2)
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_samples": 0}, "`num_samples` is 0"),
+        ({"num_samples": 2, "temperature": 0}, "`temperature=0` decodes greedily, so all 2 samples"),
+        ({"num_samples": 2, "temperature": -1.0}, "`temperature` is -1.0"),
+    ],
+)
+def test_impossible_requests_are_refused(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        generate_completions(model, tiny.tiny_tokenizer(), ["a"], **options)
