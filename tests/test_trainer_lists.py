@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from test_trainer_pairs import trajectory
+from test_trainer_pairs import assert_close, trajectory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_larpo import ConfigError, DataError, LarPOConfig, LarPOTrainer
@@ -42,7 +42,9 @@ def test_first_loss_is_what_the_formula_says_at_score_zero(trained):
     dataset = tiny.lists(num_rows=4)
     trainer = trained(dataset, {"loss_type": "lambdarank", "max_steps": 1})
     num_pairs = [sum(a > b for a in row["rewards"] for b in row["rewards"]) for row in dataset]
-    assert trajectory(trainer, "loss")[0][0] == pytest.approx(math.log(2) * sum(num_pairs) / 4)
+    assert trajectory(trainer, "loss")[0][0] == pytest.approx(
+        math.log(2) * sum(num_pairs) / 4, abs=tiny.LOSS_ROUNDING or None
+    )
 
 
 def test_a_step_forwards_each_candidate_once(tiny_model, config):
@@ -74,12 +76,7 @@ def test_scores_are_those_of_dpo_trainer_on_each_pair_of_the_list(trained):
     )
     options = {"loss_type": "pairwise", "per_device_train_batch_size": 2, "max_steps": 5}
     ours, theirs = trained(lists, options), trained(pairs, options)
-    torch.testing.assert_close(
-        torch.tensor(trajectory(ours, "loss", "grad_norm", "rewards/margins")),
-        torch.tensor(trajectory(theirs, "loss", "grad_norm", "rewards/margins")),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    assert_close(ours, theirs, ("loss", "grad_norm", "rewards/margins"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["lambdarank", "listmle", "contrastive", "pairwise"])
@@ -96,9 +93,8 @@ def test_trajectory_does_not_depend_on_how_a_batch_is_split(trained, loss_type):
         )
         for size in (8, 1, 2)
     ]
-    whole = torch.tensor(trajectory(runs[0], "loss", "grad_norm"))
     for run in runs[1:]:
-        torch.testing.assert_close(torch.tensor(trajectory(run, "loss", "grad_norm")), whole, rtol=1e-4, atol=1e-5)
+        assert_close(run, runs[0], ("loss", "grad_norm"), rtol=1e-4, atol=1e-5)
 
 
 def test_unsorted_lists_are_ranked_by_reward_and_best_first_lists_by_order(trained):
@@ -111,7 +107,7 @@ def test_unsorted_lists_are_ranked_by_reward_and_best_first_lists_by_order(train
         {"prompt": "q", "completions": [" five", " four"], "rewards": [0.0, 1.0]},
     ] * 4
     runs = [trained(Dataset.from_list(rows)) for rows in (sorted_rows, shuffled_rows)]
-    torch.testing.assert_close(*(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in runs))
+    assert_close(*runs, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
 
 
 def test_tied_lists_contribute_nothing(trained, caplog):
@@ -156,9 +152,7 @@ def test_own_loss_takes_the_place_of_loss_type(trained):
 )
 def test_options_of_losses(trained, options, loss_fn):
     by_option, by_function = trained(tiny.lists(), options), trained(tiny.lists(), loss_fn=loss_fn)
-    torch.testing.assert_close(
-        *(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in (by_option, by_function))
-    )
+    assert_close(by_option, by_function, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
 
 
 def test_sft_term_is_the_nll_per_token_of_the_best(trained, tiny_model):
@@ -170,7 +164,7 @@ def test_sft_term_is_the_nll_per_token_of_the_best(trained, tiny_model):
     with torch.no_grad():
         log_probs = AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits.log_softmax(-1)
     nll = -log_probs[0, :-1].gather(1, ids[0, 1:, None])[len("p") - 1 :].mean().item()
-    assert trajectory(trainer, "loss")[0][0] == pytest.approx(nll, rel=1e-5)
+    assert trajectory(trainer, "loss")[0][0] == pytest.approx(nll, rel=1e-5, abs=tiny.LOSS_ROUNDING or None)
 
 
 @pytest.mark.parametrize("f_divergence_type", ["forward_kl", "js_divergence", "alpha_divergence"])
@@ -201,9 +195,7 @@ def test_precomputed_reference_gives_the_same_training(trained, batch_size):
     precomputed, plain = trained(tiny.lists(), options), trained(tiny.lists())
     assert precomputed.ref_model is None
     assert [len(x) for x in precomputed.train_dataset["ref_logps"]] == [len(x["completions"]) for x in tiny.lists()]
-    torch.testing.assert_close(
-        *(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in (precomputed, plain)), rtol=1e-4, atol=1e-5
-    )
+    assert_close(precomputed, plain, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
 
 
 def test_precomputed_reference_is_cached_and_depends_on_its_options(trained, tmp_path, monkeypatch):
@@ -240,7 +232,7 @@ def test_sync_ref_model(trained, tiny_model):
 
 
 def test_explicit_reference_model_is_used(trained, tmp_path):
-    other = AutoModelForCausalLM.from_pretrained(tiny.save_tiny_model(tmp_path / "other"))
+    other = AutoModelForCausalLM.from_pretrained(tiny.save_tiny_model(tmp_path / "other", initializer_range=0.2))
     trainer = trained(tiny.lists(), {"max_steps": 1}, ref_model=other)
     assert trajectory(trainer, "rewards/chosen")[0][0] != 0.0
 
@@ -318,14 +310,14 @@ def test_mixture_of_experts_adds_its_balancing_loss(trained, tmp_path):
     without = trained(tiny.lists(), {"max_steps": 1, "router_aux_loss_coef": 0.0}, model=folder)
     [[loss, aux_loss]], [[plain]] = trajectory(with_loss, "loss", "aux_loss"), trajectory(without, "loss")
     assert aux_loss > 0
-    assert loss == pytest.approx(plain + 0.1 * aux_loss, rel=1e-5)
+    assert loss == pytest.approx(plain + 0.1 * aux_loss, rel=1e-5, abs=tiny.LOSS_ROUNDING or None)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(trained, use_reentrant):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     runs = [trained(tiny.lists(), options), trained(tiny.lists())]
-    torch.testing.assert_close(*(torch.tensor(trajectory(run, "loss", "grad_norm")) for run in runs))
+    assert_close(*runs, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("conversational", [False, True])

@@ -35,7 +35,8 @@ def trajectory(trainer, *names):
 def assert_close(ours, theirs, names, rtol, atol):
     for name in names:
         values = [torch.tensor(trajectory(trainer, name), dtype=torch.float64) for trainer in (ours, theirs)]
-        torch.testing.assert_close(*values, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        atol_of_name = max(atol, tiny.LOSS_ROUNDING) if name == "loss" else atol
+        torch.testing.assert_close(*values, rtol=rtol, atol=atol_of_name, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def run_both(trained, dataset, options, dpo_options, **trainer_kwargs):
@@ -112,7 +113,7 @@ def test_options_equal_dpo_sigmoid(trained, options):
         trained, tiny.pairs(), {"loss_type": "lambdarank"} | options, {"loss_type": "sigmoid"} | options
     )
     assert ours._list_mode
-    tolerance = 2e-2 if "bf16" in options else 2e-5
+    tolerance = 2e-2 if "bf16" in options else 1e-4 if "f_divergence_type" in options else 2e-5
     assert_close(ours, theirs, ("loss", "grad_norm"), rtol=tolerance, atol=0)
 
 

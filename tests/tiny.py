@@ -3,9 +3,14 @@
 import random
 from pathlib import Path
 
+import torch
+import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+LOSS_ROUNDING = 1e-4 if int(transformers.__version__.split(".")[0]) < 5 else 0.0
+"""transformers 4 logs the loss with four decimals."""
 
 PAD, BOS, EOS = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
@@ -49,7 +54,9 @@ def save_tiny_model(folder: Path, model_type: str = "llama", **config) -> str:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | config)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | config)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -97,17 +97,17 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
     local = Path(path).expanduser()
     if not local.exists() and (path.startswith((".", "/", "~")) or local.suffix in _FILE_BUILDERS):
         raise DataError(f"There is no file or folder {path!r}.")
+    if local.is_file() and local.suffix not in _FILE_BUILDERS:
+        raise DataError(f"{path!r} is none of the kinds that can be read: {', '.join(_FILE_BUILDERS)}.")
     try:
         if local.is_file():
-            if local.suffix not in _FILE_BUILDERS:
-                raise DataError(f"{path!r} is none of the kinds that can be read: {', '.join(_FILE_BUILDERS)}.")
             builder = _FILE_BUILDERS[local.suffix]
             return load_dataset(builder, data_files={"train": str(local)}, streaming=streaming)
         if local.is_dir() and any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
             saved = load_from_disk(str(local))
             return {"train": saved} if isinstance(saved, Dataset) else saved
         return load_dataset(path, name=config_name, streaming=streaming)
-    except (DatasetsError, OSError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{path!r} cannot be read: {cause}") from error
 

@@ -14,11 +14,14 @@ HELD_OUT_TOPICS = [
     "balloons", "rockets",
 ]  # fmt: skip
 
-INSTRUCTIONS = [  # name and value for the reward, and what the model is told
+# Name and value for the reward, and what the model is told. The model follows each of them sometimes, so that most
+# lists hold both outcomes. And they pull the length of answers in different ways: were short answers the better ones
+# under every instruction, answers would soon shrink to nothing.
+INSTRUCTIONS = [
     ("no_commas", None, "Do not use any commas."),
-    ("max_words", 20, "Use at most 20 words."),
     ("includes", "because", 'Include the word "because".'),
-    ("num_sentences", 1, "Answer in exactly one sentence."),
+    ("min_words", 20, "Use at least 20 words."),
+    ("includes", "people", 'Include the word "people".'),
 ]
 
 

@@ -196,13 +196,19 @@ def compare(prompts: list[dict], before: list[list[Sample]], after: list[list[Sa
         results[name] = {
             "satisfaction": mean_and_error(rates[name]),
             "satisfaction_by_instruction": {
-                kind: mean_and_error([r for r, p in zip(rates[name], prompts, strict=True) if p["instruction"] == kind])
-                for kind in sorted({p["instruction"] for p in prompts})
+                kind: mean_and_error(
+                    [rate for rate, row in zip(rates[name], prompts, strict=True) if label(row) == kind]
+                )
+                for kind in sorted({label(row) for row in prompts})
             },
             "mean_tokens": statistics.fmean(s.num_tokens for s in flat),
             "finished": statistics.fmean(s.finished for s in flat),
         }
     return results
+
+
+def label(row: dict) -> str:
+    return " ".join([row["instruction"].replace("_", " "), *([] if row["value"] is None else [str(row["value"])])])
 
 
 def mean_and_error(values: list[float]) -> list[float]:
@@ -217,14 +223,14 @@ def print_results(results: dict, prompts: list[dict], before: list[list[Sample]]
         print(f"    before: {' '.join(before[i][0].text.split())}")
         print(f"    after:  {' '.join(after[i][0].text.split())}")
     print(f"\nInstructions followed, {results['num_held_out_prompts']} held-out prompts (± standard error):\n")
-    print(f"  {'':<16}{'before':>16}{'after':>16}")
+    print(f"  {'':<18}{'before':>16}{'after':>16}")
     rows = {"all": [results[name]["satisfaction"] for name in ("before", "after")]}
     rows |= {
         kind: [results[name]["satisfaction_by_instruction"][kind] for name in ("before", "after")]
         for kind in results["before"]["satisfaction_by_instruction"]
     }
     for name, ((b, b_error), (a, a_error)) in rows.items():
-        print(f"  {name:<16}{b:>8.3f} ± {b_error:.3f}{a:>8.3f} ± {a_error:.3f}")
+        print(f"  {name:<18}{b:>8.3f} ± {b_error:.3f}{a:>8.3f} ± {a_error:.3f}")
     gain, error = results["gain"]
     print(f"\n  gain {gain:+.3f} ± {error:.3f}, {gain / error if error else math.nan:.1f} standard errors")
     for name in ("before", "after"):
@@ -244,7 +250,7 @@ def draw_results(results: dict, path: Path) -> Path:
         means, errors = zip(*groups.values(), strict=True)
         positions = [i + offset for i in range(len(groups))]
         axes.bar(positions, means, 0.38, yerr=errors, capsize=3, label=name, color=color)
-        axes.set_xticks(range(len(groups)), [kind.replace("_", " ") for kind in groups])
+        axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylim(0, 1)
     axes.set_ylabel("instructions followed")
     axes.set_title(f"Held-out prompts before and after LarPO ({results['loss_type']})")
