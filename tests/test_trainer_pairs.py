@@ -144,6 +144,17 @@ def test_own_collator_goes_dpo_trainers_way(trained, tiny_model):
     assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
 
 
+def test_lists_cannot_be_evaluated_after_training_dpo_trainers_way(trained):
+    with pytest.raises(ConfigError, match="eval dataset holds lists, but this trainer was built for pairs"):
+        trained(tiny.pairs(), {"loss_type": "ipo"}).evaluate(tiny.lists())
+
+
+def test_extra_columns_are_ignored_as_in_trl(trained):
+    rows = [row | {"completions": ["x"], "rewards": None, "label": 1} for row in tiny.pairs()]
+    ours, theirs = run_both(trained, tiny.Dataset.from_list(rows), {"loss_type": "ipo"}, {"loss_type": "ipo"})
+    assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
+
+
 def test_dpo_config_is_accepted(trained):
     ours = trained(tiny.pairs(), TEN_STEPS, config_cls=DPOConfig)
     theirs = trained(tiny.pairs(), TEN_STEPS, cls=DPOTrainer, config_cls=DPOConfig)

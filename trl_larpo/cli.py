@@ -46,6 +46,7 @@ def train(argv: list[str]) -> int:
     if launch_args:
         return _launch(argv, launch_args)
 
+    import torch
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
@@ -83,7 +84,7 @@ def train(argv: list[str]) -> int:
     )
     if script_args.ignore_bias_buffers:  # as in TRL's scripts: a work-around for boolean buffers under DDP
         trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if buffer.dtype.is_floating_point is False
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
 
     checkpoint = training_args.resume_from_checkpoint

@@ -112,24 +112,28 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
         raise DataError(f"{path!r} cannot be read: {cause}") from error
 
 
-def dataset_format(dataset: Dataset | IterableDataset, where: str) -> RowFormat:
+def dataset_format(dataset: Dataset | IterableDataset, where: str, losses_need_pairs: bool = False) -> RowFormat:
     """
     Tells lists from pairs by the names of the columns.
 
     Args:
         dataset: Raw dataset.
         where: Name of the dataset in error messages, e.g. `"train_dataset"`.
+        losses_need_pairs: What to make of a dataset with the columns of both formats: pairs, as `DPOTrainer` does, or
+            an error, because whichever is taken the other is ignored.
 
     Returns:
         `"list"` or `"pair"`.
 
     Raises:
-        DataError: If columns are missing, or the columns of both formats are there.
+        DataError: If columns are missing, or it is unclear which of the two formats is meant.
     """
     columns = _column_names(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise DataError(f"{where} is empty; give at least one row.")
     pair = "chosen" in columns and "rejected" in columns
+    if pair and losses_need_pairs:
+        return "pair"
     if "completions" in columns:
         if pair:
             raise DataError(

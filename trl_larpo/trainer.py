@@ -132,7 +132,11 @@ class LarPOTrainer(DPOTrainer):
         if isinstance(train_dataset, Dataset | IterableDataset):  # anything else DPOTrainer refuses by name
             self._list_mode = trains_lists(
                 args,
-                formats=_check_datasets(train_dataset, eval_dataset),
+                formats=_check_datasets(
+                    train_dataset,
+                    eval_dataset,
+                    losses_need_pairs=loss_fn is None and DPO_LOSSES.issuperset(args.loss_type),
+                ),
                 loss_fn=loss_fn,
                 has_images=has_images(train_dataset),
                 has_collator=data_collator is not None,
@@ -173,7 +177,9 @@ class LarPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         where = f"{dataset_name} dataset"
         if not self._datasets_are_checked:
-            _check_dataset(dataset, where)
+            row_format = _check_dataset(dataset, where, losses_need_pairs=not self._list_mode)
+            if row_format == "list" and not self._list_mode:
+                raise ConfigError(f"{where} holds lists, but this trainer was built for pairs. Evaluate it on pairs.")
         if not self._list_mode:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         with global_then_local_main_first():
@@ -475,18 +481,18 @@ def _shares(members: Tensor) -> Tensor:
     return members / members.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _check_datasets(train_dataset, eval_dataset) -> dict[str, str]:
+def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool) -> dict[str, str]:
     """Looks at all rows that can be looked at. Name of each dataset, the training set first → its format."""
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
     elif eval_dataset is not None:
         datasets["eval_dataset"] = eval_dataset
-    return {where: _check_dataset(dataset, where) for where, dataset in datasets.items()}
+    return {where: _check_dataset(dataset, where, losses_need_pairs) for where, dataset in datasets.items()}
 
 
-def _check_dataset(dataset, where: str) -> str:
-    row_format = dataset_format(dataset, where)
+def _check_dataset(dataset, where: str, losses_need_pairs: bool) -> str:
+    row_format = dataset_format(dataset, where, losses_need_pairs)
     if row_format == "list":
         check_dataset(dataset, where)
     return row_format

@@ -20,7 +20,7 @@ HELD_OUT_TOPICS = [
 INSTRUCTIONS = [
     ("no_commas", None, "Do not use any commas."),
     ("includes", "because", 'Include the word "because".'),
-    ("min_words", 20, "Use at least 20 words."),
+    ("max_words", 20, "Use at most 20 words."),
     ("includes", "people", 'Include the word "people".'),
 ]
 

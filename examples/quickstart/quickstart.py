@@ -128,7 +128,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="outputs/quickstart", help="where everything is saved")
     parser.add_argument("--model", help="hub id or folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--loss_type", default="lambdarank", help="pairwise, contrastive, lambdarank, listmle, ...")
-    parser.add_argument("--learning_rate", type=float, default=3e-5, help="AdamW's")
+    parser.add_argument("--learning_rate", type=float, default=2e-5, help="AdamW's")
     parser.add_argument("--batch_size", type=int, default=4, help="lists per optimizer step")
     parser.add_argument("--num_epochs", type=int, default=1, help="passes over the lists")
     parser.add_argument("--num_train_prompts", type=int, default=80, help="training prompts, at most 80")

@@ -1,5 +1,6 @@
 """Two processes train as one does: ragged lists, under DDP, DeepSpeed ZeRO and FSDP2, with gloo on a CPU."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -35,13 +36,12 @@ LAUNCHERS = {
 }
 
 
-def run(tiny_model, tmp_path, options, num_processes):
-    result = tmp_path / f"{num_processes}.json"
+def run(model, result, options, num_processes):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     command = [sys.executable] if num_processes == 1 else launch
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     process = subprocess.run(
-        [*command, str(SCRIPT), tiny_model, str(result), json.dumps(options)],
+        [*command, str(SCRIPT), model, str(result), json.dumps(options)],
         capture_output=True,
         text=True,
         env=environment,
@@ -51,30 +51,40 @@ def run(tiny_model, tmp_path, options, num_processes):
     return json.loads(result.read_text())
 
 
+@pytest.fixture(scope="session")
+def one_process(tiny_model, tmp_path_factory):
+    """Result of one process for some options; each is run once."""
+    folder = tmp_path_factory.mktemp("one-process")
+
+    @functools.cache
+    def run_once(options):
+        return run(tiny_model, folder / f"{abs(hash(options))}.json", ONE_PROCESS | json.loads(options), 1)
+
+    return run_once
+
+
 def trajectory(result, *names):
     return [[entry[name] for name in names] for entry in result["steps"] if "loss" in entry]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2}, {"precompute_ref_log_probs": True}], ids=str
+    "launcher, options",
+    [
+        *[(launcher, {}) for launcher in LAUNCHERS],
+        ("DDP", {"gradient_accumulation_steps": 2}),
+        ("DDP", {"precompute_ref_log_probs": True}),
+        ("DDP", {"loss_type": "listmle", "gradient_checkpointing": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
-def test_two_processes_train_as_one(tiny_model, tmp_path, launcher, options):
+def test_two_processes_train_as_one(tiny_model, tmp_path, one_process, launcher, options):
     if launcher.startswith("ZeRO") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `pip install trl-larpo[deepspeed]`")
-    one = run(tiny_model, tmp_path, ONE_PROCESS | options, 1)
-    two = run(tiny_model, tmp_path, TWO_PROCESSES | options | LAUNCHERS[launcher], 2)
-    names = [
-        "loss",
-        "grad_norm",
-        "rewards/margins",
-        "ranking/accuracy",
-        "list_size",
-        "completions/mean_length",
-        "num_tokens",
-    ]
-    ours, theirs = trajectory(one, *names), trajectory(two, *names)
+    one = one_process(json.dumps(options))
+    two = run(tiny_model, tmp_path / "two.json", TWO_PROCESSES | options | LAUNCHERS[launcher], 2)
+    names = ["loss", "grad_norm", "rewards/margins", "ranking/accuracy", "list_size", "completions/mean_length"]
+    ours, theirs = trajectory(one, *names, "num_tokens"), trajectory(two, *names, "num_tokens")
     assert len(ours) == len(theirs) == 5
     for step, (expected, found) in enumerate(zip(ours, theirs, strict=True)):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), f"step {step}: {names}"
