@@ -35,7 +35,7 @@ def main(model: str, result: str, options: str) -> None:
     path = Path(result).parent / "lists"
     with args.main_process_first():
         if not path.exists():
-            tiny.lists(num_rows=26).save_to_disk(path)
+            tiny.lists(num_rows=42).save_to_disk(path)  # more than any run sees: no end of epoch
     dataset = tiny.Dataset.load_from_disk(str(path))
     trainer = LarPOTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset.select(range(7)))
     trainer.train()
