@@ -218,7 +218,8 @@ def mean_and_error(values: list[float]) -> list[float]:
 
 def print_results(results: dict, prompts: list[dict], before: list[list[Sample]], after: list[list[Sample]]) -> None:
     print("\nA few held-out answers, before and after:")
-    for i in range(0, len(prompts), max(1, len(prompts) // 4)):
+    first_of_each = {row["instruction"]: i for i, row in reversed(list(enumerate(prompts)))}
+    for i in sorted(first_of_each.values()):
         print(f"\n  {prompts[i]['prompt'][-1]['content']}")
         print(f"    before: {' '.join(before[i][0].text.split())}")
         print(f"    after:  {' '.join(after[i][0].text.split())}")

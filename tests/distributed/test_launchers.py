@@ -86,5 +86,8 @@ def test_two_processes_train_as_one(tiny_model, tmp_path, one_process, launcher,
     names = ["loss", "grad_norm", "rewards/margins", "ranking/accuracy", "list_size", "completions/mean_length"]
     ours, theirs = trajectory(one, *names, "num_tokens"), trajectory(two, *names, "num_tokens")
     assert len(ours) == len(theirs) == 5
+    accuracy = names.index("ranking/accuracy")
+    for run_of in (ours, theirs):
+        del run_of[0][accuracy]  # at the first step scores are 0 but for rounding, and so is their order
     for step, (expected, found) in enumerate(zip(ours, theirs, strict=True)):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), f"step {step}: {names}"

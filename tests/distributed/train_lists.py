@@ -42,6 +42,7 @@ def main(model: str, result: str, options: str) -> None:
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
         Path(result).write_text(json.dumps({"steps": trainer.state.log_history, "evaluation": metrics}))
+    trainer.accelerator.end_training()  # leaves the process group in order; without, one process in many aborts at exit
 
 
 if __name__ == "__main__":
