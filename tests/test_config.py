@@ -11,10 +11,15 @@ from trl_larpo.losses import RANKING_LOSSES
 
 def test_defaults_are_those_of_dpo_config_but_for_the_loss(tmp_path):
     ours, theirs = (cls(str(tmp_path), use_cpu=True) for cls in (LarPOConfig, DPOConfig))
-    own = {"loss_type", "lambda_weight", "listnet_temperature", "logging_dir"}
+    own = {"loss_type", "lambda_weight", "listnet_temperature", "shared_prompt", "candidate_chunk_size", "logging_dir"}
     names = set(LarPOConfig.__dataclass_fields__) - own
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
     assert ours.loss_type == ["lambdarank"]
+
+
+def test_shared_prompt_as_yaml_reads_it(tmp_path):
+    for value, meaning in ((True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")):
+        assert LarPOConfig(str(tmp_path), use_cpu=True, shared_prompt=value).shared_prompt == meaning
 
 
 def test_default_precision_suits_the_machine(tmp_path, monkeypatch):

@@ -16,7 +16,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from trl_larpo import DataCollatorForCandidateLists
 from trl_larpo.config import DPO_LOSSES
+from trl_larpo.layout import separate_rows
+from trl_larpo.passes import run_rows
 
 SIGNATURES = {
     DPOTrainer._prepare_dataset: ["self", "dataset", "processing_class", "args", "dataset_name"],
@@ -79,29 +82,27 @@ def test_fused_head_gives_log_probabilities_of_the_next_token(tiny_model):
 
 
 def test_scoring_labelled_positions_only_changes_no_number(tiny_model):
-    from trl_larpo.trainer import _score_labelled_positions_only
-
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    rows = []
-    model.get_output_embeddings()
+    num_scored = []
     kernel = trl_utils._ChunkedLogProbFunction
 
     class Spy:
         @staticmethod
         def apply(hidden, *args):
-            rows.append(hidden.size(0))
+            num_scored.append(hidden.size(0))
             return kernel.apply(hidden, *args)
 
-    ids, labels = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[-100, -100, 7, -100, 9]])
+    example = {"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9]], "relevance": [1.0, 0.0]}
+    rows = separate_rows(DataCollatorForCandidateLists(pad_token_id=0)([example]))
+    mask = rows.real.long()
     trl_utils._ChunkedLogProbFunction = Spy
     try:
-        whole = model(input_ids=ids, labels=labels, fused_lm_head=True)
-        with _score_labelled_positions_only():
-            part = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        whole = model(input_ids=rows.input_ids, attention_mask=mask, labels=rows.labels, fused_lm_head=True)
+        part = run_rows(model, rows, mask)
     finally:
         trl_utils._ChunkedLogProbFunction = kernel
-    assert rows == [4, 2], "TRL no longer chooses the scored positions by `_use_triton`"
+    assert num_scored == [6, 3], "TRL no longer chooses the scored positions by `_use_triton`"
     for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name))
 

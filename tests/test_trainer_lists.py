@@ -47,17 +47,25 @@ def test_first_loss_is_what_the_formula_says_at_score_zero(trained):
     )
 
 
-def test_a_step_forwards_each_candidate_once(tiny_model, config):
+@pytest.mark.parametrize("shared_prompt", ["off", "auto"])
+def test_a_step_forwards_each_candidate_once(tiny_model, config, shared_prompt):
     dataset = tiny.lists(num_rows=4)
-    num_candidates = sum(len(row["completions"]) for row in dataset)
-    trainer = LarPOTrainer(model=tiny_model, args=config(max_steps=1), train_dataset=dataset)
+    args = config(max_steps=1, shared_prompt=shared_prompt)
+    trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=dataset)
     rows = {"policy": [], "reference": []}
     for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
         model.model.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: rows[name].append(kwargs["input_ids"].size(0)), with_kwargs=True
+            lambda module, args, kwargs, name=name: rows[name].append(kwargs["input_ids"].shape), with_kwargs=True
         )
     trainer.train()
-    assert rows == {"policy": [num_candidates], "reference": [num_candidates]}
+    lists = trainer.train_dataset
+    if shared_prompt == "off":
+        num_rows = sum(len(completions) for completions in dataset["completions"])
+        longest = max(len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in lists)
+    else:  # a row for each list: the prompt, and every completion once, with a token to begin it
+        num_rows = 4
+        longest = max(len(row["prompt_ids"]) - 1 + sum(len(c) + 1 for c in row["completion_ids"]) for row in lists)
+    assert rows == {"policy": [(num_rows, longest)], "reference": [(num_rows, longest)]}
 
 
 def test_scores_are_those_of_dpo_trainer_on_each_pair_of_the_list(trained):

@@ -89,14 +89,19 @@ def pairs(num_rows: int = 16, conversational: bool = False, implicit_prompt: boo
 
 
 def lists(
-    num_rows: int = 16, max_size: int = 5, conversational: bool = False, with_rewards: bool = True, seed: int = 0
+    num_rows: int = 16,
+    max_size: int = 5,
+    conversational: bool = False,
+    with_rewards: bool = True,
+    seed: int = 0,
+    long_prompts: bool = False,
 ) -> Dataset:
     """Ragged lists of 2 to `max_size` completions with rewards, some of them tied."""
     rng = random.Random(seed)
     rows = []
     for i in range(num_rows):
         size = rng.randint(2, max_size)
-        prompt = f"{i} {_words(rng, 3)}"
+        prompt = f"{i} {_words(rng, rng.randint(3, 12) if long_prompts else 3)}"
         completions = [f" {_words(rng, rng.randint(1, 6))} {j}" for j in range(size)]
         rewards = [float(rng.randint(0, 3)) for _ in range(size)]
         rewards[0] = 3.5  # something to compare in every list

@@ -11,23 +11,26 @@ from transformers.data.data_collator import DataCollatorMixin
 @dataclass
 class DataCollatorForCandidateLists(DataCollatorMixin):
     """
-    Pads candidate lists of different sizes and lengths into one batch, with a separate row for each candidate.
+    Pads candidate lists of different sizes and lengths into one batch. A list's prompt is in it once.
 
     The first dimension of every tensor is the prompts of the batch, so that whatever slices a batch along it (last
-    incomplete batches, several processes) keeps lists whole.
+    incomplete batches, several processes) keeps lists whole. What rows the model is given is decided later, see
+    [`trl_larpo.layout`].
 
     Each example is a dictionary with `prompt_ids` (list of int), `completion_ids` (list of m lists of int), `relevance`
     (list of m floats) and optionally `ref_logps` (list of m floats). The batch has:
 
-    - `input_ids`, `attention_mask`, `completion_mask`: int64 `(batch, list_size, length)`;
+    - `prompt_ids`, `prompt_mask`: int64 `(batch, prompt_length)`;
+    - `completion_ids`, `completion_mask`: int64 `(batch, list_size, completion_length)`;
     - `candidate_mask`: bool `(batch, list_size)`, `False` where a shorter list was padded;
-    - `relevance` and, if given, `ref_logps`: float32 `(batch, list_size)`, 0 in the padding.
+    - `relevance` and, if given, `ref_logps`: float32 `(batch, list_size)`, 0 in the padding;
+    - where sequences are cut at the start, `first_position`: int64 `(batch, list_size)`, the tokens cut off from each
+      candidate's prompt and completion.
 
     Args:
         pad_token_id: Token to pad with.
         max_length: Prompt plus completion are cut to so many tokens. `None`: not cut.
         truncation_mode: `"keep_start"` or `"keep_end"`.
-        pad_to_multiple_of: Length is padded to a multiple of this.
         return_tensors: Only `"pt"`.
 
     Example:
@@ -39,24 +42,22 @@ class DataCollatorForCandidateLists(DataCollatorMixin):
     ...         {"prompt_ids": [7], "completion_ids": [[8], [9, 9]], "relevance": [1.0, 0.0]},
     ...     ]
     ... )
-    {'input_ids': tensor([[[1, 2, 3, 0],
-                           [1, 2, 4, 5],
-                           [1, 2, 6, 0]],
-                          [[7, 8, 0, 0],
-                           [7, 9, 9, 0],
-                           [0, 0, 0, 0]]]),
-     'attention_mask': tensor([[[1, 1, 1, 0],
-                                [1, 1, 1, 1],
-                                [1, 1, 1, 0]],
-                               [[1, 1, 0, 0],
-                                [1, 1, 1, 0],
-                                [0, 0, 0, 0]]]),
-     'completion_mask': tensor([[[0, 0, 1, 0],
-                                 [0, 0, 1, 1],
-                                 [0, 0, 1, 0]],
-                                [[0, 1, 0, 0],
-                                 [0, 1, 1, 0],
-                                 [0, 0, 0, 0]]]),
+    {'prompt_ids': tensor([[1, 2],
+                           [7, 0]]),
+     'prompt_mask': tensor([[1, 1],
+                            [1, 0]]),
+     'completion_ids': tensor([[[3, 0],
+                                [4, 5],
+                                [6, 0]],
+                               [[8, 0],
+                                [9, 9],
+                                [0, 0]]]),
+     'completion_mask': tensor([[[1, 0],
+                                 [1, 1],
+                                 [1, 0]],
+                                [[1, 0],
+                                 [1, 1],
+                                 [0, 0]]]),
      'candidate_mask': tensor([[ True,  True,  True],
                                [ True,  True, False]]),
      'relevance': tensor([[ 0.5000,  2.0000, -1.0000],
@@ -67,35 +68,42 @@ class DataCollatorForCandidateLists(DataCollatorMixin):
     pad_token_id: int
     max_length: int | None = None
     truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        kept = slice(None)
-        if self.max_length is not None:
-            kept = slice(-self.max_length, None) if self.truncation_mode == "keep_end" else slice(self.max_length)
-        input_ids = [[(ex["prompt_ids"] + ids)[kept] for ids in ex["completion_ids"]] for ex in examples]
-        completion_masks = [
-            [([0] * len(ex["prompt_ids"]) + [1] * len(ids))[kept] for ids in ex["completion_ids"]] for ex in examples
-        ]
-        list_size = max(len(rows) for rows in input_ids)
-        length = max(len(row) for rows in input_ids for row in rows)
-        if self.pad_to_multiple_of is not None:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        prompts = [example["prompt_ids"] for example in examples]
+        completions = [example["completion_ids"] for example in examples]
+        cut_at_start = self.max_length is not None and self.truncation_mode == "keep_end"
+        if self.max_length is not None and not cut_at_start:
+            prompts = [ids[: self.max_length] for ids in prompts]
+            completions = [
+                [ids[: self.max_length - len(prompt)] for ids in candidates]
+                for prompt, candidates in zip(prompts, completions, strict=True)
+            ]
+        list_size = max(len(candidates) for candidates in completions)
+        longest_prompt = max(1, *(len(ids) for ids in prompts))
+        longest_completion = max(1, *(len(ids) for candidates in completions for ids in candidates))
 
-        shape = (len(examples), list_size, length)
+        prompt_shape = (len(examples), longest_prompt)
+        shape = (len(examples), list_size, longest_completion)
         batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "prompt_ids": torch.full(prompt_shape, self.pad_token_id),
+            "prompt_mask": torch.zeros(prompt_shape, dtype=torch.long),
+            "completion_ids": torch.full(shape, self.pad_token_id),
             "completion_mask": torch.zeros(shape, dtype=torch.long),
             "candidate_mask": torch.zeros(shape[:2], dtype=torch.bool),
         }
-        for i, (rows, masks) in enumerate(zip(input_ids, completion_masks, strict=True)):
-            batch["candidate_mask"][i, : len(rows)] = True
-            for j, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-                batch["input_ids"][i, j, : len(row)] = torch.tensor(row)
-                batch["attention_mask"][i, j, : len(row)] = 1
-                batch["completion_mask"][i, j, : len(row)] = torch.tensor(mask)
+        if cut_at_start:
+            batch["first_position"] = torch.zeros(shape[:2], dtype=torch.long)
+        for i, (prompt, candidates) in enumerate(zip(prompts, completions, strict=True)):
+            batch["prompt_ids"][i, : len(prompt)] = torch.tensor(prompt)
+            batch["prompt_mask"][i, : len(prompt)] = 1
+            batch["candidate_mask"][i, : len(candidates)] = True
+            for j, ids in enumerate(candidates):
+                batch["completion_ids"][i, j, : len(ids)] = torch.tensor(ids)
+                batch["completion_mask"][i, j, : len(ids)] = 1
+                if cut_at_start:
+                    batch["first_position"][i, j] = max(0, len(prompt) + len(ids) - self.max_length)
         for name in ("relevance", "ref_logps"):
             if name in examples[0]:
                 batch[name] = torch.zeros(shape[:2])

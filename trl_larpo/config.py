@@ -23,6 +23,8 @@ SIGMOID_ON_PAIRS = frozenset({"pairwise", "contrastive", "lambdarank", "listmle"
 
 _PAIR_OPTIONS = ("ld_alpha", "use_weighting", "label_smoothing", "discopop_tau")
 
+SHARED_PROMPT = ("auto", "on", "off")
+
 LAMBDA_WEIGHTS = {"ndcg": ndcg_lambda_weight}
 
 
@@ -46,6 +48,13 @@ class LarPOConfig(DPOConfig):
         listnet_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the soft targets of the `'listnet'` loss, softmax(rewards / temperature), in units of the
             reward.
+        shared_prompt (`str`, *optional*, defaults to `"auto"`):
+            Whether the completions of a list share one pass over their prompt, in one row. `"auto"`: where the model
+            allows it; `"on"`: an error where it does not; `"off"`: a row for each completion, with the prompt in each.
+            The results are the same.
+        candidate_chunk_size (`int`, *optional*):
+            How many completions are in memory at the same time, on each device. `None`: all of a batch. A smaller
+            number takes less memory and somewhat more time; the results are the same.
     """
 
     loss_type: list[str] = field(
@@ -72,6 +81,22 @@ class LarPOConfig(DPOConfig):
             "of the reward."
         },
     )
+    shared_prompt: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the completions of a list share one pass over their prompt, in one row. 'auto': where the "
+            "model allows it; 'on': an error where it does not; 'off': a row for each completion, with the prompt in "
+            "each. The results are the same.",
+            "choices": [*SHARED_PROMPT],
+        },
+    )
+    candidate_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many completions are in memory at the same time, on each device. None: all of a batch. A "
+            "smaller number takes less memory and somewhat more time; the results are the same."
+        },
+    )
 
     def __post_init__(self):
         if isinstance(self.loss_type, str):
@@ -92,6 +117,17 @@ class LarPOConfig(DPOConfig):
             raise ConfigError(
                 f"`listnet_temperature={self.listnet_temperature}` belongs to the 'listnet' loss, but `loss_type` is "
                 f"{self.loss_type}. Add 'listnet' to `loss_type` or remove `listnet_temperature`."
+            )
+        if isinstance(self.shared_prompt, bool):  # what YAML makes of on and off
+            self.shared_prompt = "on" if self.shared_prompt else "off"
+        if self.shared_prompt not in SHARED_PROMPT:
+            raise ConfigError(f"`shared_prompt` is {self.shared_prompt!r}; it must be one of {list(SHARED_PROMPT)}.")
+        if self.candidate_chunk_size is not None and self.candidate_chunk_size < 1:
+            raise ConfigError(f"`candidate_chunk_size` is {self.candidate_chunk_size}; it must be at least 1, or None.")
+        if self.candidate_chunk_size is not None and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError(
+                "`candidate_chunk_size` needs checkpointing of the kind that is not reentrant. Set "
+                "`gradient_checkpointing_kwargs` to {'use_reentrant': False}."
             )
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # DPOConfig's default of True is refused on a machine without an accelerator

@@ -128,7 +128,7 @@ def dataset_format(dataset: Dataset | IterableDataset, where: str, losses_need_p
     Raises:
         DataError: If columns are missing, or it is unclear which of the two formats is meant.
     """
-    columns = _column_names(dataset)
+    columns = column_names(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise DataError(f"{where} is empty; give at least one row.")
     pair = "chosen" in columns and "rejected" in columns
@@ -158,7 +158,7 @@ def dataset_format(dataset: Dataset | IterableDataset, where: str, losses_need_p
 
 def has_images(dataset: Dataset | IterableDataset) -> bool:
     """Whether rows carry an `image` or `images`, as in TRL's vision datasets."""
-    return not {"image", "images"}.isdisjoint(_column_names(dataset))
+    return not {"image", "images"}.isdisjoint(column_names(dataset))
 
 
 def check_dataset(dataset: Dataset | IterableDataset, where: str) -> ListSummary:
@@ -223,6 +223,7 @@ def canonical_row(row: Row, index: int, where: str) -> Row:
         return DataError(f"{where} row {index}, column `{column}`: {problem}")
 
     if "completions" not in row:
+        _check_ref_logps(row, 2, fail)
         return _canonical_pair(row, fail)
     prompt = row.get("prompt")
     conversational = isinstance(prompt, list)
@@ -240,6 +241,7 @@ def canonical_row(row: Row, index: int, where: str) -> Row:
             raise fail("completions", f"entry {position} {problem}")
     if len(completions) < 2:
         raise fail("completions", f"has {len(completions)} of the 2 entries a list needs; remove the row.")
+    _check_ref_logps(row, len(completions), fail)
 
     if "rewards" not in row:
         return {"prompt": prompt, "completions": completions, "relevance": _relevance_of_order(len(completions))}
@@ -269,9 +271,10 @@ def tokenize_dataset(
     max_length: int | None,
     truncation_mode: str,
     num_proc: int | None = None,
+    length_column: str = "length",
 ) -> Dataset | IterableDataset:
     """
-    Adds the columns `prompt_ids`, `completion_ids` and `relevance` to a dataset of lists or pairs.
+    Adds the columns `prompt_ids`, `completion_ids`, `relevance` and a length to a dataset of lists or pairs.
 
     Tokens are those that `DPOTrainer` would see: the chat template for conversations, the end-of-sequence token
     appended to plain strings. As in TRL, a list whose prompt alone fills `max_length` is dropped when the start is
@@ -285,9 +288,11 @@ def tokenize_dataset(
         max_length: Longest prompt plus completion, in tokens. `None`: no limit.
         truncation_mode: `"keep_start"` or `"keep_end"`.
         num_proc: Processes to use on a map-style dataset.
+        length_column: Name of the column for the tokens of a list, its prompt counted once, by which batches can be
+            grouped. A column of that name that is there already stays.
 
     Returns:
-        The dataset with three more columns.
+        The dataset with four more columns.
 
     Raises:
         DataError: If a row is unusable, or no row is left.
@@ -299,7 +304,12 @@ def tokenize_dataset(
     dataset = dataset.map(
         _tokenize_row,
         with_indices=True,
-        fn_kwargs={"processing_class": processing_class, "eos_token": eos_token, "where": where},
+        fn_kwargs={
+            "processing_class": processing_class,
+            "eos_token": eos_token,
+            "where": where,
+            "length_column": length_column,
+        },
         **map_kwargs,
     )
     if max_length is None or truncation_mode != "keep_start":
@@ -332,7 +342,12 @@ def tokenize_dataset(
 
 
 def _tokenize_row(
-    row: Row, index: int, processing_class: PreTrainedTokenizerBase | ProcessorMixin, eos_token: str, where: str
+    row: Row,
+    index: int,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    eos_token: str,
+    where: str,
+    length_column: str,
 ) -> Row:
     ranked = canonical_row(row, index, where)
     prompt, completions = ranked["prompt"], ranked["completions"]
@@ -357,7 +372,9 @@ def _tokenize_row(
             "model will see another context when it generates. Use a chat template that renders the prompt alike in "
             "both, or end the prompt where a token ends. Said once; other rows may be affected too."
         )
+    length = prompt_length + sum(len(sequence) - prompt_length for sequence in sequences)
     return {
+        length_column: row.get(length_column, length),
         "prompt_ids": prompt_ids[:prompt_length],
         "completion_ids": [sequence[prompt_length:] for sequence in sequences],
         "relevance": ranked["relevance"],
@@ -389,16 +406,17 @@ def _count_cut_completions(dataset: Dataset, max_length: int) -> tuple[int, int]
     return num_cut, num_candidates
 
 
-def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns of a dataset, looked up in its first row where a stream does not know them."""
     columns = dataset.column_names
-    return list(next(iter(dataset), {})) if columns is None else columns  # a stream may not know its columns
+    return list(next(iter(dataset), {})) if columns is None else columns
 
 
 def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int, Row]]:
     if isinstance(dataset, IterableDataset):
         yield from enumerate(dataset.take(_NUM_PEEKED_ROWS))
         return
-    columns = [name for name in ("prompt", "completions", "rewards") if name in dataset.column_names]
+    columns = [name for name in ("prompt", "completions", "rewards", "ref_logps") if name in dataset.column_names]
     batches = dataset.with_format(None).select_columns(columns).iter(batch_size=1000)
     quiet = not PartialState().is_local_main_process
     with tqdm(total=len(dataset), desc=f"Checking {where}", unit=" lists", delay=2, disable=quiet) as progress:
@@ -408,6 +426,23 @@ def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int,
                 yield index, dict(zip(batch, values, strict=True))
                 index += 1
             progress.update(index - progress.n)
+
+
+def _check_ref_logps(row: Row, num_completions: int, fail) -> None:
+    if "ref_logps" not in row:
+        return
+    ref_logps = _as_list(row["ref_logps"])
+    if not isinstance(ref_logps, list) or len(ref_logps) != num_completions:
+        raise fail(
+            "ref_logps",
+            f"is {ref_logps!r}; give the reference's log-probability of each of the {num_completions} completions, or "
+            "drop the column.",
+        )
+    for position, logp in enumerate(ref_logps):
+        if not isinstance(logp, Real) or not math.isfinite(logp) or logp > 0:
+            raise fail(
+                "ref_logps", f"entry {position} is {logp!r}; give a finite number of at most 0, or drop the column."
+            )
 
 
 def _canonical_pair(row: Row, fail) -> Row:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model, tqdm
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
@@ -17,16 +18,20 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
+from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first, use_adapter
 
+from .attention import attention_masks, sharing_obstacle
 from .collator import DataCollatorForCandidateLists
 from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
-from .data import check_dataset, dataset_format, has_images, tokenize_dataset
+from .data import check_dataset, column_names, dataset_format, has_images, tokenize_dataset
 from .errors import ConfigError
+from .layout import Rows, count_tokens, separate_rows, shared_prompt_rows
 from .losses import RankingLoss, best_and_worst
 from .metrics import kendall_tau, mrr, ndcg, pair_accuracy
+from .passes import enable_passes, passes_in_chunks, run_rows
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -45,6 +50,11 @@ class CandidateOutputs:
     tokens: dict[str, Tensor]
     aux_loss: Tensor | None
 
+    def up_to(self, list_size: int) -> "CandidateOutputs":
+        """Without the candidates from `list_size` on."""
+        tokens = {name: values[:, :list_size] for name, values in self.tokens.items()}
+        return CandidateOutputs(self.logps[:, :list_size], tokens, self.aux_loss)
+
 
 class LarPOTrainer(DPOTrainer):
     """
@@ -60,7 +70,9 @@ class LarPOTrainer(DPOTrainer):
         model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
         callbacks, optimizers, quantization_config, peft_config:
             As in [`~trl.DPOTrainer`], with these additions. `args` is a [`LarPOConfig`]. Datasets may hold lists
-            (`prompt`, `completions` and, unless the completions stand best first, `rewards`). On lists,
+            (`prompt`, `completions` and, unless the completions stand best first, `rewards`). A column `ref_logps`, the
+            reference's log-probability of each completion (the sum over its tokens, of what is left of it under
+            `max_length`), takes the place of a reference model. On lists,
             `compute_metrics` receives as predictions the tuple (scores, candidate_mask) and as labels the relevance,
             each `(prompts, list_size)` and padded with -100 where lists differ in size: what counts are the entries
             whose candidate_mask is 1.
@@ -142,11 +154,19 @@ class LarPOTrainer(DPOTrainer):
                 has_collator=data_collator is not None,
                 has_compute_metrics=compute_metrics is not None,
             )
+        if self._list_mode and "ref_logps" in column_names(train_dataset):
+            if ref_model is not None:
+                raise ConfigError(
+                    "train_dataset has the column `ref_logps`, and `ref_model` is given as well. Pass one of the two."
+                )
+            args.precompute_ref_log_probs = True  # what this dataset brings, and others still need
         loss_types = args.loss_type
         # DPOTrainer checks its options against its own losses. Every ranking loss depends on differences of scores
         # alone, as "sigmoid" does, so what is sound for "sigmoid" is sound for it.
         args.loss_type = [name if name in DPO_LOSSES else "sigmoid" for name in loss_types]
         self._datasets_are_checked = True
+        self._chunk_size = getattr(args, "candidate_chunk_size", None)
+        self._layouts: dict[int, bool] = {}  # id of a model: whether its candidates share a row
         try:
             super().__init__(
                 model=model,
@@ -171,6 +191,9 @@ class LarPOTrainer(DPOTrainer):
             self._ranking_losses = {name: ranking_loss(name, args) for name in loss_types if name not in DPO_LOSSES}
             if loss_fn is not None:
                 self._ranking_losses, self.loss_weights = {"loss_fn": loss_fn}, [1.0]
+            self._shares_prompt(self.accelerator.unwrap_model(self.model))  # now, in case it is impossible
+            if self.ref_model is not None:
+                self._shares_prompt(self.accelerator.unwrap_model(self.ref_model))
 
     # From rows to batches
 
@@ -191,6 +214,7 @@ class LarPOTrainer(DPOTrainer):
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
+                length_column=args.length_column_name,
             )
 
     def _set_signature_columns_if_needed(self):
@@ -207,19 +231,18 @@ class LarPOTrainer(DPOTrainer):
             pad_token_id=collator.pad_token_id,
             max_length=collator.max_length,
             truncation_mode=collator.truncation_mode,
-            pad_to_multiple_of=collator.pad_to_multiple_of,
         )
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if not self._list_mode:
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        if "ref_logps" in column_names(dataset):
+            return dataset
         if isinstance(dataset, IterableDataset):
             raise ConfigError(
                 f"`precompute_ref_log_probs` needs a dataset that can be read twice, but the {name} dataset is an "
-                "IterableDataset. Turn the option off, or pass a map-style Dataset."
+                "IterableDataset. Turn the option off, pass a map-style Dataset, or bring a column `ref_logps`."
             )
-        if "ref_logps" in dataset.column_names:
-            return dataset
         # Everything the values depend on, and the same file for every process
         args = self.args
         settings = (args.max_length, args.truncation_mode, args.bf16, args.fp16)
@@ -273,35 +296,57 @@ class LarPOTrainer(DPOTrainer):
     # From batches to the loss
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **model_kwargs) -> CandidateOutputs:
-        """Runs each candidate of the batch once, in a row of its own. The one place that calls a model."""
-        candidate_mask = inputs["candidate_mask"]
-        input_ids, attention_mask, completion_mask = (
-            inputs[name][candidate_mask] for name in ("input_ids", "attention_mask", "completion_mask")
-        )
-        labels = input_ids.masked_fill(completion_mask == 0, -100)
-        with _score_labelled_positions_only():
-            raw = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                labels=labels,
-                use_cache=False,
-                fused_lm_head=True,
-                **model_kwargs,
-            )
-        token_mask = completion_mask[:, 1:]  # position t predicts token t + 1
+        """Runs each candidate of the batch once. The one place that calls a model."""
+        bare_model = self.accelerator.unwrap_model(model)
+        shared_prompt = self._shares_prompt(bare_model)
+        if self._chunk_size is None:
+            if shared_prompt:
+                rows = shared_prompt_rows(inputs, self.args.pad_to_multiple_of)
+                mask = attention_masks(bare_model, rows)
+            else:
+                rows = separate_rows(inputs, self.args.pad_to_multiple_of)
+                mask = rows.real.long()
+            return _candidate_outputs(rows, run_rows(model, rows, mask, **model_kwargs))
 
-        def per_candidate(token_values: Tensor) -> Tensor:
-            # Prompt-learning PEFT puts virtual tokens in front
-            totals = (token_values[:, -token_mask.size(1) :] * token_mask).sum(dim=1)
-            return totals.new_zeros(candidate_mask.shape).masked_scatter(candidate_mask, totals)
+        list_size = inputs["candidate_mask"].size(1)
+        if self.accelerator.num_processes > 1:
+            sizes = self.accelerator.gather(torch.tensor([list_size], device=self.accelerator.device))
+            list_size = int(sizes.max())
+        passes = passes_in_chunks(bare_model, inputs, shared_prompt, self._chunk_size, list_size)
+        outputs = iter(model(passes=passes, **model_kwargs))
+        return _concatenate(
+            [
+                _concatenate([_candidate_outputs(rows, next(outputs)) for rows in lists.chunks], dim=1)
+                for lists in passes
+            ],
+            dim=0,
+        ).up_to(inputs["candidate_mask"].size(1))
 
-        statistics = {"count": torch.ones_like(token_mask)}
-        statistics |= {name: getattr(raw, name) for name in ("entropy", "mean_logits", "is_top1")}
-        return CandidateOutputs(
-            logps=per_candidate(raw.log_probs),
-            tokens={name: per_candidate(v.detach()).float() for name, v in statistics.items() if v is not None},
-            aux_loss=raw.aux_loss,
-        )
+    def _shares_prompt(self, model: PreTrainedModel) -> bool:
+        """Whether the candidates of a list share their prompt in this model. Decided, and said in the log, once."""
+        if id(model) not in self._layouts:
+            wish = getattr(self.args, "shared_prompt", "auto")
+            obstacle = "`shared_prompt` is 'off'" if wish == "off" else self._sharing_obstacle(model)
+            if wish == "on" and obstacle:
+                raise ConfigError(
+                    f"`shared_prompt='on'` is not possible, because {obstacle}. With 'auto' such models get a row for "
+                    "each completion."
+                )
+            kind = "Reference" if model is not self.accelerator.unwrap_model(self.model) else "Policy"
+            if obstacle is None:
+                logger.info(f"{kind}: one row for each list; its completions share one pass over their prompt.")
+            else:
+                log = logger.info if wish == "off" else logger.warning
+                log(f"{kind}: a row for each completion, with the prompt in each, because {obstacle}.")
+            if self._chunk_size is not None:
+                enable_passes(model.get_base_model() if is_peft_model(model) else model)
+            self._layouts[id(model)] = obstacle is None
+        return self._layouts[id(model)]
+
+    def _sharing_obstacle(self, model: PreTrainedModel) -> str | None:
+        if self.args.max_length is not None and self.args.truncation_mode == "keep_end":
+            return "`truncation_mode='keep_end'` leaves each completion another prompt"
+        return sharing_obstacle(model)
 
     def compute_ref_log_probs(self, model, inputs):
         """
@@ -358,6 +403,29 @@ class LarPOTrainer(DPOTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss, (outputs["scores"], inputs["candidate_mask"].long()), inputs["relevance"]
 
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """Of one forward and backward pass over the batch by the policy, as transformers estimates them."""
+        if not self._list_mode:
+            return super().floating_point_ops(inputs)
+        shared = self._shares_prompt(self.accelerator.unwrap_model(self.model))
+        return 6 * int(count_tokens(inputs, shared)) * self.model.num_parameters(exclude_embeddings=True)
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
+            if self._list_mode and any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+                error.add_note(self._how_to_save_memory())
+            raise
+
+    def _how_to_save_memory(self) -> str:
+        size = self._chunk_size
+        now = "None: all candidates of a batch are" if size is None else f"{size}: so many candidates are"
+        return (
+            f"LarPO: out of memory. `candidate_chunk_size` is {now} in memory at the same time. Lower it (1 is the "
+            "least); results stay the same, and a step takes somewhat longer."
+        )
+
     # What is logged
 
     def _log_list_metrics(
@@ -404,7 +472,7 @@ class LarPOTrainer(DPOTrainer):
             "ranking/accuracy": (pair_accuracy(*lists).sum(), num_comparable),
             "list_size": (mask.sum(), torch.tensor(mask.size(0))),
             "completions/mean_length": (tokens["count"].sum(), mask.sum()),
-            "num_tokens": (inputs["attention_mask"].sum(), torch.tensor(1)),
+            "num_tokens": (count_tokens(inputs), torch.tensor(1)),
         }
         # Sums and counts, so that every candidate of every process weighs the same
         flat = torch.stack([x.to(scores.device, torch.float32) for pair in averages.values() for x in pair])
@@ -421,20 +489,27 @@ class LarPOTrainer(DPOTrainer):
             metrics["aux_loss"].append(self.accelerator.gather_for_metrics(policy.aux_loss.detach()).mean().item())
 
 
-@contextlib.contextmanager
-def _score_labelled_positions_only():
-    """
-    Lets TRL's fused head leave out prompt and padding on a CPU too.
+def _candidate_outputs(rows: Rows, raw: FusedCausalLMOutput) -> CandidateOutputs:
+    """What a model says of the tokens of some rows, summed up by candidate."""
+    statistics = {name: getattr(raw, name) for name in ("entropy", "mean_logits", "is_top1")}
+    tokens = {name: rows.per_token(v.detach()).sum(dim=-1).float() for name, v in statistics.items() if v is not None}
+    return CandidateOutputs(
+        logps=rows.per_token(raw.log_probs).sum(dim=-1),
+        tokens={"count": rows.token_mask.sum(dim=-1).float()} | tokens,
+        aux_loss=raw.aux_loss,
+    )
 
-    TRL does so only where it runs Triton, because dynamic shapes would recompile on accelerators such as Neuron. A CPU
-    has no such trouble, and the head is half of the work there.
-    """
-    uses_triton = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = uses_triton
+
+def _concatenate(parts: list[CandidateOutputs], dim: int) -> CandidateOutputs:
+    """Joins lists (dim 0) or candidates of the same lists (dim 1). Load-balancing losses are averaged."""
+    if len(parts) == 1:
+        return parts[0]
+    aux_losses = [part.aux_loss for part in parts]
+    return CandidateOutputs(
+        logps=torch.cat([part.logps for part in parts], dim=dim),
+        tokens={name: torch.cat([part.tokens[name] for part in parts], dim=dim) for name in parts[0].tokens},
+        aux_loss=None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+    )
 
 
 def divergence_scores(log_ratios: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
