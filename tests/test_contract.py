@@ -18,6 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_larpo import DataCollatorForCandidateLists
 from trl_larpo.config import DPO_LOSSES
+from trl_larpo.cpu_head import CPULogProbs
 from trl_larpo.layout import separate_rows
 from trl_larpo.passes import run_rows
 
@@ -81,28 +82,32 @@ def test_fused_head_gives_log_probabilities_of_the_next_token(tiny_model):
         assert getattr(output, name).shape == (1, 4), f"field {name} of the fused head"
 
 
-def test_scoring_labelled_positions_only_changes_no_number(tiny_model):
+def test_scoring_labelled_positions_only_changes_no_number(tiny_model, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     num_scored = []
-    kernel = trl_utils._ChunkedLogProbFunction
 
-    class Spy:
-        @staticmethod
-        def apply(hidden, *args):
-            num_scored.append(hidden.size(0))
-            return kernel.apply(hidden, *args)
+    def spy(function):
+        class Spy:
+            fits = getattr(function, "fits", None)
+
+            @staticmethod
+            def apply(hidden, *args):
+                num_scored.append((function.__name__, hidden.size(0)))
+                return function.apply(hidden, *args)
+
+        return Spy
 
     example = {"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9]], "relevance": [1.0, 0.0]}
     rows = separate_rows(DataCollatorForCandidateLists(pad_token_id=0)([example]))
     mask = rows.real.long()
-    trl_utils._ChunkedLogProbFunction = Spy
-    try:
-        whole = model(input_ids=rows.input_ids, attention_mask=mask, labels=rows.labels, fused_lm_head=True)
-        part = run_rows(model, rows, mask)
-    finally:
-        trl_utils._ChunkedLogProbFunction = kernel
-    assert num_scored == [6, 3], "TRL no longer chooses the scored positions by `_use_triton`"
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", spy(trl_utils._ChunkedLogProbFunction))
+    monkeypatch.setattr("trl_larpo.passes.CPULogProbs", spy(CPULogProbs))
+    whole = model(input_ids=rows.input_ids, attention_mask=mask, labels=rows.labels, fused_lm_head=True)
+    part = run_rows(model, rows, mask)
+    assert num_scored == [("ChunkedLogProbFunction", 6), ("CPULogProbs", 3)], (
+        "TRL no longer chooses the scored positions by `_use_triton`, or the function by `_ChunkedLogProbFunction`"
+    )
     for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name))
 

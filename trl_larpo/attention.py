@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import is_peft_model
@@ -15,7 +16,7 @@ from .layout import Rows
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Layer number → keys and values of prompts, each `(lists, heads, prompt_length, head_size)`."""
 
-_RECORDING = "larpo_"  # prefix of the attention implementations that record
+_PREFIX = "larpo_"  # of the attention implementations registered here
 _MASKABLE = ("sdpa", "eager")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -51,7 +52,7 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         return f"{name} takes no `position_ids`"
     if not hasattr(sys.modules[type(backbone).__module__], "create_causal_mask"):
         return f"{name} does not take its mask the way transformers' own models do"
-    implementation = config._attn_implementation.removeprefix(_RECORDING)
+    implementation = config._attn_implementation.removeprefix(_PREFIX)
     if implementation not in _MASKABLE:
         return f"attn_implementation={implementation!r} takes no mask of its own; 'sdpa' does"
     return None
@@ -96,6 +97,60 @@ def visible(rows: Rows, window: int | None = None, prompt_real: Tensor | None = 
     return torch.cat([seen_of_prompt, seen], dim=2)
 
 
+@dataclass
+class SplitRows:
+    """
+    Shared rows taken apart for attention: prompts, which are causal, and candidates, each after its prompt.
+
+    A mask over whole rows makes attention look at every pair of tokens, also of two different candidates. Taken apart,
+    it looks at no more than separate rows do.
+
+    Attributes:
+        prompt_length: Length of the longest prompt, of which every row's first columns are taken.
+        columns: int64 `(rows * list_size * segment_length,)`, where candidates' tokens stand in the flattened rows.
+        places: int64 `(rows, length)`, where the result for each token stands after those for prompts and candidates
+            are put behind one another.
+        mask: bool `(rows * list_size, 1, segment_length, prompt_length + segment_length)`, what candidates see.
+    """
+
+    prompt_length: int
+    columns: Tensor
+    places: Tensor
+    mask: Tensor
+
+
+def split_rows(rows: Rows) -> SplitRows | None:
+    """Takes shared rows apart. `None` where there is nothing to gain, because no prompt has a token to share."""
+    num_rows, length = rows.input_ids.shape
+    num_segments = int(rows.segments.max())
+    of_prompt = rows.real & (rows.segments == 0)
+    prompt_lengths = of_prompt.sum(dim=1)
+    prompt_length = int(prompt_lengths.max())
+    if prompt_length == 0 or num_segments == 0:
+        return None
+    column = torch.arange(length, device=rows.segments.device).expand(num_rows, -1)
+    # Segments follow one another without gaps
+    segment_lengths = torch.zeros(num_rows, num_segments + 1, dtype=torch.long, device=column.device)
+    segment_lengths.scatter_add_(1, rows.segments, rows.real.long())
+    starts = segment_lengths.cumsum(dim=1) - segment_lengths
+    segment_length = int(segment_lengths[:, 1:].max())
+
+    offset = torch.arange(segment_length, device=column.device)
+    real = offset < segment_lengths[:, 1:, None]  # (rows, list_size, segment_length)
+    columns = (starts[:, 1:, None] + offset).masked_fill(~real, 0)
+    columns = columns + length * torch.arange(num_rows, device=column.device)[:, None, None]
+    sees_prompt = torch.arange(prompt_length, device=column.device) < prompt_lengths[:, None]
+    sees_prompt = sees_prompt[:, None, None, :].expand(-1, num_segments, segment_length, -1)
+    sees_itself = (offset[:, None] >= offset).expand(num_rows, num_segments, -1, -1)
+    mask = torch.cat([sees_prompt, sees_itself], dim=3)
+
+    in_segment = column - starts.gather(1, rows.segments)
+    places = torch.where(
+        rows.segments == 0, column, prompt_length + (rows.segments - 1) * segment_length + in_segment
+    ).masked_fill(~rows.real, 0)
+    return SplitRows(prompt_length, columns.flatten(), places, mask.flatten(0, 1)[:, None])
+
+
 def attention_masks(
     model: PreTrainedModel, rows: Rows, prompt_real: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
@@ -128,37 +183,50 @@ def attention_masks(
     return mask(window)
 
 
-def enable_recording(model: PreTrainedModel) -> None:
-    """
-    Lets a pass through `model` keep its keys and values, and later passes put kept ones in front of their own.
+def splits_rows(model: PreTrainedModel) -> bool:
+    """Whether attention of the model, after [`enable_sharing`], can work on [`SplitRows`]."""
+    implementation = model.config.get_text_config()._attn_implementation
+    return implementation == _PREFIX + "sdpa" and sliding_window(model) is None
 
-    The first is called with an empty dictionary as `record`, the others with the same dictionary as `recorded`; they
-    need a mask with room for the keys in front. Computes what it did before where neither is given.
+
+def enable_sharing(model: PreTrainedModel) -> None:
+    """
+    Gives `model` an attention that knows shared prompts. Without the arguments below it computes what it did before.
+
+    - `split`: [`SplitRows`], for rows whose attention is worked out in parts.
+    - `record`: an empty dictionary, which keeps the keys and values of this pass.
+    - `recorded`: the dictionary after that pass; they stand in front of this pass's own, and the mask has room for
+      them.
 
     Args:
-        model: Bare model, without a PEFT wrapper, without [`sharing_obstacle`].
+        model: The model, bare or as a `PeftModel`, without [`sharing_obstacle`].
     """
     config = model.config.get_text_config()
-    if not config._attn_implementation.startswith(_RECORDING):
-        config._attn_implementation = _RECORDING + config._attn_implementation
+    if not config._attn_implementation.startswith(_PREFIX):
+        config._attn_implementation = _PREFIX + config._attn_implementation
 
 
 def _eager_attention_forward(module, *args, **kwargs):
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
-def _recording(attention):
+def _knowing_shared_prompts(attention):
+    """Wraps an attention function of transformers."""
+
     def forward(
         module,
-        query: Tensor,
+        query: Tensor,  # (rows, heads, length, head_size), as the keys and values
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
         *args,
+        split: SplitRows | None = None,
         record: KeysAndValues | None = None,
         recorded: KeysAndValues | None = None,
         **kwargs,
     ):
+        if split is not None:
+            return _attend_in_parts(attention, module, query, key, value, split, *args, **kwargs), None
         if record is not None:
             record.setdefault(module.layer_idx, (key, value))  # not again when it is recomputed for the backward pass
         if recorded:
@@ -169,6 +237,32 @@ def _recording(attention):
     return forward
 
 
+def _attend_in_parts(
+    attention, module, query: Tensor, key: Tensor, value: Tensor, split: SplitRows, *args, **kwargs
+) -> Tensor:
+    num_rows = query.size(0)
+    num_sequences, _, segment_length, _ = split.mask.shape
+
+    def of_prompts(states: Tensor) -> Tensor:
+        return states[:, :, : split.prompt_length]
+
+    def of_candidates(states: Tensor) -> Tensor:
+        tokens = states.transpose(1, 2).flatten(0, 1).index_select(0, split.columns)
+        return tokens.unflatten(0, (num_sequences, segment_length)).transpose(1, 2)
+
+    def with_prompts(states: Tensor) -> Tensor:
+        prompts = of_prompts(states).repeat_interleave(num_sequences // num_rows, dim=0)
+        return torch.cat([prompts, of_candidates(states)], dim=2)
+
+    prompts, _ = attention(module, *map(of_prompts, (query, key, value)), None, *args, **kwargs)
+    candidates, _ = attention(
+        module, of_candidates(query), with_prompts(key), with_prompts(value), split.mask, *args, **kwargs
+    )
+    parts = torch.cat([prompts, candidates.unflatten(0, (num_rows, -1)).flatten(1, 2)], dim=1)
+    offsets = parts.size(1) * torch.arange(num_rows, device=parts.device)[:, None]
+    return parts.flatten(0, 1).index_select(0, (split.places + offsets).flatten()).unflatten(0, (num_rows, -1))
+
+
 for _name, _attention in {"sdpa": sdpa_attention_forward, "eager": _eager_attention_forward}.items():
-    AttentionInterface.register(_RECORDING + _name, _recording(_attention))
-    AttentionMaskInterface.register(_RECORDING + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    AttentionInterface.register(_PREFIX + _name, _knowing_shared_prompts(_attention))
+    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])

@@ -21,7 +21,8 @@ from transformers.models.mixtral import modeling_mixtral
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .attention import KeysAndValues, attention_masks, enable_recording
+from .attention import KeysAndValues, attention_masks
+from .cpu_head import CPULogProbs
 from .layout import Batch, Rows, candidate_rows, prompt_rows, separate_rows
 
 
@@ -98,7 +99,6 @@ def enable_passes(model: PreTrainedModel) -> None:
         model: Bare model with TRL's fused head.
     """
     original_forward = model.forward
-    enable_recording(model)
 
     def forward(self, *args, passes: list[Pass] | None = None, **kwargs):
         if passes is None:
@@ -153,19 +153,29 @@ def _fused_head_on(rows: Rows):
     """
     Makes TRL's fused head fit for these rows.
 
-    It leaves out prompt and padding on a CPU too. TRL does so only where it runs Triton, because dynamic shapes would
-    recompile on accelerators such as Neuron; a CPU has no such trouble, and the head is half of the work there. And the
-    load-balancing loss of a mixture of experts, which reads from a mask of two dimensions what is padding, is given
-    such a mask.
+    On a CPU it leaves out prompt and padding too, and takes [`CPULogProbs`] where that fits. TRL leaves them out only
+    where it runs Triton, because dynamic shapes would recompile on accelerators such as Neuron; a CPU has no such
+    trouble, and the head is half of the work there. And the load-balancing loss of a mixture of experts, which reads
+    from a mask of two dimensions what is padding, is given such a mask.
     """
-    uses_triton, load_balancing_loss = trl_utils._use_triton, modeling_mixtral.load_balancing_loss_func
+    uses_triton, head = trl_utils._use_triton, trl_utils._ChunkedLogProbFunction
+    load_balancing_loss = modeling_mixtral.load_balancing_loss_func
+
+    class Head:
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, *options):
+            fits = hidden.device.type == "cpu" and CPULogProbs.fits(bias, temperature, *options)
+            function = CPULogProbs if fits else head
+            return function.apply(hidden, weight, bias, targets, temperature, chunk_size, *options)
 
     def load_balancing_loss_of_rows(router_logits, num_experts, num_experts_per_token, attention_mask):
         return load_balancing_loss(router_logits, num_experts, num_experts_per_token, rows.real.long())
 
     trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
+    trl_utils._ChunkedLogProbFunction = Head
     modeling_mixtral.load_balancing_loss_func = load_balancing_loss_of_rows
     try:
         yield
     finally:
-        trl_utils._use_triton, modeling_mixtral.load_balancing_loss_func = uses_triton, load_balancing_loss
+        trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = uses_triton, head
+        modeling_mixtral.load_balancing_loss_func = load_balancing_loss

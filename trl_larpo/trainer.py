@@ -21,7 +21,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first, use_adapter
 
-from .attention import attention_masks, sharing_obstacle
+from .attention import attention_masks, enable_sharing, sharing_obstacle, split_rows, splits_rows
 from .collator import DataCollatorForCandidateLists
 from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
 from .data import check_dataset, column_names, dataset_format, has_images, tokenize_dataset
@@ -302,7 +302,10 @@ class LarPOTrainer(DPOTrainer):
         if self._chunk_size is None:
             if shared_prompt:
                 rows = shared_prompt_rows(inputs, self.args.pad_to_multiple_of)
-                mask = attention_masks(bare_model, rows)
+                split = split_rows(rows) if splits_rows(bare_model) else None
+                if split is not None:
+                    model_kwargs["split"] = split
+                mask = attention_masks(bare_model, rows) if split is None else split.mask
             else:
                 rows = separate_rows(inputs, self.args.pad_to_multiple_of)
                 mask = rows.real.long()
@@ -334,6 +337,7 @@ class LarPOTrainer(DPOTrainer):
                 )
             kind = "Reference" if model is not self.accelerator.unwrap_model(self.model) else "Policy"
             if obstacle is None:
+                enable_sharing(model)
                 logger.info(f"{kind}: one row for each list; its completions share one pass over their prompt.")
             else:
                 log = logger.info if wish == "off" else logger.warning
