@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer import utils as trl_utils
 
 _TOKENS, _VOCABULARY = (
     512,
@@ -76,7 +76,7 @@ class CPULogProbs(torch.autograd.Function):
     def backward(ctx, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_):
         hidden, weight, targets, log_normalizer, entropy = ctx.saved_tensors
         grad_log_probs = torch.zeros(len(hidden)) if grad_log_probs is None else grad_log_probs.float()
-        with maybe_gather_lm_head_ctx(weight, None):
+        with trl_utils.maybe_gather_lm_head_ctx(weight, None):
             grad_hidden = torch.zeros(hidden.shape) if ctx.needs_input_grad[0] else None
             grad_weight = torch.zeros(weight.shape) if ctx.needs_input_grad[1] else None
             for tokens, vocabulary, logits in _tiles(hidden, weight, ctx.dtype):

@@ -99,6 +99,7 @@ def enable_passes(model: PreTrainedModel) -> None:
         model: Bare model with TRL's fused head.
     """
     original_forward = model.forward
+    trl_utils.maybe_gather_lm_head_ctx = _gather_partitioned_head
 
     def forward(self, *args, passes: list[Pass] | None = None, **kwargs):
         if passes is None:
@@ -123,6 +124,18 @@ def enable_passes(model: PreTrainedModel) -> None:
         return outputs
 
     model.forward = types.MethodType(forward, model)
+
+
+_trl_gather_head = trl_utils.maybe_gather_lm_head_ctx
+
+
+def _gather_partitioned_head(*parameters):
+    """
+    TRL's context in which the head is whole under ZeRO-3, which may also be given what is whole already.
+
+    Checkpointing hands the backward pass the weights as they were when it computed the chunk again, gathered.
+    """
+    return _trl_gather_head(*(p if hasattr(p, "ds_status") else None for p in parameters))
 
 
 def run_rows(model: Callable, rows: Rows, mask: Tensor | dict[str, Tensor], **kwargs) -> FusedCausalLMOutput:
