@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError, LarPOTrainer
@@ -95,6 +96,30 @@ def test_sharing_equals_separate_rows(first_step, name):
     assert_same(shared, separate, 1e-4)
     for size in (1, 2, 100):
         assert_same(first_step(name, shared_prompt="on", candidate_chunk_size=size), shared, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_flex_attention_over_packed_lists(model_of, config, name, monkeypatch):
+    # Forward alone and not compiled: on a CPU FlexAttention has no backward pass, and such masks do not compile
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda query, key, value, training=False, **kwargs: flex_attention(query, key, value, **kwargs),
+    )
+    logps = []
+    for implementation, options in (
+        ("sdpa", {"shared_prompt": "off"}),
+        ("flex_attention", {"shared_prompt": "on"}),
+        ("flex_attention", {"shared_prompt": "on", "candidate_chunk_size": 2}),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_of(name), dtype=torch.float32, attn_implementation=implementation
+        )
+        trainer = LarPOTrainer(model=model, args=config(**options), train_dataset=LISTS)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        with torch.no_grad():
+            logps.append(trainer._forward(trainer.model, batch).logps)
+    for found in logps[1:]:
+        torch.testing.assert_close(found, logps[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FALLING_BACK)

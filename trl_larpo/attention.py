@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -17,7 +18,7 @@ KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Layer number → keys and values of prompts, each `(lists, heads, prompt_length, head_size)`."""
 
 _PREFIX = "larpo_"  # of the attention implementations registered here
-_MASKABLE = ("sdpa", "eager")
+_MASKABLE = ("sdpa", "eager", "flex_attention")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -153,7 +154,7 @@ def split_rows(rows: Rows) -> SplitRows | None:
 
 def attention_masks(
     model: PreTrainedModel, rows: Rows, prompt_real: Tensor | None = None
-) -> Tensor | dict[str, Tensor]:
+) -> "Tensor | BlockMask | dict[str, Tensor | BlockMask]":
     """
     The mask to pass as `attention_mask` so that candidates see their prompt and themselves.
 
@@ -163,12 +164,14 @@ def attention_masks(
         prompt_real: As in [`visible`].
 
     Returns:
-        `(rows, 1, length, prompt_length + length)`, bool for SDPA and additive for eager attention; a dictionary of one
-        for each type of layer where a model has several.
+        `(rows, 1, length, prompt_length + length)`, bool for SDPA and additive for eager attention; a block mask for
+        FlexAttention, without `prompt_real`. A dictionary of one for each type of layer where a model has several.
     """
     config = model.config.get_text_config()
 
-    def mask(window: int | None) -> Tensor:
+    def mask(window: int | None) -> Tensor | BlockMask:
+        if uses_blocks(model):
+            return _block_mask(rows, window)
         seen = visible(rows, window, prompt_real)[:, None]
         if config._attn_implementation.endswith("eager"):
             return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(
@@ -183,6 +186,29 @@ def attention_masks(
     return mask(window)
 
 
+def _block_mask(rows: Rows, window: int | None) -> BlockMask:
+    """What [`visible`] says, as FlexAttention wants it. Padding sees the padding before it."""
+    lists = rows.segments.new_zeros(rows.segments.shape) if rows.lists is None else rows.lists
+    lists = torch.where(rows.real, lists, -1)
+    segments, positions = rows.segments, rows.positions
+
+    def sees(row, head, query, key):
+        same_list = lists[row, query] == lists[row, key]
+        reachable = (segments[row, key] == 0) | (segments[row, key] == segments[row, query])
+        seen = same_list & reachable & (query >= key)
+        if window is not None:
+            seen = seen & (positions[row, query] - positions[row, key] < window)
+        return seen
+
+    num_rows, length = rows.input_ids.shape
+    return create_block_mask(sees, num_rows, None, length, length, device=rows.input_ids.device)
+
+
+def uses_blocks(model: PreTrainedModel) -> bool:
+    """Whether attention of the model leaves out what is masked (FlexAttention), so that lists may share a row."""
+    return model.config.get_text_config()._attn_implementation == "flex_attention"
+
+
 def splits_rows(model: PreTrainedModel) -> bool:
     """Whether attention of the model, after [`enable_sharing`], can work on [`SplitRows`]."""
     implementation = model.config.get_text_config()._attn_implementation
@@ -192,6 +218,7 @@ def splits_rows(model: PreTrainedModel) -> bool:
 def enable_sharing(model: PreTrainedModel) -> None:
     """
     Gives `model` an attention that knows shared prompts. Without the arguments below it computes what it did before.
+    FlexAttention stays as it is; its block masks say all.
 
     - `split`: [`SplitRows`], for rows whose attention is worked out in parts.
     - `record`: an empty dictionary, which keeps the keys and values of this pass.
@@ -202,7 +229,7 @@ def enable_sharing(model: PreTrainedModel) -> None:
         model: The model, bare or as a `PeftModel`, without [`sharing_obstacle`].
     """
     config = model.config.get_text_config()
-    if not config._attn_implementation.startswith(_PREFIX):
+    if _PREFIX + config._attn_implementation in _KNOWING_SHARED_PROMPTS:
         config._attn_implementation = _PREFIX + config._attn_implementation
 
 
@@ -263,6 +290,10 @@ def _attend_in_parts(
     return parts.flatten(0, 1).index_select(0, (split.places + offsets).flatten()).unflatten(0, (num_rows, -1))
 
 
-for _name, _attention in {"sdpa": sdpa_attention_forward, "eager": _eager_attention_forward}.items():
-    AttentionInterface.register(_PREFIX + _name, _knowing_shared_prompts(_attention))
-    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+_KNOWING_SHARED_PROMPTS = {
+    _PREFIX + "sdpa": _knowing_shared_prompts(sdpa_attention_forward),
+    _PREFIX + "eager": _knowing_shared_prompts(_eager_attention_forward),
+}
+for _name, _attention in _KNOWING_SHARED_PROMPTS.items():
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_name.removeprefix(_PREFIX)])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Batch = dict[str, Tensor]
@@ -22,6 +23,7 @@ class Rows:
             it in the row. Segment 0 is the shared prompt; in separate rows it is empty.
         token_mask: bool `(batch, list_size, completion_length)`, `True` where a completion token is scored.
         token_index: int64, same shape; where the score of that token stands in a flattened `(rows, length - 1)` tensor.
+        lists: int64 `(rows, length)`, which list a token is of, where a row holds several; they do not see each other.
     """
 
     input_ids: Tensor
@@ -31,6 +33,7 @@ class Rows:
     segments: Tensor
     token_mask: Tensor
     token_index: Tensor
+    lists: Tensor | None = None
 
     def per_token(self, values: Tensor) -> Tensor:
         """
@@ -87,6 +90,42 @@ def shared_prompt_rows(batch: Batch, pad_to_multiple_of: int | None = None) -> R
         pad_to_multiple_of: The length of the rows is padded to a multiple of this.
     """
     return _shared_rows(batch, pad_to_multiple_of or 1, with_prompt=True)
+
+
+def pack(rows: Rows) -> Rows:
+    """
+    All rows behind one another in one, without the padding between them.
+
+    Worth it where attention leaves out what is masked. The length is rounded up so that few lengths occur, because
+    attention of that kind is compiled for each.
+    """
+    order = rows.real.flatten().nonzero()[:, 0]
+    length = rows.input_ids.size(1)
+    padding = _round_up(len(order)) - len(order)
+
+    def packed(values: Tensor, fill: int = 0) -> Tensor:
+        return F.pad(values.flatten()[order], (0, padding), value=fill)[None]
+
+    place = torch.zeros(rows.real.numel(), dtype=torch.long, device=order.device)
+    place[order] = torch.arange(len(order), device=order.device)
+    # A score at t is of token t + 1: from there to where that token went
+    row, column = rows.token_index // (length - 1), rows.token_index % (length - 1)
+    return Rows(
+        input_ids=packed(rows.input_ids),
+        labels=packed(rows.labels, -100),
+        real=packed(rows.real),
+        positions=packed(rows.positions),
+        segments=packed(rows.segments),
+        token_mask=rows.token_mask,
+        token_index=(place[row * length + column + 1] - 1).masked_fill(~rows.token_mask, 0),
+        lists=packed(torch.arange(len(rows.real), device=order.device)[:, None].expand_as(rows.real)),
+    )
+
+
+def _round_up(length: int) -> int:
+    """To a multiple of 128, and of more for long rows, so that at most an eighth is added."""
+    step = max(128, 2 ** (length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 def candidate_rows(batch: Batch) -> Rows:

@@ -21,9 +21,9 @@ from transformers.models.mixtral import modeling_mixtral
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .attention import KeysAndValues, attention_masks
+from .attention import KeysAndValues, attention_masks, uses_blocks
 from .cpu_head import CPULogProbs
-from .layout import Batch, Rows, candidate_rows, prompt_rows, separate_rows
+from .layout import Batch, Rows, candidate_rows, pack, prompt_rows, separate_rows, shared_prompt_rows
 
 
 @dataclass
@@ -76,7 +76,10 @@ def passes_in_chunks(
             | {name: tensor[lists, first : first + candidates_per_chunk] for name, tensor in of_candidates.items()}
             for first in range(0, list_size, candidates_per_chunk)
         ]
-        if shared_prompt:
+        if shared_prompt and uses_blocks(model):  # no pass of its own for the prompt: it is in the row of each chunk
+            rows = [pack(shared_prompt_rows(chunk)) for chunk in chunks]
+            passes.append(Pass(rows, [attention_masks(model, of_chunk) for of_chunk in rows]))
+        elif shared_prompt:
             rows = [candidate_rows(chunk) for chunk in chunks]
             prompt_ids, prompt_real = prompt_rows(prompts)
             masks = [attention_masks(model, of_chunk, prompt_real) for of_chunk in rows]
@@ -148,7 +151,7 @@ def run_rows(model: Callable, rows: Rows, mask: Tensor | dict[str, Tensor], **kw
         mask: Two-dimensional for rows of one sequence; else from [`attention_masks`].
         kwargs: Further arguments for the model.
     """
-    if isinstance(mask, dict) or mask.dim() == 4:
+    if isinstance(mask, dict) or len(mask.shape) == 4:
         kwargs["position_ids"] = rows.positions
     with _fused_head_on(rows):
         return model(

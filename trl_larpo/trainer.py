@@ -21,12 +21,12 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first, use_adapter
 
-from .attention import attention_masks, enable_sharing, sharing_obstacle, split_rows, splits_rows
+from .attention import attention_masks, enable_sharing, sharing_obstacle, split_rows, splits_rows, uses_blocks
 from .collator import DataCollatorForCandidateLists
 from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
 from .data import check_dataset, column_names, dataset_format, has_images, tokenize_dataset
 from .errors import ConfigError
-from .layout import Rows, count_tokens, separate_rows, shared_prompt_rows
+from .layout import Rows, count_tokens, pack, separate_rows, shared_prompt_rows
 from .losses import RankingLoss, best_and_worst
 from .metrics import kendall_tau, mrr, ndcg, pair_accuracy
 from .passes import enable_passes, passes_in_chunks, run_rows
@@ -302,6 +302,7 @@ class LarPOTrainer(DPOTrainer):
         if self._chunk_size is None:
             if shared_prompt:
                 rows = shared_prompt_rows(inputs, self.args.pad_to_multiple_of)
+                rows = pack(rows) if uses_blocks(bare_model) else rows
                 split = split_rows(rows) if splits_rows(bare_model) else None
                 if split is not None:
                     model_kwargs["split"] = split
