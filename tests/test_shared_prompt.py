@@ -90,6 +90,8 @@ def assert_same(found, expected, rtol):
 
 @pytest.mark.parametrize("name", SHARING)
 def test_sharing_equals_separate_rows(first_step, name):
+    if name == "gemma3_text" and tiny.TRANSFORMERS_4:
+        pytest.skip("TRL's fused head does not find the backbone of this model in transformers 4")
     separate = first_step(name, shared_prompt="off")
     assert separate[1].abs().max() > 0.1
     shared = first_step(name, shared_prompt="on")

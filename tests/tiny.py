@@ -9,7 +9,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-LOSS_ROUNDING = 1e-4 if int(transformers.__version__.split(".")[0]) < 5 else 0.0
+TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
+
+LOSS_ROUNDING = 1e-4 if TRANSFORMERS_4 else 0.0
 """transformers 4 logs the loss with four decimals."""
 
 PAD, BOS, EOS = "<|pad|>", "<|im_start|>", "<|im_end|>"

@@ -281,7 +281,10 @@ def _attend_in_parts(
         prompts = of_prompts(states).repeat_interleave(num_sequences // num_rows, dim=0)
         return torch.cat([prompts, of_candidates(states)], dim=2)
 
+    # Some models say in `is_causal` what follows from the mask that they were given
+    kwargs["is_causal"] = split.prompt_length > 1
     prompts, _ = attention(module, *map(of_prompts, (query, key, value)), None, *args, **kwargs)
+    kwargs["is_causal"] = False
     candidates, _ = attention(
         module, of_candidates(query), with_prompts(key), with_prompts(value), split.mask, *args, **kwargs
     )
