@@ -47,7 +47,9 @@ def log_of(folder):
 
 def test_trains_from_yaml_with_flags_that_win(yaml_file, tmp_path, capsys):
     assert cli.main(["train", "--config", str(yaml_file), "--max_steps", "2", "--logging_steps", "1"]) == 0
-    assert "Model saved to" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "Model saved to" in output.out
+    assert "one row for each list" in output.err
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [entry["step"] for entry in log_of(tmp_path / "out" / "checkpoint-2")] == [1, 2]
     card = (tmp_path / "out" / "README.md").read_text()

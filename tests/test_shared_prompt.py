@@ -195,6 +195,19 @@ def test_which_way_was_taken_is_logged_once(first_step, caplog):
     assert ["Policy" in said[0], "Reference" in said[1], len(said)] == [True, True, 2]
 
 
+def test_a_trained_model_can_be_saved_and_trained_again(trained, tmp_path):
+    first = trained(LISTS)
+    first.save_model(str(tmp_path / "saved"))
+    assert "larpo" not in (tmp_path / "saved" / "config.json").read_text()
+    again = trained(LISTS, model=first.model)
+    assert again.model is first.model
+    loaded = trained(LISTS, model=str(tmp_path / "saved"))
+    # The reference of a model in memory is what its path holds, so only the policy is the same
+    for a, b in zip(*(run.state.log_history for run in (again, loaded)), strict=True):
+        if "entropy" in a:
+            assert a["entropy"] == pytest.approx(b["entropy"], rel=1e-2)
+
+
 def test_running_out_of_memory_names_the_option(tiny_model, config, monkeypatch):
     trainer = LarPOTrainer(model=tiny_model, args=config(candidate_chunk_size=3), train_dataset=LISTS)
 

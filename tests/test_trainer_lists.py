@@ -206,6 +206,60 @@ def test_precomputed_reference_gives_the_same_training(trained, batch_size):
     assert_close(precomputed, plain, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
 
 
+def test_a_caller_brings_reference_log_probabilities(trained, tiny_model, config):
+    options = {"max_steps": 3}
+    computed = trained(tiny.lists(), options | {"precompute_ref_log_probs": True})
+    brought = tiny.lists().add_column("ref_logps", computed.train_dataset["ref_logps"])
+    found = trained(brought, options)
+    assert found.ref_model is None
+    assert_close(found, computed, ("loss", "grad_norm"), rtol=1e-6, atol=1e-6)
+    stream = trained(brought.to_iterable_dataset(), options)
+    assert stream.ref_model is None
+    # They are used, not computed anew
+    shifted = brought.map(lambda row: {"ref_logps": [x - 5.0 * i for i, x in enumerate(row["ref_logps"])]})
+    assert trajectory(trained(shifted, options), "loss")[0] != trajectory(found, "loss")[0]
+    # What an evaluation set lacks is computed
+    both = trained(brought, options, eval_dataset=tiny.lists(num_rows=4))
+    assert [len(x) for x in both.eval_dataset["ref_logps"]] == [len(x) for x in tiny.lists(num_rows=4)["completions"]]
+
+    with pytest.raises(ConfigError, match="`ref_logps`, and `ref_model` is given as well"):
+        LarPOTrainer(
+            model=tiny_model,
+            ref_model=AutoModelForCausalLM.from_pretrained(tiny_model),
+            args=config(),
+            train_dataset=brought,
+        )
+
+
+@pytest.mark.parametrize(
+    "ref_logps, message",
+    [
+        ([-1.0], "is \\[-1.0\\]; give the reference's log-probability of each of the 2 completions"),
+        ([-1.0, None], "entry 1 is None; give a finite number of at most 0"),
+        ([-1.0, float("nan")], "entry 1 is nan"),
+        ([0.5, -1.0], "entry 0 is 0.5"),
+    ],
+)
+def test_bad_reference_log_probabilities_are_named(tiny_model, config, ref_logps, message):
+    rows = [{"prompt": "p", "completions": [" a", " b"], "ref_logps": [-1.0, -2.0]}] * 3
+    rows.append(rows[0] | {"ref_logps": ref_logps})
+    with pytest.raises(DataError, match=f"train_dataset row 3, column `ref_logps`: {message}"):
+        LarPOTrainer(model=tiny_model, args=config(), train_dataset=Dataset.from_list(rows))
+
+
+def test_batches_of_lists_of_similar_length(trained):
+    option = {"group_by_length": True} if tiny.TRANSFORMERS_4 else {"train_sampling_strategy": "group_by_length"}
+    dataset = Dataset.from_list(
+        [{"prompt": f"{i} " + "a " * (20 * i), "completions": [" b", " c" * (i + 1)]} for i in range(16)]
+    )
+    trainer = trained(dataset, option | {"per_device_train_batch_size": 2, "max_steps": 8})
+    lengths = trainer.train_dataset["length"]
+    assert lengths == [len(r["prompt_ids"]) + sum(map(len, r["completion_ids"])) for r in trainer.train_dataset]
+    indices = list(trainer._get_train_sampler())
+    gaps = [abs(lengths[a] - lengths[b]) for a, b in zip(indices[::2], indices[1::2], strict=True)]
+    assert max(gaps) <= 3 * (lengths[1] - lengths[0])
+
+
 def test_precomputed_reference_is_cached_and_depends_on_its_options(trained, tmp_path, monkeypatch):
     path = tmp_path / "lists"
     tiny.lists().save_to_disk(path)

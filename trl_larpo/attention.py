@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -253,7 +254,7 @@ def _knowing_shared_prompts(attention):
         **kwargs,
     ):
         if split is not None:
-            return _attend_in_parts(attention, module, query, key, value, split, *args, **kwargs), None
+            return _attend_in_parts(module, query, key, value, split, *args, **kwargs), None
         if record is not None:
             record.setdefault(module.layer_idx, (key, value))  # not again when it is recomputed for the backward pass
         if recorded:
@@ -265,8 +266,16 @@ def _knowing_shared_prompts(attention):
 
 
 def _attend_in_parts(
-    attention, module, query: Tensor, key: Tensor, value: Tensor, split: SplitRows, *args, **kwargs
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    split: SplitRows,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
 ) -> Tensor:
+    """SDPA over prompts, then over candidates. Returns `(rows, length, heads, head_size)`."""
     num_rows = query.size(0)
     num_sequences, _, segment_length, _ = split.mask.shape
 
@@ -282,12 +291,16 @@ def _attend_in_parts(
         return torch.cat([prompts, of_candidates(states)], dim=2)
 
     # Some models say in `is_causal` what follows from the mask that they were given
-    kwargs["is_causal"] = split.prompt_length > 1
-    prompts, _ = attention(module, *map(of_prompts, (query, key, value)), None, *args, **kwargs)
-    kwargs["is_causal"] = False
-    candidates, _ = attention(
-        module, of_candidates(query), with_prompts(key), with_prompts(value), split.mask, *args, **kwargs
-    )
+    options = kwargs | {"dropout": dropout, "scaling": scaling}
+    options["is_causal"] = split.prompt_length > 1
+    prompts, _ = sdpa_attention_forward(module, *map(of_prompts, (query, key, value)), None, **options)
+    states = of_candidates(query), with_prompts(key), with_prompts(value)
+    if query.device.type == "cpu":  # whose kernel takes fewer key heads than query heads together with a mask
+        candidates = F.scaled_dot_product_attention(
+            *states, attn_mask=split.mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+    else:
+        candidates, _ = sdpa_attention_forward(module, *states, split.mask, **(options | {"is_causal": False}))
     parts = torch.cat([prompts, candidates.unflatten(0, (num_rows, -1)).flatten(1, 2)], dim=1)
     offsets = parts.size(1) * torch.arange(num_rows, device=parts.device)[:, None]
     return parts.flatten(0, 1).index_select(0, (split.places + offsets).flatten()).unflatten(0, (num_rows, -1))

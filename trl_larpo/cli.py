@@ -8,6 +8,7 @@ as `--num_processes`) or `--accelerate_config` it launches itself through accele
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 
@@ -40,12 +41,20 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _show_log() -> None:
+    """Lets the package say on stderr what it does; as a library it only warns."""
+    logger = logging.getLogger(__package__)
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler()]
+
+
 def train(argv: list[str]) -> int:
     """`larpo train`: parses the options, loads the data, trains, saves."""
     script_args, training_args, model_args, mixture_args, launch_args = _parse(argv)
     if launch_args:
         return _launch(argv, launch_args)
 
+    _show_log()
     import torch
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config

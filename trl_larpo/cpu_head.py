@@ -78,7 +78,10 @@ class CPULogProbs(torch.autograd.Function):
         grad_log_probs = torch.zeros(len(hidden)) if grad_log_probs is None else grad_log_probs.float()
         with trl_utils.maybe_gather_lm_head_ctx(weight, None):
             grad_hidden = torch.zeros(hidden.shape) if ctx.needs_input_grad[0] else None
-            grad_weight = torch.zeros(weight.shape) if ctx.needs_input_grad[1] else None
+            # Every part of it is written once before anything is added, so it need not be filled with zeros
+            grad_weight = torch.empty(weight.shape) if ctx.needs_input_grad[1] else None
+            if len(hidden) == 0 and grad_weight is not None:
+                grad_weight.zero_()
             for tokens, vocabulary, logits in _tiles(hidden, weight, ctx.dtype):
                 log_probs = logits.sub_(log_normalizer[tokens, None])
                 if grad_entropy is None:
@@ -94,7 +97,8 @@ class CPULogProbs(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[tokens].addmm_(grad.float(), weight[vocabulary].float())
                 if grad_weight is not None:
-                    grad_weight[vocabulary].addmm_(grad.float().t(), hidden[tokens].float())
+                    kept = 0 if tokens.start == 0 else 1
+                    grad_weight[vocabulary].addmm_(grad.float().t(), hidden[tokens].float(), beta=kept)
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, *[None] * 7

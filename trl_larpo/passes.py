@@ -95,8 +95,7 @@ def enable_passes(model: PreTrainedModel) -> None:
     Lets `model` be called as `model(passes=[Pass, ...])`, which returns what it says of each chunk, in order.
 
     They are run inside the model's forward so that whatever wraps it (PEFT, DDP, DeepSpeed, FSDP) sees one call. The
-    values returned are TRL's `FusedCausalLMOutput`. Further keyword arguments go to
-    every call of the model.
+    values returned are TRL's `FusedCausalLMOutput`. Further keyword arguments go to every call of the model.
 
     Args:
         model: Bare model with TRL's fused head.
@@ -119,10 +118,9 @@ def enable_passes(model: PreTrainedModel) -> None:
                     record=recorded,
                     **kwargs,
                 )
+            reading = {"recorded": recorded} if recorded else {}
             for rows, mask in zip(lists.chunks, lists.masks, strict=True):
-                run = partial(
-                    run_rows, original_forward, rows, mask, **({"recorded": recorded} if recorded else {}), **kwargs
-                )
+                run = partial(run_rows, original_forward, rows, mask, **kwargs, **reading)
                 outputs.append(checkpoint(run, use_reentrant=False) if torch.is_grad_enabled() else run())
         return outputs
 

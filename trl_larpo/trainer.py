@@ -220,6 +220,7 @@ class LarPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         if self._list_mode and self._signature_columns is None:
             self._signature_columns = ["prompt_ids", "completion_ids", "relevance", "ref_logps"]
+            self._signature_columns.append(self.args.length_column_name)  # what batches may be grouped by
         super()._set_signature_columns_if_needed()
 
     def _list_collator(self):
@@ -344,6 +345,10 @@ class LarPOTrainer(DPOTrainer):
                 log = logger.info if wish == "off" else logger.warning
                 log(f"{kind}: a row for each completion, with the prompt in each, because {obstacle}.")
             if self._chunk_size is not None:
+                if is_peft_model(model) and any(x.is_prompt_learning for x in model.peft_config.values()):
+                    raise ConfigError(
+                        "`candidate_chunk_size` does not work with prompt-learning PEFT. Remove it, or use LoRA."
+                    )
                 enable_passes(model.get_base_model() if is_peft_model(model) else model)
             self._layouts[id(model)] = obstacle is None
         return self._layouts[id(model)]
