@@ -21,9 +21,11 @@ def tiny_model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dataset_cache(tmp_path, monkeypatch):
-    """Results of `map` go to the test's own folder, so that no test reads what another one cached."""
+def _nothing_left_by_other_tests(tmp_path, monkeypatch):
+    """No test reads what another one left: results of `map`, and the precision that transformers 4 keeps in the
+    environment from one TrainingArguments to the next."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 @pytest.fixture

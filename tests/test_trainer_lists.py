@@ -250,14 +250,15 @@ def test_bad_reference_log_probabilities_are_named(tiny_model, config, ref_logps
 def test_batches_of_lists_of_similar_length(trained):
     option = {"group_by_length": True} if tiny.TRANSFORMERS_4 else {"train_sampling_strategy": "group_by_length"}
     dataset = Dataset.from_list(
-        [{"prompt": f"{i} " + "a " * (20 * i), "completions": [" b", " c" * (i + 1)]} for i in range(16)]
+        [{"prompt": f"{i} " + "a " * (5 * i), "completions": [" b", " c" * (i + 1)]} for i in range(64)]
     )
-    trainer = trained(dataset, option | {"per_device_train_batch_size": 2, "max_steps": 8})
+    trainer = trained(dataset, option | {"per_device_train_batch_size": 2, "max_steps": 2})
     lengths = trainer.train_dataset["length"]
     assert lengths == [len(r["prompt_ids"]) + sum(map(len, r["completion_ids"])) for r in trainer.train_dataset]
     indices = list(trainer._get_train_sampler())
     gaps = [abs(lengths[a] - lengths[b]) for a, b in zip(indices[::2], indices[1::2], strict=True)]
-    assert max(gaps) <= 3 * (lengths[1] - lengths[0])
+    # two rows drawn at random are a third of the range apart
+    assert sum(gaps) / len(gaps) < (max(lengths) - min(lengths)) / 6
 
 
 def test_precomputed_reference_is_cached_and_depends_on_its_options(trained, tmp_path, monkeypatch):
