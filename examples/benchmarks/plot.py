@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 COLORS = {
     "DPOTrainer": "#b8b8b8",
@@ -56,6 +57,10 @@ def main(source: str, picture: str) -> None:
 
     points = results["scaling"]["results"]
     scaling.loglog([p["tokens"] for p in points], [p["seconds"] for p in points], "o", color=COLORS["shared"])
+    for axis in (scaling.xaxis, scaling.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
     scaling.set(title="Time of a step", xlabel="distinct tokens", ylabel="seconds")
     for axes in (bars, memory, scaling):
         axes.spines[["top", "right"]].set_visible(False)
