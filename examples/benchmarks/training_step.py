@@ -223,7 +223,8 @@ def bench_lists(bench: Bench) -> list[dict]:
         row = make_list(bench.config.vocab_size, prompt, completion, size)
         pairs = all_pairs(row)
         trl = bench.trainer(DPOTrainer, pairs)
-        in_parts = [bench.step(trl, i, min(i + 2, len(pairs))) for i in range(0, len(pairs), 2)]  # as gradient accumulation would
+        # Two pairs at a time, as gradient accumulation would
+        in_parts = [bench.step(trl, i, min(i + 2, len(pairs))) for i in range(0, len(pairs), 2)]
         separate = bench.step(bench.trainer(LarPOTrainer, [row], shared_prompt="off"), 0, 1)
         shared = bench.step(bench.trainer(LarPOTrainer, [row], shared_prompt="on"), 0, 1)
         seconds = bench.compare(separate=separate, shared=shared)
