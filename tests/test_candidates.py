@@ -1,32 +1,175 @@
-"""Candidate lists: ranked, distinct, finished, and nothing left out without being counted."""
+"""Candidate lists against an oracle in plain Python, and their parts."""
 
-from trl_larpo.candidates import build_candidate_lists
+import random
+from dataclasses import replace
 
-USER = [{"role": "user", "content": "p"}]
+import pytest
+
+from trl_larpo import ConfigError
+from trl_larpo.candidates import (
+    Candidate,
+    Selection,
+    build_list,
+    build_lists,
+    candidates_of,
+    earlier_iterations,
+    prompt_id,
+    random_prompts,
+    related_prompts,
+)
 
 
-def test_completions_are_ranked_and_keep_their_rewards():
-    lists = build_candidate_lists(["p"], [["low", "high", "mid"]], [[0.0, 2.0, 1.0]])
-    assert lists.rows == [{"prompt": "p", "completions": ["high", "mid", "low"], "rewards": [2.0, 1.0, 0.0]}]
+def oracle(candidates, selection):
+    """Texts and rewards of the list, by the rules as they are written in the documentation; None if there is no "
+    "list."""
+    seen = []
+    for c in candidates:
+        usable = c.finished and c.completion.strip() != "" and c.reward is not None
+        if usable and c.completion not in [text for text, _ in seen]:
+            seen.append((c.completion, c.reward))
+    ranked = []
+    for item in seen:  # insertion: behind all that are at least as good
+        place = len([1 for other in ranked if other[1] >= item[1]])
+        ranked.insert(place, item)
+    if len(ranked) < 2 or ranked[0][1] == ranked[-1][1] or ranked[0][1] - ranked[-1][1] < selection.min_reward_gap:
+        return None
+    a, b = selection.num_best, selection.num_worst
+    if a is not None:
+        return [item for i, item in enumerate(ranked) if i < a or i >= len(ranked) - b]
+    cap = selection.max_list_size
+    if cap is None or cap >= len(ranked):
+        return ranked
+    picked = [round(k * (len(ranked) - 1) / (cap - 1) + 1e-9) for k in range(cap)]
+    return [ranked[i] for i in picked]
 
 
-def test_conversations_stay_conversations():
-    lists = build_candidate_lists([USER], [["a", "b"]], [[1.0, 0.0]])
-    assert lists.rows[0]["prompt"] == USER
-    assert lists.rows[0]["completions"][0] == [{"role": "assistant", "content": "a"}]
+SELECTIONS = [
+    Selection(),
+    Selection(1, 1),
+    Selection(1, 3),
+    Selection(2, 2),
+    Selection(3, 1),
+    Selection(max_list_size=2),
+    Selection(max_list_size=4),
+    Selection(max_list_size=7),
+    Selection(min_reward_gap=1.5),
+    Selection(2, 2, min_reward_gap=2.0),
+]
 
 
-def test_everything_left_out_is_counted():
-    lists = build_candidate_lists(
-        ["kept", "tied", "one", "none"],
-        [["a", "a", "b", " ", "cut"], ["a", "b"], ["a", "a"], []],
-        [[1.0, 0.0, 0.5, 1.0, 9.0], [1.0, 1.0], [1.0, 0.0], []],
-        finished=[[True, True, True, True, False], [True, True], [True, True], []],
+@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+@pytest.mark.parametrize("memory", ["none", "previous", "all"])
+def test_lists_equal_the_oracle(selection, memory):
+    # Few texts and few rewards, so that duplicates and ties are common
+    rng = random.Random(f"{selection}{memory}")
+    for _ in range(300):
+        history = {
+            iteration: [
+                Candidate(
+                    completion=rng.choice(["a", "b", "c", "d", "e", "f", "g", "h", "", " "]),
+                    reward=rng.choice([None, 0.0, 0.0, 1.0, 2.0, 2.5]),
+                    iteration=iteration,
+                    finished=rng.random() < 0.85,
+                )
+                for _ in range(rng.randint(0, 9))
+            ]
+            for iteration in (1, 2, 3)
+        }
+        pool = [c for i in [3, *earlier_iterations(memory, 3)] for c in history[i]]
+        made, expected = build_list(pool, selection), oracle(pool, selection)
+        assert (made.problem is None) == (expected is not None)
+        assert [(c.completion, c.reward) for c in made.selected] == (expected or [])
+        # Every completion is accounted for
+        total = sum(c.count for c in made.selected) + sum(c.count for c, _ in made.left_out)
+        assert total == len(pool)
+
+
+def test_duplicates_are_counted_and_the_first_stays():
+    first = Candidate("a", 1.0, iteration=3)
+    made = build_list([first, Candidate("b", 0.0, iteration=3), Candidate("a", 5.0, iteration=1)], Selection())
+    assert made.selected == [replace(first, count=2, rank=1), Candidate("b", 0.0, iteration=3, rank=2)]
+    assert made.num_duplicates == 1
+
+
+def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
+    pool = [
+        Candidate("best", 3.0, iteration=2, temperature=0.8),
+        Candidate("cut", 9.0, finished=False),
+        Candidate("middle", 2.0, source="random_prompt"),
+        Candidate("worst", 1.0),
+        Candidate(" ", 0.0),
+        Candidate("unjudged", None),
+    ]
+    other = [Candidate("x", 1.0), Candidate("y", 1.0)]
+    rows, counts = build_lists([({"prompt": "p"}, pool), ({"prompt": "q"}, other)], Selection(1, 1))
+    assert rows[0]["completions"] == ["best", "worst"] and rows[0]["rewards"] == [3.0, 1.0]
+    assert rows[0]["candidates"][0] == {
+        "iteration": 2, "source": "policy", "temperature": 0.8, "finished": True, "num_tokens": None, "count": 1,
+        "rank": 1, "of_prompt": None,
+    }  # fmt: skip
+    assert {x["completion"]: x["why"] for x in rows[0]["left_out"]} == {
+        "cut": "cut off", "middle": "not selected", " ": "empty", "unjudged": "no reward",
+    }  # fmt: skip
+    assert rows[1]["problem"] == "tied" and rows[1]["completions"] == []
+    assert [c.completion for c in candidates_of(rows[0])] == ["best", "worst"]
+    assert counts.summary() == (
+        "1 lists of 2 candidates; left out: 1 prompts with all rewards equal, 1 completions cut off, 1 empty, 1 "
+        "without "
+        "a reward, 1 not selected."
     )
-    assert lists.rows == [{"prompt": "kept", "completions": ["a", "b"], "rewards": [1.0, 0.5]}]
-    assert (lists.num_duplicates, lists.num_empty, lists.num_unfinished) == (2, 1, 1)
-    assert (lists.num_tied, lists.num_too_small) == (1, 2)
-    assert lists.summary() == (
-        "1 lists of 2 completions; left out: 1 prompts with all rewards equal, 2 with fewer than 2 distinct "
-        "completions; 1 cut off, 2 duplicate and 1 empty completions."
-    )
+
+
+def test_short_lists_are_kept_and_counted():
+    _, counts = build_lists([({}, [Candidate("a", 1.0), Candidate("b", 0.0)])], Selection(2, 2))
+    assert (counts.lists, counts.prompts_short) == (1, 1)
+    assert counts.summary().endswith("1 lists are shorter than asked for.")
+
+
+def test_memory_names_the_iterations():
+    assert [earlier_iterations(memory, 4) for memory in ("none", "previous", "all")] == [[], [3], [3, 2, 1]]
+    assert earlier_iterations("all", 1) == []
+    with pytest.raises(ConfigError, match="`memory` is 'some'"):
+        earlier_iterations("some", 2)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_best": 1}, "go together"),
+        ({"num_best": 0, "num_worst": 2}, "at least 1"),
+        ({"num_best": 1, "num_worst": 1, "max_list_size": 4}, "`max_list_size` has no effect"),
+        ({"max_list_size": 1}, "`max_list_size` is 1"),
+        ({"min_reward_gap": -1.0}, "`min_reward_gap` is -1"),
+        ({"min_reward_gap": float("nan")}, "`min_reward_gap` is nan"),
+    ],
+)
+def test_impossible_selections_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Selection(**options)
+
+
+def test_related_prompts_share_rare_words():
+    texts = [
+        "Tell me a fact about bees.",
+        "Tell me a fact about trains.",
+        "Tell me a fact about chess.",
+        "Tell me a fact about rain.",
+        "How do bees make honey?",
+        "When do trains leave the station?",
+    ]
+    related = related_prompts(texts)
+    assert (related[0], related[1], related[4], related[5]) == (4, 5, 0, 1)
+
+
+def test_random_prompts_are_others_and_repeatable():
+    ids = [prompt_id(f"prompt {i}") for i in range(50)]
+    drawn = random_prompts(ids, seed=0, iteration=1)
+    assert drawn == random_prompts(ids, seed=0, iteration=1)
+    assert all(other != i and 0 <= other < 50 for i, other in enumerate(drawn))
+    assert drawn != random_prompts(ids, seed=0, iteration=2) and drawn != random_prompts(ids, seed=1, iteration=1)
+    assert len(set(drawn)) > 20
+
+
+def test_prompt_ids_depend_on_content_alone():
+    assert prompt_id([{"role": "user", "content": "é"}]) == prompt_id([{"content": "é", "role": "user"}])
+    assert prompt_id("a") != prompt_id("b")

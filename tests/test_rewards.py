@@ -1,12 +1,24 @@
 """Rules for verifiable instructions, and what is done with a reward that goes wrong."""
 
 import math
+import sys
 
 import pytest
 
-from trl_larpo import DataError
-from trl_larpo.generation import Sample
-from trl_larpo.rewards import INSTRUCTIONS, score_completions, sentences, verifiable_instruction_reward, words
+from trl_larpo import ConfigError, DataError
+from trl_larpo.rewards import (
+    INSTRUCTIONS,
+    Reward,
+    final_number,
+    gsm8k_reward,
+    load_rewards,
+    reward_id,
+    score_rows,
+    sentences,
+    verifiable_instruction_reward,
+    win_rates,
+    words,
+)
 
 USER = [{"role": "user", "content": "Tell me about bees."}]
 
@@ -65,7 +77,41 @@ def test_unknown_instructions_are_named():
         verifiable_instruction_reward([USER], ["la"], instruction=["sing"], value=[None], finished=[True])
 
 
-SAMPLES = [[Sample("a", 1, True), Sample("b", 1, False)], [], [Sample("c", 1, True)]]
+def test_numbers_in_yaml_may_be_text():
+    assert INSTRUCTIONS["max_words"]("bees fly", "2") and not INSTRUCTIONS["max_words"]("bees do fly", "2")
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("He has 5 apples and buys 1,200 more.\n#### 1,205", 1205.0),
+        ("So 3 + 4 = 7. The answer is \\boxed{7}, not 8.", 7.0),
+        ("It costs $3.50.", 3.5),
+        ("It is -2", -2.0),
+        ("No idea.", None),
+    ],
+)
+def test_final_numbers(text, number):
+    assert final_number(text) == number
+
+
+def test_gsm8k_reward_compares_numbers():
+    answers = ["6 * 7 = 42\n#### 42"] * 3
+    completions = ["It is 42.", [{"role": "assistant", "content": "42.0"}], "It is 41."]
+    assert gsm8k_reward(["p"] * 3, completions, answer=answers) == [1.0, 1.0, 0.0]
+    with pytest.raises(DataError, match="has no number"):
+        gsm8k_reward(["p"], ["1"], answer=["none"])
+
+
+ROWS = [
+    {"prompt": "p", "completions": ["a", "b"], "finished": [True, False], "kind": "x"},
+    {"prompt": "q", "completions": [], "finished": [], "kind": "y"},
+    {"prompt": USER, "completions": [[{"role": "assistant", "content": "c"}]], "finished": [True], "kind": "z"},
+]
+
+
+def rewards_of(function, rows=ROWS, **options):
+    return [row["rewards"] for row in score_rows([Reward("mine", function, **options)], rows)]
 
 
 def test_rewards_come_back_by_prompt_and_columns_go_along():
@@ -73,23 +119,91 @@ def test_rewards_come_back_by_prompt_and_columns_go_along():
 
     def reward(prompts, completions, **columns):
         seen.update(columns, prompts=prompts, completions=completions)
-        return [1, 2, 3]
+        return [1, 2, None]
 
-    rewards = score_completions(reward, ["p", "q", USER], SAMPLES, {"kind": ["x", "y", "z"]})
-    assert rewards == [[1.0, 2.0], [], [3.0]]
+    assert rewards_of(reward) == [[1.0, 2.0], [], [None]]
     assert seen["prompts"] == ["p", "p", USER]
     assert seen["completions"] == ["a", "b", [{"role": "assistant", "content": "c"}]]
     assert (seen["kind"], seen["finished"]) == (["x", "x", "z"], [True, False, True])
 
 
+def test_weights_normalisation_and_rewards_that_do_not_apply():
+    length = Reward("length", lambda completions, **_: [float(len(c)) for c in completions], weight=2.0)
+    some = Reward("some", lambda completions, **_: [1.0 if c == "aa" else None for c in completions])
+    rows = [{"prompt": "p", "completions": ["a", "aa", "aaa"], "finished": [True] * 3}]
+    [scored] = score_rows([length, some], rows)
+    assert scored == {
+        "rewards": [2.0, 5.0, 6.0], "reward_parts": {"length": [1.0, 2.0, 3.0], "some": [None, 1.0, None]}
+    }  # fmt: skip
+    [scored] = score_rows([length, some], rows, normalize=True)
+    deviation = (2 / 3) ** 0.5
+    assert scored["rewards"] == pytest.approx([-2 / deviation, 0.0, 2 / deviation])
+
+
 @pytest.mark.parametrize(
-    "values, message",
+    "function, message",
     [
-        ([1.0, 2.0], "returned 2 values for 3 completions"),
-        ([1.0, math.nan, 2.0], r"returned nan for completion 1 of prompt 0 \('p'\)"),
-        ([1.0, 2.0, None], r"returned None for completion 0 of prompt 2 \('Tell me about bees.'\)"),
+        (lambda **_: [1.0, 2.0], "returned 2 values for 3 completions"),
+        (lambda **_: 1.0, "returned float for 3 completions"),
+        (lambda **_: [1.0, math.nan, 2.0], r"returned nan for completion 1 of the prompt 'p'"),
+        (lambda **_: [1.0, 2.0, "good"], r"returned 'good' for completion 0 of the prompt 'Tell me about bees.'"),
+        (lambda **_: 1 / 0, "The reward mine failed: ZeroDivisionError: division by zero"),
+        (
+            verifiable_instruction_reward,
+            r"required keyword-only arguments: 'instruction'.*\(The prompts have the columns",
+        ),
     ],
 )
-def test_rewards_that_go_wrong_are_named(values, message):
+def test_rewards_that_go_wrong_are_named(function, message):
     with pytest.raises(DataError, match=message):
-        score_completions(lambda **_: values, ["p", "q", USER], SAMPLES)
+        rewards_of(function)
+
+
+def test_pairwise_rankers_become_mean_win_rates():
+    def ranker(prompt, completions):
+        return [[1.0 if a > b else 0.25 for b in completions] for a in completions]
+
+    rows = [{"prompt": "p", "completions": ["a", "c", "b"], "finished": [True] * 3}]
+    assert rewards_of(ranker, rows, pairwise=True) == [[0.25, 1.0, 0.625]]
+    assert win_rates([[0.0]]) == [0.5]
+    for matrix in ([[1.0]], [[0.0, 1.0, 1.0]] * 2, [[0.0, math.nan, 0.0]] * 3, [[0.0, None, 0.0]] * 3):
+        with pytest.raises(DataError, match=r"The (ranker|reward) mine returned"):
+            rewards_of(lambda *_, matrix=matrix: matrix, rows, pairwise=True)
+
+
+def test_rewards_are_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def good(prompts, completions, **columns): return [1.0] * len(prompts)\n")
+    monkeypatch.chdir(tmp_path)
+    [mine, built_in] = load_rewards(["my_rewards:good", "gsm8k"], [0.5, 2.0])
+    assert mine.function(["p"], ["c"]) == [1.0] and mine.weight == 0.5
+    assert built_in.function is gsm8k_reward
+    assert load_rewards(["pairwise:my_rewards:good"])[0].pairwise
+    monkeypatch.delitem(sys.modules, "my_rewards")
+
+
+@pytest.mark.parametrize(
+    "names, weights, message",
+    [
+        ([], None, "`reward_funcs` is empty"),
+        (["gsm8k"], [1.0, 2.0], "`reward_weights` has 2 numbers for 1 rewards"),
+        (["no_such_module_here:f"], None, "cannot be imported: ModuleNotFoundError"),
+        (["math:no_such_function"], None, "has no function 'no_such_function'"),
+        (["math:pi"], None, "has no function 'pi'"),
+        (["gsm9k"], None, "'gsm9k', which is neither one of verifiable_instruction, gsm8k nor a folder"),
+        (["./none"], None, "names the folder './none', and there is no such folder"),
+        (["pairwise:gsm8k"], None, "names no function"),
+    ],
+)
+def test_rewards_that_cannot_be_found_are_named(names, weights, message):
+    with pytest.raises(ConfigError, match=message):
+        load_rewards(names, weights)
+
+
+def test_reward_id_changes_with_every_setting():
+    ids = {
+        reward_id(["a"], None),
+        reward_id(["b"], None),
+        reward_id(["a"], [2.0]),
+        reward_id(["a"], None, max_length=5),
+    }
+    assert len(ids) == 4 and reward_id(["a"], None) == reward_id(["a"], [1.0])

@@ -40,6 +40,19 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             return "prompt-learning PEFT puts virtual tokens in front of each row"
         model = model.get_base_model()
+    implementation = model.config.get_text_config()._attn_implementation.removeprefix(_PREFIX)
+    if (obstacle := layer_obstacle(model)) is None and implementation not in _MASKABLE:
+        return f"attn_implementation={implementation!r} takes no mask of its own; 'sdpa' does"
+    return obstacle
+
+
+def layer_obstacle(model: PreTrainedModel) -> str | None:
+    """
+    Why keys and values are not all that a bare model knows of earlier tokens, or its positions cannot be given.
+
+    Returns:
+        The reason, to be read after "because"; `None` if they are and can.
+    """
     config = model.config.get_text_config()
     name = type(model).__name__
     # A state that runs along the row would carry one candidate over into the next
@@ -54,9 +67,6 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         return f"{name} takes no `position_ids`"
     if not hasattr(sys.modules[type(backbone).__module__], "create_causal_mask"):
         return f"{name} does not take its mask the way transformers' own models do"
-    implementation = config._attn_implementation.removeprefix(_PREFIX)
-    if implementation not in _MASKABLE:
-        return f"attn_implementation={implementation!r} takes no mask of its own; 'sdpa' does"
     return None
 
 

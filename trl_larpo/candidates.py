@@ -1,87 +1,357 @@
-"""Builds ranked candidate lists from scored completions."""
+"""
+Candidate lists: scored completions of a prompt, merged with those of earlier iterations, ranked and selected.
 
-from dataclasses import dataclass, field
+[`build_list`] is the rule for one prompt, [`build_lists`] applies it to all and counts what became of every completion.
+[`related_prompts`] and [`random_prompts`] choose the prompts whose responses serve as easy negatives. Source: "LLM
+Alignment as Retriever Optimization", section 3.2 (hard negatives, candidate lists) and Algorithm 1.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError
+
+Row = dict[str, Any]
+
+MEMORIES = ("none", "previous", "all")
+
+_HASHED_WORDS = 1024  # columns of the word vectors that prompts are compared by
+_PROMPTS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    One scored completion and where it came from.
+
+    Attributes:
+        completion: Its text, or its list of messages.
+        reward: What the judge says, larger is better; `None` if it says nothing.
+        iteration: Iteration that sampled it, from 1 on.
+        source: `"policy"`, `"low_temperature"`, `"high_temperature"`, `"related_prompt"`, `"random_prompt"`, or a name
+            that came with a file.
+        temperature: Sampling temperature; `None` where unknown.
+        finished: Whether the model ended it by itself.
+        num_tokens: Its tokens; `None` where unknown.
+        count: How many times it was sampled.
+        rank: Its place among all distinct usable completions of its prompt, 1 for the best; `None` where it has none.
+        of_prompt: Name of the prompt that it answers, where that is another one.
+    """
+
+    completion: Any
+    reward: float | None
+    iteration: int = 1
+    source: str = "policy"
+    temperature: float | None = None
+    finished: bool = True
+    num_tokens: int | None = None
+    count: int = 1
+    rank: int | None = None
+    of_prompt: str | None = None
+
+    @property
+    def text(self) -> str:
+        return completion_text(self.completion)
+
+    def description(self) -> Row:
+        """Everything but completion and reward, which have columns of their own."""
+        return {name: value for name, value in asdict(self).items() if name not in ("completion", "reward")}
+
+    @classmethod
+    def from_row(cls, completion: Any, reward: float | None, description: Row) -> "Candidate":
+        """A candidate from its columns. What a description holds beyond the attributes is left out."""
+        known = {each.name for each in fields(cls)}
+        return cls(completion, reward, **{name: value for name, value in description.items() if name in known})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    How a list is made of the candidates of a prompt.
+
+    Attributes:
+        num_best: So many of the best (paper: 1 for the contrastive loss, 2 for LambdaRank and ListMLE). `None`: all.
+        num_worst: So many of the worst (paper: 3 and 2). `None`: all.
+        min_reward_gap: A list counts only if its best is better than its worst by at least this much, in units of the
+            reward.
+        max_list_size: Longest list if all are taken: candidates are then spread evenly over the ranks, best and worst
+            among them. `None`: no limit.
+    """
+
+    num_best: int | None = None
+    num_worst: int | None = None
+    min_reward_gap: float = 0.0
+    max_list_size: int | None = None
+
+    def __post_init__(self):
+        if (self.num_best is None) != (self.num_worst is None):
+            raise ConfigError("`num_best` and `num_worst` go together: give both, or neither to take all candidates.")
+        if self.num_best is not None and (self.num_best < 1 or self.num_worst < 1):
+            raise ConfigError(
+                f"`num_best` is {self.num_best} and `num_worst` is {self.num_worst}; each must be at least 1."
+            )
+        if self.num_best is not None and self.max_list_size is not None:
+            raise ConfigError("`max_list_size` has no effect beside `num_best` and `num_worst`; remove one of them.")
+        if self.max_list_size is not None and self.max_list_size < 2:
+            raise ConfigError(f"`max_list_size` is {self.max_list_size}; a list has at least 2 candidates.")
+        if not self.min_reward_gap >= 0:
+            raise ConfigError(f"`min_reward_gap` is {self.min_reward_gap}; it must be 0 or more.")
+
+    def places(self, num_candidates: int) -> list[int]:
+        """Which of so many ranked candidates make the list, as ascending indices."""
+        if self.num_best is not None and self.num_best + self.num_worst < num_candidates:
+            return [*range(self.num_best), *range(num_candidates - self.num_worst, num_candidates)]
+        if self.max_list_size is not None and self.max_list_size < num_candidates:
+            steps = self.max_list_size - 1
+            return [(place * (num_candidates - 1) + steps // 2) // steps for place in range(self.max_list_size)]
+        return list(range(num_candidates))
 
 
 @dataclass
-class CandidateLists:
+class SelectionCounts:
     """
-    Rows to train on, and what became of the completions that are not in them.
+    What became of every prompt and completion.
 
     Attributes:
-        rows: `{"prompt", "completions", "rewards"}`, completions best first.
-        num_duplicates: Completions dropped because the same prompt had the very same one already.
-        num_empty: Completions dropped because they are empty.
-        num_unfinished: Completions dropped because they were cut off before they ended.
-        num_too_small: Prompts left out because fewer than two distinct completions remained.
-        num_tied: Prompts left out because all their completions have the same reward.
+        lists: Lists to train on.
+        candidates: Candidates in them.
+        not_selected: Usable candidates that the selection passed over.
+        duplicates: Completions that the same prompt had already, word for word.
+        unfinished: Completions that were cut off. Training ends each completion with an end token; to push down one
+            that never had it would teach the model not to end there.
+        empty: Completions without any text.
+        unrewarded: Completions to which the reward did not apply.
+        prompts_too_few: Prompts with fewer than two usable candidates.
+        prompts_tied: Prompts whose candidates all have the same reward.
+        prompts_small_gap: Prompts whose best and worst are closer than `min_reward_gap`.
+        prompts_short: Lists with fewer candidates than `num_best` and `num_worst` ask for. They are kept.
     """
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    num_duplicates: int = 0
-    num_empty: int = 0
-    num_unfinished: int = 0
-    num_too_small: int = 0
-    num_tied: int = 0
+    lists: int = 0
+    candidates: int = 0
+    not_selected: int = 0
+    duplicates: int = 0
+    unfinished: int = 0
+    empty: int = 0
+    unrewarded: int = 0
+    prompts_too_few: int = 0
+    prompts_tied: int = 0
+    prompts_small_gap: int = 0
+    prompts_short: int = 0
 
     def summary(self) -> str:
         """One sentence for a person."""
-        return (
-            f"{len(self.rows)} lists of {sum(len(row['completions']) for row in self.rows)} completions; left out: "
-            f"{self.num_tied} prompts with all rewards equal, {self.num_too_small} with fewer than 2 distinct "
-            f"completions; {self.num_unfinished} cut off, {self.num_duplicates} duplicate and {self.num_empty} empty "
-            "completions."
-        )
+        left_out = {
+            "prompts with all rewards equal": self.prompts_tied,
+            "prompts with fewer than 2 usable completions": self.prompts_too_few,
+            "prompts with too small a reward gap": self.prompts_small_gap,
+            "completions cut off": self.unfinished,
+            "duplicate": self.duplicates,
+            "empty": self.empty,
+            "without a reward": self.unrewarded,
+            "not selected": self.not_selected,
+        }
+        parts = [f"{count} {what}" for what, count in left_out.items() if count]
+        short = f" {self.prompts_short} lists are shorter than asked for." if self.prompts_short else ""
+        return f"{self.lists} lists of {self.candidates} candidates; left out: {', '.join(parts) or 'nothing'}.{short}"
 
 
-def build_candidate_lists(
-    prompts: list[Any],
-    completions: list[list[str]],
-    rewards: list[list[float]],
-    finished: list[list[bool]] | None = None,
-) -> CandidateLists:
+@dataclass
+class CandidateList:
     """
-    Drops duplicate, empty and unfinished completions, ranks the rest, and keeps the lists with something to compare.
+    The candidates of one prompt, sorted into those to train on and the rest.
 
-    Training ends every completion with an end token. One that was cut off never had it, and pushing it down would
-    teach the model not to end its answers there: so it is left out.
+    Attributes:
+        selected: Best first.
+        left_out: Candidate and the reason it is not in the list.
+        problem: Why there is no list at all: `"too_few"`, `"tied"` or `"small_gap"`; `None` if there is one.
+        num_duplicates: Completions that occur among the others already.
+    """
+
+    selected: list[Candidate] = field(default_factory=list)
+    left_out: list[tuple[Candidate, str]] = field(default_factory=list)
+    problem: str | None = None
+    num_duplicates: int = 0
+
+
+def build_list(candidates: Iterable[Candidate], selection: Selection) -> CandidateList:
+    """
+    Ranks the candidates of one prompt and selects those to train on.
 
     Args:
-        prompts: Strings or conversations.
-        completions: Texts sampled for each prompt. Of several equal ones the highest rewarded is kept.
-        rewards: Their rewards, same shape.
-        finished: Whether each completion ended by itself, same shape. `None`: all did.
+        candidates: Those of the current iteration first. Of completions that are equal word for word the first stays
+            and counts for all; where rewards tie, the first ranks higher.
+        selection: What to take.
 
     Returns:
-        The lists, completions best first (in sampling order where rewards tie), and counts of what was left out.
+        The list; without anything selected where it would not be of use.
     """
-    result = CandidateLists()
-    if finished is None:
-        finished = [[True] * len(texts) for texts in completions]
-    for prompt, texts, values, ended in zip(prompts, completions, rewards, finished, strict=True):
-        candidates = [(text, value) for text, value, end in zip(texts, values, ended, strict=True) if end]
-        result.num_unfinished += len(texts) - len(candidates)
-        ranked = sorted(candidates, key=lambda candidate: -candidate[1])
-        filled = [(text, value) for text, value in ranked if text.strip()]
-        distinct = {}
-        for text, value in filled:
-            distinct.setdefault(text, value)
-        result.num_empty += len(ranked) - len(filled)
-        result.num_duplicates += len(filled) - len(distinct)
-        if len(distinct) < 2:
-            result.num_too_small += 1
-        elif len(set(distinct.values())) == 1:
-            result.num_tied += 1
+    result, distinct = CandidateList(), {}
+    for candidate in candidates:
+        if not candidate.finished:
+            result.left_out.append((candidate, "cut off"))
+        elif not candidate.text.strip():
+            result.left_out.append((candidate, "empty"))
+        elif candidate.reward is None:
+            result.left_out.append((candidate, "no reward"))
+        elif candidate.text in distinct:
+            first = distinct[candidate.text]
+            distinct[candidate.text] = replace(first, count=first.count + candidate.count)
+            result.num_duplicates += candidate.count
         else:
-            conversational = not isinstance(prompt, str)
-            result.rows.append(
-                {
-                    "prompt": prompt,
-                    "completions": [
-                        [{"role": "assistant", "content": text}] if conversational else text for text in distinct
-                    ],
-                    "rewards": list(distinct.values()),
-                }
-            )
+            distinct[candidate.text] = candidate
+    ranked = sorted(distinct.values(), key=lambda candidate: -candidate.reward)
+    ranked = [replace(candidate, rank=rank) for rank, candidate in enumerate(ranked, start=1)]
+    if len(ranked) < 2:
+        result.problem = "too_few"
+    elif ranked[0].reward == ranked[-1].reward:
+        result.problem = "tied"
+    elif ranked[0].reward - ranked[-1].reward < selection.min_reward_gap:
+        result.problem = "small_gap"
+    places = set() if result.problem else set(selection.places(len(ranked)))
+    for place, candidate in enumerate(ranked):
+        if place in places:
+            result.selected.append(candidate)
+        else:
+            result.left_out.append((candidate, "not selected" if result.problem is None else "no list"))
     return result
+
+
+def build_lists(pools: list[tuple[Row, list[Candidate]]], selection: Selection) -> tuple[list[Row], SelectionCounts]:
+    """
+    One row for each prompt, with its candidate list or the reason it has none.
+
+    Args:
+        pools: Row of the prompt (with `prompt` and any other columns) and its candidates, current iteration first.
+        selection: What to take.
+
+    Returns:
+        Rows with the columns of the prompt and `completions`, `rewards` (best first; empty where there is no list),
+        `candidates` (source, iteration, temperature, rank, ... of each), `left_out` (the other candidates, and why) and
+        `problem`; and the counts.
+    """
+    rows, counts = [], SelectionCounts()
+    for prompt_row, candidates in pools:
+        made = build_list(candidates, selection)
+        reasons = [reason for _, reason in made.left_out]
+        counts.unfinished += reasons.count("cut off")
+        counts.empty += reasons.count("empty")
+        counts.unrewarded += reasons.count("no reward")
+        counts.not_selected += reasons.count("not selected")
+        counts.duplicates += made.num_duplicates
+        if made.problem:
+            name = f"prompts_{made.problem}"
+            setattr(counts, name, getattr(counts, name) + 1)
+        else:
+            counts.lists += 1
+            counts.candidates += len(made.selected)
+            wanted = 0 if selection.num_best is None else selection.num_best + selection.num_worst
+            counts.prompts_short += len(made.selected) < wanted
+        rows.append(
+            prompt_row
+            | {
+                "completions": [candidate.completion for candidate in made.selected],
+                "rewards": [candidate.reward for candidate in made.selected],
+                "candidates": [candidate.description() for candidate in made.selected],
+                "left_out": [
+                    {"completion": c.completion, "reward": c.reward, "why": reason} | c.description()
+                    for c, reason in made.left_out
+                ],
+                "problem": made.problem,
+            }
+        )
+    return rows, counts
+
+
+def candidates_of(row: Row) -> list[Candidate]:
+    """The candidates in a row of scored completions: columns `completions`, `rewards` and perhaps `candidates`."""
+    descriptions = row.get("candidates") or [{} for _ in row["completions"]]
+    return [
+        Candidate.from_row(completion, reward, description)
+        for completion, reward, description in zip(row["completions"], row["rewards"], descriptions, strict=True)
+    ]
+
+
+def earlier_iterations(memory: str, iteration: int) -> list[int]:
+    """
+    Iterations whose candidates join those of `iteration`, latest first (paper, section 3.2: memorization).
+
+    Args:
+        memory: `"none"`, `"previous"` or `"all"`.
+        iteration: The current one, from 1 on.
+    """
+    if memory not in MEMORIES:
+        raise ConfigError(f"`memory` is {memory!r}; it must be one of {', '.join(MEMORIES)}.")
+    first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[memory]
+    return list(range(iteration - 1, first - 1, -1))
+
+
+def prompt_id(prompt: str | list[Row]) -> str:
+    """A name for a prompt that depends on its content alone: 16 hexadecimal digits."""
+    canonical = json.dumps(prompt, ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def prompt_text(prompt: str | list[Row]) -> str:
+    """The words of a prompt: those of the user, where it is a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(m.get("content") or "") for m in prompt if m.get("role") not in ("system", "developer"))
+
+
+def completion_text(completion: str | list[Row]) -> str:
+    """The words of a completion."""
+    return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
+
+
+def related_prompts(texts: list[str]) -> list[int]:
+    """
+    For each prompt the one most like it, by the words they share; rarer words weigh more (TF-IDF, cosine).
+
+    Args:
+        texts: At least two prompts.
+
+    Returns:
+        Index of the related prompt for each, never its own.
+    """
+    vectors = np.zeros((len(texts), _HASHED_WORDS), dtype=np.float32)
+    for row, text in enumerate(texts):
+        for word in re.findall(r"\w+", text.lower()):
+            vectors[row, zlib.crc32(word.encode()) % _HASHED_WORDS] += 1
+    num_with_word = (vectors > 0).sum(axis=0)
+    vectors *= np.log(len(texts) / np.maximum(num_with_word, 1)) + 1e-3
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    related = []
+    for start in range(0, len(texts), _PROMPTS_AT_A_TIME):
+        similarity = vectors[start : start + _PROMPTS_AT_A_TIME] @ vectors.T
+        similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -np.inf
+        # Rounding differs between machines; it shall not decide between prompts that are equally alike
+        related += similarity.round(5).argmax(axis=1).tolist()
+    return related
+
+
+def random_prompts(ids: list[str], seed: int, iteration: int) -> list[int]:
+    """
+    For each prompt another one, drawn by chance.
+
+    Args:
+        ids: Names of the prompts, at least two.
+        seed: Seed of the run.
+        iteration: Draws differ between iterations.
+
+    Returns:
+        Index of the other prompt for each. It depends on the prompt, the seed and the iteration, and on nothing else.
+    """
+    drawn = []
+    for index, name in enumerate(ids):
+        digest = hashlib.sha256(f"{seed}/{iteration}/{name}/random prompt".encode()).digest()
+        other = int.from_bytes(digest[:8], "big") % (len(ids) - 1)
+        drawn.append(other + (other >= index))
+    return drawn

@@ -1,9 +1,11 @@
 """
 The command `larpo`.
 
-`larpo train` is the counterpart of `trl dpo`: options come from a YAML file (`--config`) and from flags, which win. It
-runs in this process, also under `accelerate launch -m trl_larpo train ...`; with options of `accelerate launch` (such
-as `--num_processes`) or `--accelerate_config` it launches itself through accelerate.
+`larpo run` is the whole of Algorithm 1; `larpo generate`, `reward`, `select` and `train` are its steps, with JSONL
+files between them, and `larpo report` writes its page. Options come from a YAML file (`--config`) and from flags, which
+win. `larpo train` is the counterpart of `trl dpo`: it runs in this process, also under `accelerate launch -m trl_larpo
+train ...`; with options of `accelerate launch` (such as `--num_processes`) or `--accelerate_config` it launches itself
+through accelerate.
 """
 
 import argparse
@@ -25,20 +27,103 @@ def main(argv: list[str] | None = None) -> int:
         prog="larpo", description="Align language models with ranked lists of responses (LarPO).", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"trl-larpo {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands")
-    commands.add_parser(
-        "train", add_help=False, help="train on ranked lists or pairs; `larpo train --help` explains every option"
-    )
+    commands = parser.add_subparsers(dest="command", title="commands", description="each explains its options: --help")
+    for name, (_, text) in COMMANDS.items():
+        if text is not None:
+            commands.add_parser(name, add_help=False, help=text)
     if not argv:
         parser.print_help()
         return 0
-    parser.parse_known_args(argv[:1])  # refuses unknown commands, answers --help and --version
+    if argv[0] != "stage":
+        parser.parse_known_args(argv[:1])  # refuses unknown commands, answers --help and --version
     try:
-        return train(argv[1:])
+        return COMMANDS[argv[0]][0](argv[1:]) or 0
     except LarPOError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
             print(f"larpo: error: {error}", file=sys.stderr)
         return 2
+
+
+def run(argv: list[str]) -> None:
+    """`larpo run`: all iterations, or what is left of them."""
+    from trl import ModelConfig
+
+    from .config import LarPOConfig
+    from .run import run as run_loop
+    from .run_config import RunConfig
+
+    options, training, model, _ = _parse(
+        argv,
+        (RunConfig, LarPOConfig, ModelConfig),
+        command="run",
+        description="Algorithm 1 of the LarPO paper: sample, reward, rank, train, evaluate, and again from the result. "
+        "Run the same command again to go on after a stop.",
+    )
+    _show_log()
+    run_loop(options, training, model)
+
+
+def stage(argv: list[str]) -> None:
+    """One stage of a run, in one of several processes. `larpo run` calls it through accelerate."""
+    from .run import run_stage_of
+
+    parser = argparse.ArgumentParser(prog="larpo stage")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--iteration", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    _show_log()
+    run_stage_of(arguments.run, arguments.stage, arguments.iteration)
+
+
+def report(argv: list[str]) -> None:
+    """`larpo report`: writes the page of a run, finished or not."""
+    from .report import write_report
+
+    parser = _Parser(prog="larpo report", description="Write the page of a run: pictures, health, candidate lists.")
+    parser.add_argument("run", help="folder of the run")
+    print(f"Report: {write_report(parser.parse_args(argv).run)}")
+
+
+def generate(argv: list[str]) -> None:
+    """`larpo generate`: samples completions."""
+    from trl import ModelConfig
+
+    from .steps import GenerateConfig, generate
+
+    options, model, _ = _parse(
+        argv,
+        (GenerateConfig, ModelConfig),
+        command="generate",
+        description="Sample completions of prompts into a JSONL file.",
+    )
+    _show_log()
+    generate(options, model)
+
+
+def reward(argv: list[str]) -> None:
+    """`larpo reward`: scores completions."""
+    from .steps import RewardConfig, reward
+
+    options, _ = _parse(
+        argv, (RewardConfig,), command="reward", description="Reward the completions of a file into another file."
+    )
+    _show_log()
+    reward(options)
+
+
+def select(argv: list[str]) -> None:
+    """`larpo select`: makes candidate lists."""
+    from .steps import SelectConfig, select
+
+    options, _ = _parse(
+        argv,
+        (SelectConfig,),
+        command="select",
+        description="Merge rewarded completions per prompt and select ranked lists to train on with `larpo train`.",
+    )
+    _show_log()
+    select(options)
 
 
 def _show_log() -> None:
@@ -50,7 +135,17 @@ def _show_log() -> None:
 
 def train(argv: list[str]) -> int:
     """`larpo train`: parses the options, loads the data, trains, saves."""
-    script_args, training_args, model_args, mixture_args, launch_args = _parse(argv)
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from .config import LarPOConfig
+
+    script_args, training_args, model_args, mixture_args, launch_args = _parse(
+        argv,
+        (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
+        command="train",
+        description="Train a model on ranked lists of responses, or on chosen/rejected pairs.",
+        launchable=True,
+    )
     if launch_args:
         return _launch(argv, launch_args)
 
@@ -110,23 +205,27 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv: list[str]):
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its usage first
+        raise ConfigError(f"{message} (`{self.prog} --help` explains every option)")
+
+
+def _parse(argv: list[str], dataclasses: tuple, *, command: str, description: str, launchable: bool = False):
     """Options as dataclasses, and what is left for `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import TrlParser
 
-    from .config import LarPOConfig
-
-    class Parser(TrlParser):
-        def error(self, message):  # argparse would print some hundred lines of usage first
-            raise ConfigError(f"{message} (`larpo train --help` explains every option)")
+    class Parser(_Parser, TrlParser):  # some hundred lines of usage
+        pass
 
     parser = Parser(
-        (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
-        prog="larpo train",
-        description="Train a model on ranked lists of responses, or on chosen/rejected pairs.",
+        dataclasses,
+        prog=f"larpo {command}",
+        description=description,
         epilog="Options of `accelerate launch` (--num_processes, --config_file, ...) and --accelerate_config are taken "
-        "too, and launch the training through accelerate.",
+        "too, and launch the training through accelerate."
+        if launchable
+        else None,
         allow_abbrev=False,
     )
     try:
@@ -141,11 +240,13 @@ def _parse(argv: list[str]):
         raise ConfigError(" ".join(str(error).split())) from error
 
     remaining = from_config + from_flags
-    launch_parser = launch_command_parser()
-    known = {flag for action in [*parser._actions, *launch_parser._actions] for flag in action.option_strings}
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    if launchable:
+        known |= {flag for action in launch_command_parser()._actions for flag in action.option_strings}
+        known.add("--accelerate_config")
     for word in remaining:
         flag = word.split("=")[0]
-        if flag.startswith("--") and flag not in known | {"--accelerate_config"}:
+        if flag.startswith("--") and (flag not in known or not launchable):
             close = difflib.get_close_matches(flag, sorted(known), n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
             where = f"`{flag[2:]}` in the YAML file" if word in from_config else f"`{flag}`"
@@ -192,3 +293,14 @@ def _pick_split(splits, name: str, option: str):
 def _hub_name(dataset_name: str | None) -> str | None:
     """The name to put on the model card: hub ids, but no paths of this machine."""
     return None if dataset_name is None or os.path.exists(dataset_name) else dataset_name
+
+
+COMMANDS = {
+    "run": (run, "sample, reward, rank, train and evaluate, iteration after iteration; stops and resumes anywhere"),
+    "train": (train, "train on ranked lists or pairs"),
+    "generate": (generate, "sample completions of prompts"),
+    "reward": (reward, "score completions"),
+    "select": (select, "merge scored completions and make ranked lists of them"),
+    "report": (report, "write the page of a run"),
+    "stage": (stage, None),
+}

@@ -227,8 +227,7 @@ def canonical_row(row: Row, index: int, where: str) -> Row:
         return _canonical_pair(row, fail)
     prompt = row.get("prompt")
     conversational = isinstance(prompt, list)
-    problem = _message_problem(prompt) if conversational else _text_problem(prompt)
-    if problem:
+    if problem := prompt_problem(prompt):
         raise fail("prompt", problem)
 
     completions = _as_list(row["completions"])
@@ -426,6 +425,11 @@ def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int,
                 yield index, dict(zip(batch, values, strict=True))
                 index += 1
             progress.update(index - progress.n)
+
+
+def prompt_problem(prompt: Any) -> str | None:
+    """What is wrong with a prompt, to be read after its name; `None` if nothing is."""
+    return _message_problem(prompt) if isinstance(prompt, list) else _text_problem(prompt)
 
 
 def _check_ref_logps(row: Row, num_completions: int, fail) -> None:

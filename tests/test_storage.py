@@ -1,0 +1,85 @@
+"""Files appear whole, appended lines survive, and nobody else may enter a folder."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trl_larpo import DataError, LarPOError
+from trl_larpo.storage import GrowingFile, only_process, read_jsonl, write_jsonl, write_text
+
+HOSTILE = [{"text": "line\u2028separator \x85 \x0b \r\n tab\t"}, {"text": "\ud800 alone"}, {"text": "🦜 مرحبا"}]
+
+
+def test_any_text_comes_back(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", HOSTILE)
+    assert read_jsonl(tmp_path / "a.jsonl") == HOSTILE
+    growing = GrowingFile(tmp_path / "b.jsonl")
+    growing.add(HOSTILE)
+    assert GrowingFile(tmp_path / "b.jsonl").rows == HOSTILE
+
+
+def test_growing_file_drops_a_line_that_was_not_finished(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    GrowingFile(path).add([{"i": 1}, {"i": 2}])
+    with open(GrowingFile(path).partial, "ab") as file:
+        file.write(b'{"i": 3')
+    again = GrowingFile(path)
+    assert again.rows == [{"i": 1}, {"i": 2}] and not path.exists()
+    again.add([{"i": 4}])
+    assert [row["i"] for row in GrowingFile(path).rows] == [1, 2, 4]
+    again.finish(again.rows)
+    assert [row["i"] for row in read_jsonl(path)] == [1, 2, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_shares_of_several_processes_are_read_together(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    GrowingFile(path, share=0).add([{"i": 0}])
+    GrowingFile(path, share=1).add([{"i": 1}])
+    assert sorted(row["i"] for row in GrowingFile(path).rows) == [0, 1]
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LarPOError, match=r"The disk is full.*run the same command again"):
+        write_text(path, "new")
+    with pytest.raises(LarPOError, match="The disk is full"):
+        GrowingFile(tmp_path / "b.jsonl").add([{"i": 1}])
+    assert path.read_text() == "old"
+
+
+def test_one_process_in_a_folder(tmp_path):
+    code = "import pathlib, sys\nfrom trl_larpo.storage import only_process\n"
+    code += "with only_process(pathlib.Path(sys.argv[1])): pass"
+    with only_process(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert f"Another process (process {os.getpid()}) is running in {tmp_path}" in other.stderr
+    with only_process(tmp_path):
+        pass  # free again
+
+
+@pytest.mark.parametrize("text, message", [("{", "line 1 is not JSON"), ('{"a": 1}\n[1]', "line 2 is list")])
+def test_bad_lines_are_named(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="There is no file"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_lines_are_json_of_their_own(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}])
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [{"a": 1}, {"a": 2}]

@@ -1,0 +1,102 @@
+"""Reads files of candidates: this package's own, RLHFlow's and UltraFeedback's."""
+
+import math
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from .candidates import prompt_id
+from .data import load_splits, prompt_problem
+from .errors import DataError
+from .storage import read_jsonl
+
+Row = dict[str, Any]
+
+_PROMPT_COLUMNS = ("prompt", "instruction", "question")
+
+
+def read_candidate_rows(path: str) -> list[Row]:
+    """
+    Rows of completions, whichever of the known shapes they come in.
+
+    Args:
+        path: A JSONL, JSON or Parquet file, a folder, or a hub id. Known shapes of a row: `prompt` and `completions`
+            (with `rewards` and `candidates`, if they are there); RLHFlow's `prompt`, `responses`, `rewards`;
+            UltraFeedback's `instruction` and `completions`, each with `response` and `overall_score`.
+
+    Returns:
+        Rows with `prompt_id`, `prompt`, `completions` (texts or messages), `rewards` (one for each, `None` where
+        unknown) and `candidates` (source, iteration, ... of each). Other columns stay.
+
+    Raises:
+        DataError: Names the file, the row and what is wrong with it.
+    """
+    if Path(path).suffix == ".jsonl":
+        raw = read_jsonl(path)  # also rows that do not all have the same columns
+    else:
+        raw = [dict(row) for row in next(iter(load_splits(path).values()))]
+    if not raw:
+        raise DataError(f"{path!r} is empty.")
+    return [_canonical(row, f"{path!r} row {number}") for number, row in enumerate(raw)]
+
+
+def _canonical(row: Row, where: str) -> Row:
+    name = next((name for name in _PROMPT_COLUMNS if name in row), None)
+    if name is None:
+        raise DataError(f"{where} has no column `prompt`. Its columns: {', '.join(row)}.")
+    prompt = row[name]
+    if problem := prompt_problem(prompt):
+        raise DataError(f"{where}, column `{name}`: {problem}")
+    column = "completions" if "completions" in row else "responses"
+    completions = row.get(column)
+    if not isinstance(completions, list) or not completions:
+        raise DataError(f"{where} has no list of completions; give a column `completions` or `responses`.")
+    rewards = row.get("rewards")
+    source = "file"
+    if all(isinstance(completion, dict) and "response" in completion for completion in completions):
+        source = "ultrafeedback"
+        rewards = [_score(completion, where) for completion in completions] if rewards is None else rewards
+        completions = [completion["response"] for completion in completions]
+    elif column == "responses":
+        source = "rlhflow"
+    for position, completion in enumerate(completions):
+        if not isinstance(completion, str | list):
+            raise DataError(f"{where}, column `{column}`: entry {position} is {type(completion).__name__}, not a text.")
+    if rewards is None:
+        rewards = [None] * len(completions)
+    if len(rewards) != len(completions):
+        raise DataError(f"{where}, column `rewards`: has {len(rewards)} numbers for {len(completions)} completions.")
+    for position, reward in enumerate(rewards):
+        if reward is not None and not (isinstance(reward, Real) and math.isfinite(reward)):
+            raise DataError(f"{where}, column `rewards`: entry {position} is {reward!r}, not a finite number.")
+    if not isinstance(prompt, str):
+        completions = [
+            [{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions
+        ]
+    candidates = row.get("candidates")
+    if candidates is None:
+        about = {"iteration": 0, "source": source, "temperature": None, "finished": True, "num_tokens": None}
+        candidates = [dict(about) for _ in completions]
+    elif len(candidates) != len(completions):
+        raise DataError(
+            f"{where}, column `candidates`: has {len(candidates)} entries for {len(completions)} completions."
+        )
+    others = {k: v for k, v in row.items() if k not in (name, column)}
+    return others | {
+        "prompt_id": prompt_id(prompt),
+        "prompt": prompt,
+        "completions": completions,
+        "rewards": rewards,
+        "candidates": candidates,
+    }
+
+
+def _score(completion: Row, where: str) -> float | None:
+    """UltraFeedback's overall score, a number or the text of one."""
+    value = completion.get("overall_score")
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise DataError(f"{where}: `overall_score` is {value!r}, not a number.") from None
+    return value

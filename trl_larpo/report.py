@@ -1,0 +1,443 @@
+"""A run's pictures, health and candidate lists as one HTML page that needs nothing else."""
+
+import base64
+import gzip
+import html
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from matplotlib.figure import Figure
+
+from .candidates import completion_text
+from .errors import DataError
+from .storage import finish, partial_path, read_json, read_jsonl, write_text
+
+Row = dict[str, Any]
+
+MAX_DATA_BYTES = 10_000_000
+"""Size of the packed lists in the page. Beyond it long texts are cut, and say so."""
+
+_TEXT_LIMITS = (None, 20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
+# Colours of lines, text and axes in the pictures. In the SVG they are stand-ins, for which the page puts its own, light
+# or dark; in the PNG the light ones
+_STAND_INS = ([f"#00000{i}" for i in range(1, 7)], "#000007", "#000008")
+_OF_PAGE = ([f"var(--c{i})" for i in range(1, 7)], "var(--text)", "var(--line)")
+_LIGHT = (["#2a6f97", "#d1793b", "#5b8c5a", "#8d5a97", "#a08a2c", "#667085"], "#1c2430", "#d5d9e0")
+_TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+def write_report(run: str | Path) -> Path:
+    """
+    Writes `report.html` and the folder `plots` of a run, finished or not.
+
+    Args:
+        run: Folder of the run.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: If the folder holds no run.
+    """
+    run = Path(run)
+    if not (run / "run.yaml").is_file():
+        raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
+    settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    iterations = _read_iterations(run)
+    pictures = draw(iterations, run / "plots")
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    data, cut = _pack(iterations)
+    values = {
+        "title": html.escape(f"LarPO run {run.resolve().name}"),
+        "subtitle": html.escape(
+            f"{_model_name(settings['model_name_or_path'])} · {' + '.join(settings['loss_type'])} · "
+            f"{settings['num_samples']} samples per prompt · memory {settings['memory']} · "
+            f"{max(iterations, default=0)} of {settings['num_iterations']} iterations done"
+        ),
+        "iterations": _iterations_table(iterations),
+        "charts": "".join(f"<figure>{svg}</figure>" for svg in pictures),
+        "health": _health_table(iterations),
+        "about_lists": html.escape(cut),
+        "data": data,
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)
+    path = run / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _read_iterations(run: Path) -> dict[int, Row]:
+    """What is there of each iteration, 0 being the initial model."""
+    iterations: dict[int, Row] = {}
+    number = 0
+    while (folder := run / f"iteration_{number}").is_dir():
+        found: Row = {}
+        for name in ("evaluation", "selection", "health"):
+            if (folder / f"{name}.json").exists():
+                found[name] = read_json(folder / f"{name}.json")
+        for name in ("samples", "rewarded", "lists", "training_log"):
+            if (folder / f"{name}.jsonl").exists():
+                found[name] = read_jsonl(folder / f"{name}.jsonl")
+        if "evaluation" in found:
+            iterations[number] = found
+        number += 1
+    return iterations
+
+
+def _model_name(name: str) -> str:
+    """The hub id, or the last part of a path: a page that is passed on tells nothing of the machine."""
+    return Path(name).name if Path(name).exists() or name.startswith((".", "/", "~")) else name
+
+
+# Tables
+
+
+def _iterations_table(iterations: dict[int, Row]) -> str:
+    head = [
+        "",
+        "held-out reward",
+        "gain over the start",
+        "tokens",
+        "end by themselves",
+        "KL from the start",
+        "lists",
+        "candidates",
+    ]
+    lines = []
+    for number, found in iterations.items():
+        evaluation, selection = found["evaluation"], found.get("selection", {})
+        kl = evaluation.get("kl_from_initial")
+        lines.append(
+            [
+                "start" if number == 0 else f"iteration {number}",
+                _with_error(evaluation["reward"]),
+                _with_error(evaluation["gain"], "+") if number else "",
+                _number(evaluation["tokens"], ".1f"),
+                f"{evaluation['finished']:.0%}",
+                _with_error(kl) if kl else "",
+                str(selection.get("lists", "")),
+                str(selection.get("candidates", "")),
+            ]
+        )
+    return _table(head, lines, first_is_text=True)
+
+
+def _health_table(iterations: dict[int, Row]) -> str:
+    checked = {number: found["health"] for number, found in iterations.items() if "health" in found}
+    if not checked:
+        return "<p>No iteration is finished yet.</p>"
+    names = [check["name"] for check in next(iter(checked.values()))]
+    cells = "".join(f"<th class=number>iteration {number}</th>" for number in checked)
+    lines = [f"<tr><th>check</th>{cells}<th>should be</th><th>if it is not</th></tr>"]
+    for row, name in enumerate(names):
+        values = [checks[row] for checks in checked.values()]
+        cells = "".join(
+            "<td class='number "
+            f"{'good' if x['ok'] else 'bad'}'>{_number(x['value'], '.3g')}{'' if x['ok'] else ' ⚠'}</td>"
+            for x in values
+        )
+        limit, meaning = html.escape(values[-1]["limit"]), html.escape(values[-1]["meaning"])
+        lines.append(
+            f"<tr><td>{html.escape(name.replace('_', ' '))}</td>{cells}<td>{limit}</td><td>{meaning}</td></tr>"
+        )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _table(head: list[str], lines: list[list[str]], first_is_text: bool) -> str:
+    def cells(tag: str, values: list[str]) -> str:
+        return "".join(
+            f"<{tag}{'' if first_is_text and i == 0 else ' class=number'}>{html.escape(v)}</{tag}>"
+            for i, v in enumerate(values)
+        )
+
+    body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
+    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+
+
+def _with_error(value: dict[str, Any], sign: str = "") -> str:
+    if value["mean"] is None:
+        return "–"
+    error = value.get("standard_error")
+    return f"{value['mean']:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+# Candidate lists
+
+
+def _pack(iterations: dict[int, Row]) -> tuple[str, str]:
+    """All lists, packed for the page, and a sentence where texts had to be cut."""
+    for limit in _TEXT_LIMITS:
+        packed = gzip.compress(json.dumps(_list_data(iterations, limit), ensure_ascii=True).encode(), mtime=0)
+        data = base64.b64encode(packed).decode()
+        if len(data) <= MAX_DATA_BYTES:
+            break
+    return (
+        data,
+        "" if limit is None else f"Texts of more than {limit} characters are cut; the run's lists.jsonl has all.",
+    )
+
+
+def _list_data(iterations: dict[int, Row], limit: int | None) -> Row:
+    numbers: dict[str, int] = {}
+
+    def text_number(text: str) -> int:
+        if limit is not None and len(text) > limit:
+            text = f"{text[:limit]} […{len(text) - limit} more characters]"
+        return numbers.setdefault(text, len(numbers))
+
+    def as_candidate(completion: Any, reward: float | None, about: Row, why: str | None) -> Row:
+        names = ("rank", "source", "iteration", "temperature", "count")
+        return {"text": text_number(completion_text(completion)), "reward": reward, "why": why} | {
+            n: about[n] for n in names
+        }
+
+    lists = []
+    for number, found in iterations.items():
+        for row in found.get("lists", []):
+            candidates = [
+                as_candidate(completion, reward, about, None)
+                for completion, reward, about in zip(row["completions"], row["rewards"], row["candidates"], strict=True)
+            ]
+            candidates += [as_candidate(x["completion"], x["reward"], x, x["why"]) for x in row["left_out"]]
+            candidates.sort(key=lambda c: math.inf if c["rank"] is None else c["rank"])
+            prompt = row["prompt"]
+            if not isinstance(prompt, str):
+                prompt = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
+            lists.append(
+                {
+                    "iteration": number,
+                    "prompt": text_number(prompt),
+                    "problem": row["problem"],
+                    "candidates": candidates,
+                }
+            )
+    return {"texts": list(numbers), "lists": lists}
+
+
+# Pictures
+
+
+def draw(iterations: dict[int, Row], folder: Path) -> list[str]:
+    """
+    Draws all pictures.
+
+    Args:
+        iterations: From the run folder.
+        folder: Where they are saved as PNG.
+
+    Returns:
+        The same pictures as SVG, in the colours of the page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, draw_one in _PICTURES.items():
+        svg = io.StringIO()
+        if _draw_to(svg, draw_one, iterations, _STAND_INS, format="svg", transparent=True, metadata={"Date": None}):
+            pictures.append(_as_page_svg(svg.getvalue()))
+            partial = partial_path(folder / f"{name}.png")
+            _draw_to(partial, draw_one, iterations, _LIGHT, format="png", dpi=150, facecolor="white")
+            finish(partial, folder / f"{name}.png")
+    return pictures
+
+
+def _draw_to(target, draw_one: Callable, iterations: dict[int, Row], colors: tuple, **options) -> bool:
+    """Draws one picture in some colours; `False` if there is nothing to draw."""
+    lines, text, faint = colors
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": "larpo", "font.size": 10, "axes.titlesize": 11, "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": faint, "axes.labelcolor": text,
+        "text.color": text, "xtick.color": faint, "ytick.color": faint, "xtick.labelcolor": text,
+        "ytick.labelcolor": text, "axes.prop_cycle": matplotlib.cycler(color=lines), "legend.labelcolor": "linecolor",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        if draw_one(figure.add_subplot(), iterations) is False:
+            return False
+        figure.savefig(target, **options)
+    return True
+
+
+def _as_page_svg(svg: str) -> str:
+    """The picture as a part of the page: as wide as there is room, in the page's font and colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    for stand_ins, colors in zip(_STAND_INS, _OF_PAGE, strict=True):
+        pairs = zip(stand_ins, colors, strict=True) if isinstance(stand_ins, list) else [(stand_ins, colors)]
+        for stand_in, color in pairs:
+            svg = svg.replace(stand_in, color)
+    return svg
+
+
+def _labels(axes, numbers: list[int]) -> None:
+    axes.set_xticks(numbers, ["start" if number == 0 else str(number) for number in numbers])
+    axes.set_xlabel("iteration")
+
+
+def _held_out_reward(axes, iterations: dict[int, Row]) -> None:
+    known = {
+        number: found["evaluation"]["reward"]
+        for number, found in iterations.items()
+        if found["evaluation"]["reward"]["mean"] is not None
+    }
+    axes.errorbar(
+        list(known), [x["mean"] for x in known.values()], [x["standard_error"] or 0 for x in known.values()],
+        marker="o", capsize=4, color="C0",
+    )  # fmt: skip
+    _labels(axes, list(known))
+    axes.set_title("Held-out reward, ± standard error")
+
+
+def _best_of_n(axes, iterations: dict[int, Row]):
+    curves = {number: found["evaluation"]["best_of_n"] for number, found in iterations.items()}
+    if all(len(curve) < 2 for curve in curves.values()):
+        return False
+    for color, (number, curve) in zip(_cycle(), curves.items(), strict=False):
+        label = "start" if number == 0 else f"iteration {number}"
+        axes.plot(range(1, len(curve) + 1), curve, marker="o", label=label, color=color)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("samples N")
+    axes.set_title("Best of N on held-out prompts")
+    axes.legend()
+
+
+def _reward_distribution(axes, iterations: dict[int, Row]):
+    rewards = {
+        number: [
+            r
+            for row in found["rewarded"]
+            for r, x in zip(row["rewards"], row["candidates"], strict=True)
+            if r is not None and x["iteration"] == number and x["source"] == "policy"
+        ]
+        for number, found in iterations.items()
+        if "rewarded" in found
+    }
+    rewards = {number: values for number, values in rewards.items() if values}
+    if not rewards:
+        return False
+    low, high = min(map(min, rewards.values())), max(map(max, rewards.values()))
+    edges = [low + (high - low) * i / 20 for i in range(21)] if high > low else [low - 0.5, low + 0.5]
+    for color, (number, values) in zip(_cycle(), rewards.items(), strict=False):
+        weights = [1 / len(values)] * len(values)
+        axes.hist(
+            values, edges, weights=weights, histtype="step", linewidth=1.8, label=f"iteration {number}", color=color
+        )
+    axes.set_xlabel("reward")
+    axes.set_ylabel("share of samples")
+    axes.set_title("Rewards of the training samples")
+    axes.legend()
+
+
+def _lengths(axes, iterations: dict[int, Row]) -> None:
+    numbers = [n for n, found in iterations.items() if found["evaluation"]["tokens"] is not None]
+    axes.plot(
+        numbers, [iterations[n]["evaluation"]["tokens"] for n in numbers], marker="o", color="C0", label="held out"
+    )
+    trained = {
+        number: [
+            x["num_tokens"]
+            for row in found["samples"]
+            for x in row["candidates"]
+            if x["source"] == "policy" and x["num_tokens"] is not None
+        ]
+        for number, found in iterations.items()
+        if "samples" in found
+    }
+    means = {number: sum(values) / len(values) for number, values in trained.items() if values}
+    axes.plot(list(means), list(means.values()), marker="s", color="C1", label="training samples")
+    _labels(axes, list(iterations))
+    axes.set_ylim(bottom=0)
+    axes.set_title("Tokens per answer")
+    axes.legend()
+
+
+def _ranking_metrics(axes, iterations: dict[int, Row]):
+    step, drawn = 0, {"ranking/ndcg": ([], []), "ranking/accuracy": ([], [])}
+    for found in iterations.values():
+        entries = [entry for entry in found.get("training_log", []) if "ranking/ndcg" in entry]
+        for entry in entries:
+            for name, (steps, values) in drawn.items():
+                if name in entry:
+                    steps.append(step + entry["step"])
+                    values.append(entry[name])
+        if entries:
+            step += entries[-1]["step"]
+            axes.axvline(step, color=matplotlib.rcParams["axes.edgecolor"], linewidth=1)
+    if step == 0:
+        return False
+    for (steps, values), color, label in zip(drawn.values(), _cycle(), ("NDCG", "pairs ranked right"), strict=False):
+        axes.plot(steps, values, label=label, color=color)
+    axes.set_xlabel("training step, over all iterations")
+    axes.set_title("How the policy ranks its training lists")
+    axes.legend()
+
+
+def _sources(axes, iterations: dict[int, Row]):
+    counts: dict[int, Counter] = {}
+    for number, found in iterations.items():
+        if "lists" in found:
+            counts[number] = Counter(
+                f"iteration {x['iteration']}" if x["source"] == "policy" else x["source"].replace("_", " ")
+                for row in found["lists"]
+                for x in row["candidates"]
+            )
+    if not counts:
+        return False
+    kinds = sorted({kind for counter in counts.values() for kind in counter})
+    below = dict.fromkeys(counts, 0)
+    for color, kind in zip(_cycle(), kinds, strict=False):
+        heights = [counter[kind] for counter in counts.values()]
+        axes.bar(list(counts), heights, 0.6, bottom=list(below.values()), label=kind, color=color)
+        below = {number: below[number] + counter[kind] for number, counter in counts.items()}
+    _labels(axes, list(counts))
+    axes.set_ylim(top=1.25 * max(below.values()))
+    axes.set_title("Where the candidates of the lists come from")
+    axes.legend(ncols=2)
+
+
+def _list_sizes(axes, iterations: dict[int, Row]):
+    sizes = {
+        number: Counter(len(row["completions"]) for row in found["lists"] if row["problem"] is None)
+        for number, found in iterations.items()
+        if "lists" in found
+    }
+    if not any(sizes.values()):
+        return False
+    width = 0.8 / len(sizes)
+    for place, (color, (number, counter)) in enumerate(zip(_cycle(), sizes.items(), strict=False)):
+        positions = [size + (place - (len(sizes) - 1) / 2) * width for size in counter]
+        axes.bar(positions, list(counter.values()), width, label=f"iteration {number}", color=color)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("candidates in a list")
+    axes.set_ylabel("lists")
+    axes.set_title("List sizes")
+    axes.legend()
+
+
+def _cycle():
+    while True:
+        yield from (f"C{i}" for i in range(6))
+
+
+_PICTURES = {
+    "held_out_reward": _held_out_reward,
+    "best_of_n": _best_of_n,
+    "reward_distribution": _reward_distribution,
+    "tokens": _lengths,
+    "ranking_metrics": _ranking_metrics,
+    "sources": _sources,
+    "list_sizes": _list_sizes,
+}

@@ -1,0 +1,338 @@
+"""
+`larpo run`: Algorithm 1 of the paper, from prompts to aligned models, in a folder that survives being killed.
+
+Each iteration samples completions from the current policy, rewards them, builds candidate lists, trains on them with
+the policy that starts the iteration as reference, and evaluates on held-out prompts. The next iteration starts from
+the result.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from accelerate.logging import get_logger
+from transformers import AutoConfig, AutoTokenizer
+from trl import ModelConfig
+
+from .config import LarPOConfig
+from .errors import ConfigError, LarPOError
+from .health import CHECKS, Check, check_iteration
+from .report import write_report
+from .rewards import load_rewards
+from .run_config import RunConfig
+from .run_folder import RunFolder
+from .servers import check_url, server_command
+from .stages import STAGES, Stages
+from .storage import only_process, read_json, read_jsonl, write_json
+from .tracking import Tracking
+
+logger = get_logger(__name__)
+
+_STAGES_WITH_MODEL = ("generate", "reward", "reference", "train", "evaluate")
+_REFUSED = {  # option of the trainer: (what it must be, why)
+    "resume_from_checkpoint": (None, "`larpo run` resumes by itself: run the same command again."),
+    "push_to_hub": (False, "push the models of a finished run with `hf upload`."),
+    "eval_strategy": ("no", "each iteration ends with an evaluation on held-out prompts."),
+    "save_only_model": (False, "a killed training could not be resumed."),
+    "sync_ref_model": (False, "the reference is fixed within an iteration (`reference`)."),
+    "precompute_ref_log_probs": (False, "`larpo run` always computes them once; leave it out."),
+    "load_best_model_at_end": (False, "the model at the end of an iteration is the next policy."),
+}
+
+
+def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
+    """
+    Runs all iterations, or what is left of them.
+
+    Args:
+        options: What the loop does.
+        training: How the trainer trains; `output_dir` is the folder of the run.
+        model: The initial model, and LoRA.
+
+    Returns:
+        Path of the report page.
+
+    Raises:
+        LarPOError: If something in the input must be mended; nothing computed is lost.
+    """
+    folder = RunFolder(options, training, model)
+    check(folder)
+    if options.dry_run:
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+        folder.prepare_prompts(tokenizer, save=False)
+        print(plan(folder))
+        return folder.path / "report.html"
+    with only_process(folder.path):
+        folder.prepare_prompts(AutoTokenizer.from_pretrained(model.model_name_or_path))
+        folder.save_configuration()
+        print(plan(folder))
+        return _run_all(folder)
+
+
+def check(folder: RunFolder) -> None:
+    """
+    Checks every option, path, reward and server, before any time is spent.
+
+    Raises:
+        LarPOError: Names what must be mended.
+    """
+    options, training, model = folder.options, folder.training, folder.model
+    options.check()
+    for name, (expected, reason) in _REFUSED.items():
+        value = getattr(training, name)
+        if getattr(value, "value", value) != expected:
+            raise ConfigError(f"`{name}` is {value!r} in a run: {reason}")
+    if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False):
+        raise ConfigError(
+            "`load_in_4bit` and `load_in_8bit` do not go with `larpo run`: each iteration saves whole weights."
+        )
+    for name in options.stop_on:
+        if name not in (*CHECKS, "any"):
+            raise ConfigError(f"`stop_on` names {name!r}; the health checks are {', '.join(CHECKS)}, or 'any'.")
+    path = model.model_name_or_path
+    if not path:
+        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
+    if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
+        raise ConfigError(f"`model_name_or_path` is {path!r}, and there is no such folder.")
+    model.model_name_or_path = os.path.expanduser(path)
+    folder.check_configuration()
+    load_rewards(options.reward_funcs, options.reward_weights)
+    for candidates in options.earlier_candidates or []:
+        if not Path(candidates).exists():
+            raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")
+    if options.accelerate_config and not Path(options.accelerate_config).is_file():
+        raise ConfigError(f"`accelerate_config` is {options.accelerate_config!r}, and there is no such file.")
+    if options.server_command:
+        words, _ = server_command(options.server_command, model="model", port=1, index=0)
+        if not words or shutil.which(words[0]) is None:
+            raise ConfigError(f"`server_command`: there is no program {words[0] if words else ''!r} on this machine.")
+    if options.server_urls or options.server_command:
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise ConfigError("Servers need the package openai: pip install 'trl-larpo[server]'.") from None
+    for url in options.server_urls or []:
+        check_url(url, options.server_api_key_variable)
+    try:
+        AutoConfig.from_pretrained(path, revision=model.model_revision)
+        AutoTokenizer.from_pretrained(path, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`model_name_or_path`: {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for name in options.reward_funcs:
+        if ":" not in name and os.path.isdir(os.path.expanduser(name)):
+            try:
+                AutoConfig.from_pretrained(os.path.expanduser(name))
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}"
+                ) from None
+    _check_disk(folder)
+
+
+def _check_disk(folder: RunFolder) -> None:
+    path = folder.model.model_name_or_path
+    if not os.path.isdir(path):
+        return
+    weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    missing = sum(not (folder.iteration(i) / "model").exists() for i in range(1, folder.options.num_iterations + 1))
+    # A model for each iteration, two checkpoints with the optimizer's two moments while one is trained
+    needed = weights * missing + (6 * weights if missing else 0)
+    existing = folder.path
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"`output_dir`: the disk has {free / 2**30:.1f} GiB free, and the run may need {needed / 2**30:.1f} GiB "
+            "for "
+            "models and checkpoints. Free some space, or take a folder on another disk."
+        )
+
+
+def plan(folder: RunFolder) -> str:
+    """What will be done, in a few lines."""
+    options, training, counts = folder.options, folder.training, folder.prompt_counts
+    left_out = [
+        f"{counts[name]} {text}"
+        for name, text in (
+            ("duplicates", "duplicates"),
+            ("too_long", "too long"),
+            ("also_held_out", "held out too"),
+            ("unused", "not used"),
+        )
+        if counts[name]
+    ]
+    prompts = len(folder.prompts_of(1))
+    k, added = options.num_samples, options.num_negatives * len(options.negatives)
+    evaluation = f"evaluate {len(folder.held_out)} × {options.num_eval_samples} samples"
+    lines = [
+        f"Run in {folder.path}",
+        f"  model      {folder.model.model_name_or_path}; reference: the {options.reference} model",
+        f"  prompts    {prompts} in each iteration, {options.prompt_schedule}; {len(folder.held_out)} held out"
+        + (f"; left out: {', '.join(left_out)}" if left_out else ""),
+        f"  rewards    {', '.join(options.reward_funcs)}",
+        f"  lists      {_selection_text(options)}; memory: {options.memory}",
+        f"  loss       {' + '.join(training.loss_type)}, beta {training.beta:g}, learning rate "
+        f"{training.learning_rate:g}",
+        f"  start      {evaluation}",
+    ]
+    total_samples = len(folder.held_out) * options.num_eval_samples
+    total_steps = total_rewards = 0
+    for iteration in range(1, options.num_iterations + 1):
+        samples = prompts * k
+        remembered = {"none": 0, "previous": 1, "all": iteration - 1}[options.memory]
+        pool = k * (1 + min(remembered, iteration - 1)) + added
+        steps = _num_steps(folder, prompts)
+        lines.append(
+            f"  iteration {iteration}: sample {prompts} × {k}{f' + {added} negatives' if added else ''} at temperature "
+            f"{options.temperature_in(iteration):g}, reward {prompts * (k + added)}, up to {prompts} lists of up to "
+            f"{_list_size(options, pool)}, {steps} optimizer steps, {evaluation}"
+        )
+        total_samples += samples + len(folder.held_out) * options.num_eval_samples
+        total_rewards += prompts * (k + added) + len(folder.held_out) * options.num_eval_samples
+        total_steps += steps
+    total_rewards += len(folder.held_out) * options.num_eval_samples
+    lines.append(
+        f"  in all     {total_samples} samples, {total_rewards} reward calls, {total_steps} optimizer steps at most"
+    )
+    return "\n".join(lines)
+
+
+def _selection_text(options: RunConfig) -> str:
+    if options.num_best is not None:
+        return f"best {options.num_best} and worst {options.num_worst} of each prompt"
+    return "all candidates" + (f", at most {options.max_list_size}" if options.max_list_size else "")
+
+
+def _list_size(options: RunConfig, pool: int) -> int:
+    if options.num_best is not None:
+        return min(pool, options.num_best + options.num_worst)
+    return min(pool, options.max_list_size or pool)
+
+
+def _num_steps(folder: RunFolder, num_lists: int) -> int:
+    training = folder.training
+    if training.max_steps > 0:
+        return training.max_steps
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * folder.options.num_processes
+    return math.ceil(num_lists / batch * training.num_train_epochs)
+
+
+def _run_all(folder: RunFolder) -> Path:
+    options, started = folder.options, time.monotonic()
+    stages, tracking = Stages(folder), Tracking(folder)
+    page = folder.path / "report.html"
+    try:
+        for iteration in range(options.num_iterations + 1):
+            for stage in ("evaluate",) if iteration == 0 else STAGES:
+                _run_stage(folder, stages, stage, iteration)
+            if iteration:
+                checks = _check_health(folder, iteration)
+                _announce(folder, iteration, checks)
+                tracking.log(iteration, checks)
+            page = write_report(folder.path)
+            bad = [c for c in checks if not c.ok] if iteration else []
+            if any(c.name in options.stop_on or "any" in options.stop_on for c in bad):
+                raise LarPOError(
+                    f"Stopped after iteration {iteration}, as `stop_on` asks: {bad[0].name}. {bad[0].meaning} See "
+                    f"{page}."
+                )
+    except KeyboardInterrupt:
+        raise LarPOError("Interrupted. Run the same command again to go on; nothing is lost.") from None
+    finally:
+        stages.close()
+        tracking.close()
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")
+    return page
+
+
+def _run_stage(folder: RunFolder, stages: Stages, stage: str, iteration: int) -> None:
+    if stages.output(stage, iteration).exists():
+        return
+    started = time.monotonic()
+    if folder.options.num_processes > 1 and stage in _STAGES_WITH_MODEL:
+        stages.close()
+        _launch_stage(folder, stage, iteration)
+    else:
+        stages.run(stage, iteration)
+    with open(folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"iteration": {iteration}, "stage": "{stage}", "seconds": {time.monotonic() - started:.2f}}}\n')
+
+
+def _launch_stage(folder: RunFolder, stage: str, iteration: int) -> None:
+    """Runs a stage in several processes, through accelerate."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if folder.options.accelerate_config and stage in ("reference", "train"):
+        command += ["--config_file", folder.options.accelerate_config]
+    command += ["--num_processes", str(folder.options.num_processes), "-m", "trl_larpo"]
+    command += ["stage", "--run", str(folder.path), "--stage", stage, "--iteration", str(iteration)]
+    if subprocess.run(command).returncode != 0:
+        raise LarPOError(f"The stage {stage!r} of iteration {iteration} failed; its message is above.")
+
+
+def _check_health(folder: RunFolder, iteration: int) -> list[Check]:
+    path = folder.iteration(iteration)
+    checks = check_iteration(
+        samples=read_jsonl(path / "samples.jsonl"),
+        selection=read_json(path / "selection.json"),
+        training_log=read_jsonl(path / "training_log.jsonl"),
+        start=read_json(folder.iteration(0) / "evaluation.json"),
+        evaluations=[read_json(folder.iteration(i) / "evaluation.json") for i in range(1, iteration + 1)],
+    )
+    write_json(path / "health.json", [dataclasses.asdict(check) for check in checks])
+    return checks
+
+
+def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
+    """A few lines for a person at the end of an iteration."""
+    start, now = (read_json(folder.iteration(i) / "evaluation.json") for i in (0, iteration))
+    print(
+        f"\nIteration {iteration}: held-out reward {_with_error(now['reward'])}, at the start "
+        f"{_with_error(start['reward'])}; gain {_with_error(now['gain'], '+')}; {now['tokens']:.0f} tokens, at the "
+        "start "
+        f"{start['tokens']:.0f}"
+    )
+    for check in checks:
+        if not check.ok:
+            print(f"  WARNING {check.name}: {check.value:.3g}, should be {check.limit}. {check.meaning}")
+
+
+def _with_error(value: dict[str, float | None], sign: str = "") -> str:
+    if value["mean"] is None:
+        return "unknown"
+    error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.3f}"
+    return f"{value['mean']:{sign}.3f}{error}"
+
+
+def run_stage_of(path: str, stage: str, iteration: int) -> None:
+    """
+    Does one stage of a run, as one of several processes.
+
+    Args:
+        path: Folder of the run.
+        stage: One of [`STAGES`].
+        iteration: From 0 on.
+    """
+    values = yaml.safe_load((Path(path) / "run.yaml").read_text(encoding="utf-8"))
+
+    def restore(options_class):
+        names = {option.name for option in dataclasses.fields(options_class) if option.init}
+        return options_class(**{name: value for name, value in values.items() if name in names})
+
+    folder = RunFolder(restore(RunConfig), restore(LarPOConfig), restore(ModelConfig))
+    folder.path = Path(path)
+    folder.prepare_prompts(AutoTokenizer.from_pretrained(folder.model.model_name_or_path))
+    stages = Stages(folder)
+    try:
+        stages.run(stage, iteration)
+    finally:
+        stages.close()

@@ -1,0 +1,295 @@
+"""Options of `larpo run`, beside those of [`LarPOConfig`] and of TRL's `ModelConfig`."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .candidates import MEMORIES, Selection
+from .errors import ConfigError
+from .generation import check_sampling
+
+SCHEDULES = ("same", "fresh")
+REFERENCES = ("policy", "initial")
+NEGATIVES = ("low_temperature", "high_temperature", "related_prompt", "random_prompt")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def option(default: Any, text: str, **metadata: Any):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text} | metadata)
+    return field(default=default, metadata={"help": text} | metadata)
+
+
+class _Checked:
+    def __post_init__(self):
+        """YAML gives any type; this makes lists of single values and refuses what is of another type."""
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            value = getattr(self, each.name)
+            kinds = get_args(hints[each.name]) if type(None) in get_args(hints[each.name]) else (hints[each.name],)
+            if value is None and type(None) in kinds:
+                continue
+            kind = kinds[0]
+            if get_origin(kind) is list:
+                value = value if isinstance(value, list | tuple) else [value]
+                value = [_of_type(item, get_args(kind)[0], each.name) for item in value]
+            else:
+                value = _of_type(value, kind, each.name)
+            setattr(self, each.name, value)
+
+
+@dataclass
+class GenerationOptions(_Checked):
+    """How completions are sampled, in this process or by servers."""
+
+    num_samples: int = option(10, "Completions sampled for each prompt in each iteration (k in the paper).")
+    temperature: list[float] = option([1.0], "Sampling temperature: one, or one for each iteration.")
+    top_p: float = option(1.0, "Nucleus sampling threshold, in (0, 1].")
+    max_new_tokens: int = option(
+        512, "Longest completion in tokens. One that is cut off there is marked and not trained on."
+    )
+    generation_batch_size: int = option(64, "Completions sampled at the same time by each process.")
+    generation_dtype: str = option(
+        "auto",
+        "Arithmetic of sampling. 'auto': bfloat16 where the hardware has it, else float32.",
+        choices=[*DTYPES],
+    )
+    server_urls: list[str] | None = option(
+        None, "Base addresses of running OpenAI-compatible servers (vLLM, SGLang, ...), e.g. http://127.0.0.1:8000/v1."
+    )
+    server_command: str | None = option(
+        None,
+        "Command that starts a server of each iteration's model, e.g. 'vllm serve {model} --port {port}'. {index} "
+        "counts "
+        "the servers; words such as CUDA_VISIBLE_DEVICES={index} in front set the environment.",
+    )
+    num_servers: int = option(1, "Servers started by `server_command`.")
+    server_model: str | None = option(None, "Name of the model on the servers. None: the first that they offer.")
+    server_health_route: str = option("/health", "Route that answers with status 200 when a started server is ready.")
+    server_start_timeout: float = option(900.0, "Seconds that a started server may take until it is ready.")
+    server_timeout: float = option(600.0, "Seconds that one request may take.")
+    server_patience: float = option(120.0, "Seconds for which a server may fail before it is given up.")
+    server_requests_in_flight: int = option(32, "Requests sent to each server at the same time.")
+    server_api_key_variable: str = option(
+        "OPENAI_API_KEY", "Environment variable with the key of the servers. The key itself is never stored."
+    )
+
+    def check_generation(self, num_iterations: int = 1) -> None:
+        if self.num_samples < 2:
+            raise ConfigError(
+                f"`num_samples` is {self.num_samples}; a list needs at least 2 completions of each prompt."
+            )
+        if len(self.temperature) not in (1, num_iterations):
+            raise ConfigError(
+                f"`temperature` has {len(self.temperature)} numbers for {num_iterations} iterations; give one, or one "
+                "for each."
+            )
+        for value in self.temperature:
+            check_sampling(self.num_samples, value, self.top_p, self.max_new_tokens)
+        if self.generation_batch_size < 1:
+            raise ConfigError(f"`generation_batch_size` is {self.generation_batch_size}; it must be at least 1.")
+        _check_choice("generation_dtype", self.generation_dtype, DTYPES)
+        if self.server_urls and self.server_command:
+            raise ConfigError(
+                "`server_urls` and `server_command` exclude each other: servers run already, or are started."
+            )
+        if self.num_servers < 1:
+            raise ConfigError(f"`num_servers` is {self.num_servers}; it must be at least 1.")
+        for url in self.server_urls or []:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError(f"`server_urls` has {url!r}; an address starts with http:// or https://.")
+            if "@" in url.split("://", 1)[1].split("/")[0]:
+                raise ConfigError(
+                    "`server_urls` has an address with a password in it, which would be stored. Give the key in the "
+                    f"environment variable {self.server_api_key_variable}."
+                )
+
+
+@dataclass
+class RewardOptions(_Checked):
+    """Who judges completions."""
+
+    reward_funcs: list[str] = option(
+        [],
+        "Rewards, summed up: 'verifiable_instruction', 'gsm8k', 'package.module:function' (called as TRL calls its "
+        "reward functions), the folder or hub id of a sequence classification model, or "
+        "'pairwise:package.module:function' for a ranker that compares the completions of a prompt.",
+    )
+    reward_weights: list[float] | None = option(None, "Factor of each reward in the sum. None: 1 each.")
+    normalize_rewards: bool = option(
+        False, "Bring each reward to mean 0 and deviation 1 over the completions of a prompt before it is weighted."
+    )
+    reward_batch_size: int = option(16, "Completions that a reward model scores at the same time.")
+    reward_max_length: int | None = option(
+        None, "Longest prompt plus completion for a reward model, in tokens; the start of longer ones is cut off."
+    )
+    reward_dtype: str = option(
+        "auto", "Arithmetic of reward models. 'auto': bfloat16 on a GPU, float32 on a CPU.", choices=[*DTYPES]
+    )
+
+    def check_rewards(self) -> None:
+        if not self.reward_funcs:
+            raise ConfigError(
+                "No reward: give `reward_funcs`, e.g. 'package.module:function' or a reward model's folder."
+            )
+        if len(set(self.reward_funcs)) < len(self.reward_funcs):
+            raise ConfigError("`reward_funcs` names a reward twice; give it a weight in `reward_weights` instead.")
+        if self.reward_batch_size < 1:
+            raise ConfigError(f"`reward_batch_size` is {self.reward_batch_size}; it must be at least 1.")
+        _check_choice("reward_dtype", self.reward_dtype, DTYPES)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on beside names and weights."""
+        return {"normalize": self.normalize_rewards, "max_length": self.reward_max_length, "dtype": self.reward_dtype}
+
+
+@dataclass
+class SelectionOptions(_Checked):
+    """Which completions make a list."""
+
+    num_best: int | None = option(
+        None,
+        "So many of the best of each prompt (paper: 1 for the contrastive loss, 2 for LambdaRank and ListMLE). None: "
+        "all.",
+    )
+    num_worst: int | None = option(None, "So many of the worst of each prompt (paper: 3 and 2). None: all.")
+    min_reward_gap: float = option(
+        0.0, "A list counts only if its best is better than its worst by at least this much."
+    )
+    max_list_size: int | None = option(
+        None, "Longest list where all are taken: candidates are then spread evenly over the ranks."
+    )
+
+    @property
+    def selection(self) -> Selection:
+        """
+        Raises:
+            ConfigError: If the numbers do not fit together.
+        """
+        return Selection(self.num_best, self.num_worst, self.min_reward_gap, self.max_list_size)
+
+
+@dataclass
+class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
+    """Algorithm 1 of the paper: prompts, iterations, sampling, rewards, candidate lists, evaluation."""
+
+    prompts: str | None = option(
+        None,
+        "Prompts: a JSONL, JSON, Parquet or CSV file, a folder, or a hub id; column `prompt`, and any that rewards "
+        "need.",
+    )
+    prompts_config: str | None = option(None, "Configuration of a hub dataset of prompts.")
+    prompts_split: str = option("train", "Split of the prompts.")
+    held_out_prompts: str | None = option(
+        None, "Prompts to evaluate on, given as `prompts` is. None: `num_held_out` of `prompts` are held out."
+    )
+    held_out_split: str = option("train", "Split of the held-out prompts.")
+    num_held_out: int = option(64, "Held-out prompts: so many of `held_out_prompts`, else of `prompts`.")
+    num_iterations: int = option(3, "Iterations (T in the paper).")
+    prompts_per_iteration: int | None = option(
+        None, "Prompts of an iteration (M in the paper). None: all, or an equal share of them where they are fresh."
+    )
+    prompt_schedule: str = option(
+        "same",
+        "'same': every iteration has the same prompts, as memory needs. 'fresh': a slice of its own, as in the paper.",
+        choices=[*SCHEDULES],
+    )
+    max_prompt_length: int | None = option(
+        None, "Prompts with more tokens are left out, and counted. None: those that fit into `max_length` stay."
+    )
+    negatives: list[str] = option(
+        [],
+        "Further candidates, by name (paper, section 3.2): 'low_temperature' and 'high_temperature' samples of the "
+        "policy, "
+        "a response to a 'related_prompt' or to a 'random_prompt'.",
+    )
+    num_negatives: int = option(1, "So many of each name in `negatives`.")
+    low_temperature: float = option(0.5, "Temperature of the negative 'low_temperature'.")
+    high_temperature: float = option(1.5, "Temperature of the negative 'high_temperature'.")
+    memory: str = option(
+        "none",
+        "Candidates of earlier iterations that join the list of their prompt: 'none', 'previous' or 'all'.",
+        choices=[*MEMORIES],
+    )
+    earlier_candidates: list[str] | None = option(
+        None,
+        "Files of candidates made elsewhere or by earlier runs, which join the lists of the first iteration's prompts. "
+        "They are rewarded anew unless the very same rewards scored them.",
+    )
+    reference: str = option(
+        "policy",
+        "Reference model: the 'policy' that starts the iteration, as in the paper, or the 'initial' model.",
+        choices=[*REFERENCES],
+    )
+    num_eval_samples: int = option(4, "Completions sampled for each held-out prompt.")
+    eval_temperature: float | None = option(None, "Their temperature. None: that of the first iteration.")
+    stop_on: list[str] = option(
+        [], "Health checks that stop the run, by name, or 'any'. By default they only warn. See `larpo report`."
+    )
+    num_processes: int = option(1, "Processes of the stages that run a model, launched through accelerate.")
+    accelerate_config: str | None = option(
+        None, "accelerate's configuration file for training (DeepSpeed, FSDP, ...), used by `num_processes` processes."
+    )
+    dry_run: bool = option(False, "Check everything, print the plan, and stop.")
+
+    def check(self) -> None:
+        """
+        Looks at everything that can be told without a file or a model.
+
+        Raises:
+            ConfigError: Names the option and the mend.
+        """
+        if not self.prompts:
+            raise ConfigError("No prompts: give `prompts`, a file, a folder or a hub id with a column `prompt`.")
+        for name, least in (
+            ("num_iterations", 1),
+            ("num_held_out", 2),
+            ("num_negatives", 1),
+            ("num_eval_samples", 1),
+            ("num_processes", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
+        if self.prompts_per_iteration is not None and self.prompts_per_iteration < 1:
+            raise ConfigError(f"`prompts_per_iteration` is {self.prompts_per_iteration}; it must be at least 1.")
+        self.check_generation(self.num_iterations)
+        self.check_rewards()
+        for name, choices in (("prompt_schedule", SCHEDULES), ("memory", MEMORIES), ("reference", REFERENCES)):
+            _check_choice(name, getattr(self, name), choices)
+        for name in self.negatives:
+            _check_choice("negatives", name, NEGATIVES)
+        check_sampling(self.num_eval_samples, self.evaluation_temperature, self.top_p, self.max_new_tokens)
+        if "low_temperature" in self.negatives:
+            check_sampling(self.num_negatives, self.low_temperature, self.top_p, self.max_new_tokens)
+        if self.memory != "none" and self.prompt_schedule == "fresh":
+            raise ConfigError(
+                f"`memory` is {self.memory!r}, but with `prompt_schedule='fresh'` no prompt comes twice, so there is "
+                "nothing to remember. Set `prompt_schedule` to 'same', or `memory` to 'none'."
+            )
+        selection, pool = self.selection, self.num_samples + self.num_negatives * len(self.negatives)
+        if selection.num_best is not None and selection.num_best + selection.num_worst > pool:
+            raise ConfigError(
+                f"`num_best` + `num_worst` is {selection.num_best + selection.num_worst}, but a prompt has only {pool} "
+                "completions. Raise `num_samples`, or take fewer."
+            )
+
+    @property
+    def evaluation_temperature(self) -> float:
+        return self.temperature[0] if self.eval_temperature is None else self.eval_temperature
+
+    def temperature_in(self, iteration: int) -> float:
+        return self.temperature[0] if len(self.temperature) == 1 else self.temperature[iteration - 1]
+
+
+def _of_type(value: Any, kind: type, name: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise ConfigError(f"`{name}` is {value!r}; it must be {names[kind]}.")
+    return value
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"`{name}` has {value!r}; it must be one of {', '.join(choices)}.")

@@ -1,0 +1,252 @@
+"""
+The folder of a run: which file is where, the configuration it belongs to, and its prompts.
+
+    run.yaml                     the configuration, without secrets
+    prompts.jsonl                prompts in the order they are used
+    held_out_prompts.jsonl       prompts to evaluate on
+    iteration_0/                 the initial model: evaluation.json, held_out.jsonl
+    iteration_1/                 samples.jsonl → rewarded.jsonl → lists.jsonl, selection.json → ref_logps.jsonl →
+                                 model/, training_log.jsonl → held_out.jsonl, evaluation.json → health.json
+    report.html, plots/          what happened, to look at
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.logging import get_logger
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from .candidates import prompt_id
+from .config import LarPOConfig
+from .data import load_splits, prompt_problem
+from .errors import ConfigError, DataError
+from .generation import encode_prompt
+from .run_config import RunConfig
+from .storage import read_json, read_jsonl, write_json, write_jsonl, write_text
+
+logger = get_logger(__name__)
+
+Row = dict[str, Any]
+
+# May differ when a run is continued: they change where and how it runs, not what comes out
+_MAY_CHANGE = frozenset({
+    "output_dir", "dry_run", "server_urls", "server_command", "num_servers", "server_model", "server_health_route",
+    "server_start_timeout", "server_timeout", "server_patience", "server_requests_in_flight",
+    "server_api_key_variable", "stop_on", "num_processes", "accelerate_config", "report_to", "run_name", "logging_dir",
+    "logging_steps", "logging_strategy", "logging_first_step", "disable_tqdm", "log_level", "save_steps",
+    "save_strategy", "save_total_limit", "dataloader_num_workers", "project", "trackio_space_id",
+})  # fmt: skip
+
+_SECRETS = ("token", "hub_token", "push_to_hub_token")
+
+
+class RunFolder:
+    """
+    Paths and prompts of a run.
+
+    Args:
+        options: What the loop does.
+        training: How the trainer trains; its `output_dir` is the folder.
+        model: The initial model, and LoRA.
+    """
+
+    def __init__(self, options: RunConfig, training: LarPOConfig, model: ModelConfig):
+        self.options, self.training, self.model = options, training, model
+        self.path = Path(training.output_dir)
+
+    def iteration(self, number: int) -> Path:
+        return self.path / f"iteration_{number}"
+
+    def model_path(self, iteration: int) -> str:
+        """The model that an iteration ends with; for 0 the initial one."""
+        return self.model.model_name_or_path if iteration == 0 else str(self.iteration(iteration) / "model")
+
+    # Configuration
+
+    def configuration(self) -> dict[str, Any]:
+        """All options by name, fit for YAML and without secrets."""
+        values: dict[str, Any] = {}
+        for part in (self.model, self.training, self.options):
+            for option in dataclasses.fields(part):
+                if option.init and not option.name.startswith("_") and option.name not in _SECRETS:
+                    values[option.name] = _plain(getattr(part, option.name))
+        return dict(sorted(values.items()))
+
+    def check_configuration(self) -> None:
+        """
+        Compares with the configuration that the folder was made with.
+
+        Raises:
+            ConfigError: Names each option that differs, or says that the folder is none of ours.
+        """
+        stored = self.path / "run.yaml"
+        if not stored.exists():
+            others = [x.name for x in self.path.iterdir() if not x.name.startswith(".")] if self.path.is_dir() else []
+            if others:
+                raise ConfigError(
+                    f"The folder {str(self.path)!r} holds other files ({', '.join(sorted(others)[:3])}) and no run. "
+                    "Take a new `output_dir`."
+                )
+            return
+        before, now = yaml.safe_load(stored.read_text(encoding="utf-8")), self.configuration()
+        changed = [x for x in now if x not in _MAY_CHANGE and x in before and before[x] != now[x]]
+        longer = now["num_iterations"] > before["num_iterations"] and self.options.prompt_schedule == "same"
+        if longer:  # a run may be made longer, and then needs temperatures for what is new
+            kept = now["temperature"][: len(before["temperature"])] == before["temperature"]
+            added = {"num_iterations"} | ({"temperature"} if kept and len(before["temperature"]) > 1 else set())
+            changed = [name for name in changed if name not in added]
+        if changed:
+            name = changed[0]
+            more = f" Changed too: {', '.join(changed[1:])}." if changed[1:] else ""
+            raise ConfigError(
+                f"`{name}` is {now[name]!r}, but the run in {str(self.path)!r} was made with {before[name]!r}.{more} "
+                "Undo "
+                "the change, or take a new `output_dir`."
+            )
+
+    def save_configuration(self) -> None:
+        text = yaml.safe_dump(self.configuration(), allow_unicode=True, sort_keys=True)
+        write_text(self.path / "run.yaml", text)
+
+    # Prompts
+
+    def prepare_prompts(self, tokenizer: PreTrainedTokenizerBase, save: bool = True) -> None:
+        """Loads, checks and orders the prompts, once for the whole run."""
+        paths = [self.path / name for name in ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")]
+        if all(path.exists() for path in paths):
+            self.prompts, self.held_out, self.prompt_counts = (
+                read_jsonl(paths[0]),
+                read_jsonl(paths[1]),
+                read_json(paths[2]),
+            )
+            return
+        options = self.options
+        counts = {"read": 0, "duplicates": 0, "too_long": 0, "also_held_out": 0, "unused": 0}
+        limit = options.max_prompt_length
+        if limit is None and self.training.max_length is not None:
+            limit = self.training.max_length - 1  # room for one token of the completion
+
+        def load(path: str, config: str | None, split: str) -> list[Row]:
+            rows, known = [], set()
+            for row in load_prompts(path, config, split):
+                counts["read"] += 1
+                if row["prompt_id"] in known:
+                    counts["duplicates"] += 1
+                elif limit is not None and len(encode_prompt(tokenizer, row["prompt"])) > limit:
+                    counts["too_long"] += 1
+                else:
+                    rows.append(row)
+                known.add(row["prompt_id"])
+            return rows
+
+        seed = self.training.seed
+        prompts = load(options.prompts, options.prompts_config, options.prompts_split)
+        prompts.sort(key=lambda row: hashlib.sha256(f"{seed}/{row['prompt_id']}".encode()).digest())
+        if options.held_out_prompts is None:
+            held_out, prompts = prompts[: options.num_held_out], prompts[options.num_held_out :]
+        else:
+            held_out = load(options.held_out_prompts, None, options.held_out_split)[: options.num_held_out]
+            ids = {row["prompt_id"] for row in held_out}
+            counts["also_held_out"] = sum(row["prompt_id"] in ids for row in prompts)
+            prompts = [row for row in prompts if row["prompt_id"] not in ids]
+        if len(held_out) < options.num_held_out:
+            raise ConfigError(
+                f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
+            )
+        needed = self._prompts_per_iteration(len(prompts))
+        rounds = options.num_iterations if options.prompt_schedule == "fresh" else 1
+        if needed < 1 or needed * rounds > len(prompts):
+            per_iteration = f"`prompts_per_iteration` {needed} × {rounds} slices" if rounds > 1 else f"{max(needed, 1)}"
+            raise ConfigError(
+                f"There are {len(prompts)} prompts beside the {len(held_out)} held out, too few for {per_iteration}. "
+                "Give "
+                "more prompts, or lower `prompts_per_iteration` or `num_held_out`."
+            )
+        if {"related_prompt", "random_prompt"} & set(options.negatives) and needed < 2:
+            raise ConfigError("`negatives` from other prompts need at least 2 prompts in an iteration.")
+        counts["unused"] = len(prompts) - needed * rounds
+        self.prompts, self.held_out, self.prompt_counts = prompts[: needed * rounds], held_out, counts
+        if save:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_jsonl(paths[0], self.prompts)
+            write_jsonl(paths[1], self.held_out)
+            write_json(paths[2], counts)
+
+    def _prompts_per_iteration(self, num_prompts: int) -> int:
+        if self.options.prompts_per_iteration is not None:
+            return self.options.prompts_per_iteration
+        return num_prompts // (self.options.num_iterations if self.options.prompt_schedule == "fresh" else 1)
+
+    def prompts_of(self, iteration: int) -> list[Row]:
+        """Prompts of an iteration, from 1 on, in their order."""
+        if self.options.prompt_schedule == "same":
+            return self.prompts
+        share = len(self.prompts) // self.options.num_iterations
+        return self.prompts[(iteration - 1) * share : iteration * share]
+
+
+def load_prompts(path: str, config: str | None = None, split: str = "train") -> list[Row]:
+    """
+    Rows with a prompt and any other columns.
+
+    Args:
+        path: A JSONL, JSON, Parquet or CSV file, a folder, or a hub id.
+        config: Configuration of a hub dataset.
+        split: Its split.
+
+    Returns:
+        Rows with `prompt_id` added, in the order of the file.
+
+    Raises:
+        DataError: Names the file, the row and what is wrong with it.
+    """
+    splits = load_splits(path, config)
+    if split not in splits:
+        raise DataError(f"{path!r} has no split {split!r}, only: {', '.join(splits)}.")
+    dataset = splits[split]
+    if "prompt" not in dataset.column_names:
+        raise DataError(f"{path!r} has no column `prompt`. Its columns: {', '.join(dataset.column_names)}.")
+    if "tools" in dataset.column_names:
+        raise DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
+    rows = []
+    for number, row in enumerate(dataset):
+        if problem := prompt_problem(row["prompt"]):
+            raise DataError(f"{path!r} row {number}, column `prompt`: {problem}")
+        if isinstance(row["prompt"], list):  # datasets fills in keys that only other messages have
+            row["prompt"] = [{k: v for k, v in message.items() if v is not None} for message in row["prompt"]]
+        rows.append({"prompt_id": prompt_id(row["prompt"])} | _jsonable(row, path, number))
+    return rows
+
+
+def _jsonable(row: Row, path: str, number: int) -> Row:
+    for column, value in row.items():
+        if not _is_plain(value):
+            raise DataError(
+                f"{path!r} row {number}, column `{column}`: holds {type(value).__name__}; prompts may have text, "
+                "numbers "
+                "and lists of them. Remove the column."
+            )
+    return row
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _plain(value: Any) -> Any:
+    """Values of options as YAML knows them."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return str(getattr(value, "value", value))

@@ -1,0 +1,407 @@
+"""
+Samples completions from servers that speak OpenAI's protocol: vLLM, SGLang, `transformers serve`, llama.cpp.
+
+Several servers are used side by side with many requests in flight. What comes back is checked, because servers differ:
+some return one completion however many are asked for, some sample greedily whatever the temperature, some render the
+prompt in another way. A server that fails hands its requests to the others.
+"""
+
+import asyncio
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from accelerate.logging import get_logger
+
+from .errors import ConfigError, LarPOError
+from .generation import Prompt, Sample
+from .storage import read_json, write_json
+
+logger = get_logger(__name__)
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
+_TIME_TO_STOP = 15.0  # seconds that a server gets to end by itself
+
+
+@dataclass
+class Request:
+    """
+    Completions asked for.
+
+    Attributes:
+        key: Name of the prompt.
+        prompt: String or conversation.
+        temperatures: One for each completion.
+        prompt_ids: Tokens of the prompt as training sees them.
+        seed: Of the first completion; the others' follow.
+    """
+
+    key: str
+    prompt: Prompt
+    temperatures: list[float]
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass
+class Sampler:
+    """
+    How to sample, for all requests alike.
+
+    Attributes:
+        urls: Base addresses, e.g. `http://127.0.0.1:8000/v1`.
+        model: Name of the model on the servers. `None`: the first that a server offers.
+        max_new_tokens: Longest completion, in tokens.
+        top_p: Nucleus sampling threshold.
+        end_ids: Tokens that end a completion, for servers that must be told.
+        count_tokens: Number of tokens of a text, for answers that do not say.
+        api_key_variable: Environment variable that holds the key of the servers.
+        requests_in_flight: On each server.
+        timeout: Seconds that one request may take.
+        patience: Seconds for which a server may fail before it is given up.
+    """
+
+    urls: list[str]
+    model: str | None
+    max_new_tokens: int
+    top_p: float
+    end_ids: list[int]
+    count_tokens: Callable[[str], int]
+    api_key_variable: str = "OPENAI_API_KEY"
+    requests_in_flight: int = 32
+    timeout: float = 600.0
+    patience: float = 120.0
+    warnings: list[str] = field(default_factory=list)
+
+    def sample(self, requests: list[Request], on_samples: Callable[[Request, list[Sample]], None]) -> None:
+        """
+        Samples for all requests.
+
+        Args:
+            requests: What to sample.
+            on_samples: Called with the samples of each request as they come, in any order.
+
+        Raises:
+            LarPOError: If no server answers any more, or one refuses a request. What was handed to `on_samples` before
+                stays there.
+        """
+        asyncio.run(_Run(self, requests, on_samples).run())
+
+
+class _Endpoint:
+    def __init__(self, sampler: Sampler, url: str):
+        from openai import AsyncOpenAI
+
+        key = os.environ.get(sampler.api_key_variable) or "EMPTY"
+        self.url, self.sampler, self.model, self.extra = url, sampler, sampler.model, {}
+        self.client = AsyncOpenAI(base_url=url, api_key=key, timeout=sampler.timeout, max_retries=0)
+        self.failing_since: float | None = None
+        self.wait = _FIRST_WAIT
+        self.dead = False
+
+    async def complete(self, request: Request, temperature: float, count: int, seed: int) -> list[Sample]:
+        """Up to `count` samples: what the server returns."""
+        if self.model is None:
+            self.model = (await self.client.models.list()).data[0].id
+        options = {
+            "model": self.model,
+            "temperature": temperature,
+            "top_p": self.sampler.top_p,
+            "max_tokens": self.sampler.max_new_tokens,
+            "seed": seed,
+            "extra_body": self.extra_body(temperature),
+        } | ({"n": count} if count > 1 else {})
+        if isinstance(request.prompt, str):
+            answer = await self.client.completions.create(prompt=request.prompt, **options)
+            texts = [choice.text for choice in answer.choices]
+        else:
+            answer = await self.client.chat.completions.create(messages=request.prompt, **options)
+            texts = [choice.message.content or "" for choice in answer.choices]
+        self.check_prompt(request, answer.usage)
+        samples = []
+        for text, choice in zip(texts, answer.choices, strict=True):
+            finished = choice.finish_reason == "stop"
+            known = answer.usage.completion_tokens if answer.usage and len(texts) == 1 else None
+            num_tokens = known or self.sampler.count_tokens(text) + finished
+            samples.append(Sample(text=text, num_tokens=num_tokens, finished=finished))
+        return samples[:count]
+
+    def extra_body(self, temperature: float) -> dict:
+        if not self.extra or temperature == 0:
+            return {}
+        settings = self.extra | {"temperature": temperature, "max_new_tokens": self.sampler.max_new_tokens}
+        return {"generation_config": json.dumps(settings | {"top_p": self.sampler.top_p})}
+
+    def check_prompt(self, request: Request, usage) -> None:
+        prompt_tokens = getattr(usage, "prompt_tokens", None)
+        if prompt_tokens and prompt_tokens != len(request.prompt_ids):
+            self.warn(
+                f"The servers see another prompt than training: {prompt_tokens} tokens instead of "
+                f"{len(request.prompt_ids)}. Serve the model with the chat template of its folder."
+            )
+
+    def warn(self, text: str) -> None:
+        kind = text.split(":")[0]
+        if not any(known.startswith(kind) for known in self.sampler.warnings):
+            self.sampler.warnings.append(text)
+            logger.warning(text)
+
+
+class _Run:
+    def __init__(self, sampler: Sampler, requests: list[Request], on_samples):
+        self.sampler, self.on_samples = sampler, on_samples
+        self.waiting, self.num_unanswered = deque(requests), len(requests)
+        self.endpoints: list[_Endpoint] = []
+        self.last_error = ""
+
+    async def run(self) -> None:
+        self.endpoints = [_Endpoint(self.sampler, url) for url in self.sampler.urls]
+        workers = [self._work(x) for x in self.endpoints for _ in range(self.sampler.requests_in_flight)]
+        tasks = [asyncio.create_task(worker) for worker in workers]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            for endpoint in self.endpoints:
+                await endpoint.client.close()
+        if self.num_unanswered:
+            raise LarPOError(
+                f"No server answers any more ({', '.join(self.sampler.urls)}): {self.last_error} "
+                f"{self.num_unanswered} prompts are left. Start the servers and run the same command again; what was "
+                "sampled so far is kept."
+            )
+
+    async def _work(self, endpoint: _Endpoint) -> None:
+        import openai
+
+        while self.num_unanswered and not endpoint.dead:
+            if not self.waiting:  # others may still fail and give their requests back
+                await asyncio.sleep(0.05)
+                continue
+            request = self.waiting.popleft()
+            try:
+                samples = await self._all_samples(endpoint, request)
+            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+                self.waiting.appendleft(request)  # also time-outs: they are connection errors
+                self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                await self._rest(endpoint)
+            except openai.APIStatusError as error:
+                raise LarPOError(
+                    f"The server {endpoint.url} refuses a request (status {error.status_code}): "
+                    f"{' '.join(str(error).split())[:300]}"
+                ) from error
+            else:
+                endpoint.failing_since, endpoint.wait = None, _FIRST_WAIT
+                self.num_unanswered -= 1
+                self.on_samples(request, samples)
+
+    async def _rest(self, endpoint: _Endpoint) -> None:
+        now = time.monotonic()
+        endpoint.failing_since = endpoint.failing_since or now
+        if now - endpoint.failing_since > self.sampler.patience and not endpoint.dead:
+            endpoint.dead = True
+            logger.warning(f"{endpoint.url} is given up: {self.last_error}")
+        wait, endpoint.wait = endpoint.wait, min(2 * endpoint.wait, _LONGEST_WAIT)
+        await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+
+    async def _all_samples(self, endpoint: _Endpoint, request: Request) -> list[Sample]:
+        samples: list[Sample | None] = [None] * len(request.temperatures)
+        for temperature in dict.fromkeys(request.temperatures):
+            places = [i for i, value in enumerate(request.temperatures) if value == temperature]
+            seed = request.seed + places[0]
+            found = await endpoint.complete(request, temperature, len(places), seed)
+            while len(found) < len(places):  # servers that know no `n`
+                more = await endpoint.complete(request, temperature, 1, request.seed + places[len(found)])
+                if not more:
+                    raise LarPOError(f"The server {endpoint.url} returned no completion.")
+                found += more
+            if len(places) > 1 and temperature > 0 and len({sample.text for sample in found}) == 1:
+                found = await self._ask_to_sample(endpoint, request, temperature, places, found)
+            for place, sample in zip(places, found, strict=True):
+                samples[place] = sample
+        return samples
+
+    async def _ask_to_sample(
+        self, endpoint: _Endpoint, request: Request, temperature: float, places: list[int], found: list[Sample]
+    ) -> list[Sample]:
+        """All samples are the same: perhaps the server decodes greedily unless told otherwise in its own words."""
+        if not endpoint.extra:
+            endpoint.extra = {"do_sample": True, "top_k": 0, "eos_token_id": self.sampler.end_ids}
+            logger.info(f"{endpoint.url} returns the same completion again and again; asking it to sample.")
+        again = [found[0]]
+        for place in places[1:]:
+            again += (await endpoint.complete(request, temperature, 1, request.seed + place))[:1]
+        if len(again) < len(places):
+            return found
+        if len({sample.text for sample in again}) == 1:
+            endpoint.warn(
+                f"Identical samples: at temperature {temperature} a server returned the same completion "
+                f"{len(places)} times for a prompt. If that goes on, the server ignores the temperature."
+            )
+        return again
+
+
+@contextmanager
+def running_servers(
+    command: str,
+    model: str,
+    num_servers: int,
+    log_folder: Path,
+    *,
+    health_route: str = "/health",
+    start_timeout: float = 900.0,
+) -> Iterator[list[str]]:
+    """
+    Servers of one model, started from a command and stopped when the context closes.
+
+    Args:
+        command: E.g. `vllm serve {model} --port {port}`. `{index}` counts the servers from 0. Words such as
+            `CUDA_VISIBLE_DEVICES={index}` in front set the environment.
+        model: Folder or hub id.
+        num_servers: How many.
+        log_folder: Where the output of each server is kept, and the process ids: servers that a killed run has left
+            behind are stopped first.
+        health_route: Answers with status 200 when the server is ready.
+        start_timeout: Seconds until then.
+
+    Yields:
+        The base addresses.
+
+    Raises:
+        LarPOError: If a server ends before it is ready or does not get ready in time.
+    """
+    log_folder.mkdir(parents=True, exist_ok=True)
+    record = log_folder / "servers.json"
+    stop_leftovers(record)
+    processes, urls = [], []
+    try:
+        for index in range(num_servers):
+            port = _free_port()
+            words, environment = server_command(command, model=model, port=port, index=index)
+            with open(log_folder / f"server_{index}.log", "ab") as log:
+                try:
+                    process = subprocess.Popen(
+                        words, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+                    )
+                except OSError as error:
+                    raise LarPOError(f"`server_command` cannot be started: {error}.") from error
+            processes.append(process)
+            urls.append(f"http://127.0.0.1:{port}/v1")
+            write_json(record, [[p.pid, _start_time(p.pid)] for p in processes])
+        for index, (process, url) in enumerate(zip(processes, urls, strict=True)):
+            log = log_folder / f"server_{index}.log"
+            _await_health(process, url.removesuffix("/v1") + health_route, start_timeout, log)
+        yield urls
+    finally:
+        for process in processes:
+            _stop(process.pid)
+            process.wait()
+        record.unlink(missing_ok=True)
+
+
+def server_command(command: str, **values: object) -> tuple[list[str], dict[str, str]]:
+    """
+    Words and environment of a server's command.
+
+    Raises:
+        ConfigError: If the command lacks `{model}` or `{port}`, or has braces that mean nothing.
+    """
+    for name in ("{model}", "{port}"):
+        if name not in command:
+            raise ConfigError(f"`server_command` has no {name}; write e.g. 'vllm serve {{model}} --port {{port}}'.")
+    try:
+        words = [os.path.expandvars(word).format(**values) for word in shlex.split(command)]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f"`server_command` cannot be read ({error}); it may hold {{model}}, {{port}} and {{index}}."
+        ) from None
+    environment = {}
+    while words and "=" in words[0] and words[0].split("=")[0].isidentifier():
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    return words, environment
+
+
+def stop_leftovers(record: Path) -> None:
+    """Stops servers that a killed process left behind, and no others: process ids are used again in time."""
+    if not record.exists():
+        return
+    for pid, start_time in read_json(record):
+        if start_time is not None and _start_time(pid) == start_time:
+            logger.warning(f"Stopping the server with process id {pid} that an earlier run left behind.")
+            _stop(pid)
+    record.unlink()
+
+
+def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
+    """
+    Asks a running server for its models.
+
+    Raises:
+        ConfigError: If it does not answer.
+    """
+    request = urllib.request.Request(url.rstrip("/") + "/models")
+    request.add_header("Authorization", f"Bearer {os.environ.get(api_key_variable) or 'EMPTY'}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`server_urls`: {url} does not answer ({' '.join(str(error).split())}). Start the server, or correct the "
+            "address; it ends in /v1 for most servers."
+        ) from None
+
+
+def _await_health(process: subprocess.Popen, url: str, timeout: float, log: Path) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise LarPOError(f"The server ended with status {process.returncode} before it was ready; see {log}.")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError, ValueError):
+            time.sleep(0.5)
+    raise LarPOError(f"The server was not ready after {timeout:.0f} s ({url}); see {log}.")
+
+
+def _stop(pid: int) -> None:
+    """Ends a server and what it started: asks first, then kills."""
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for process in family:
+            try:
+                process.send_signal(sign)
+            except psutil.NoSuchProcess:
+                continue
+        _, family = psutil.wait_procs(family, timeout=_TIME_TO_STOP)
+
+
+def _start_time(pid: int) -> float | None:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,134 @@
+"""The steps of an iteration by themselves, from file to file: `larpo generate`, `larpo reward`, `larpo select`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from accelerate.logging import get_logger
+from transformers import AutoTokenizer
+from trl import ModelConfig
+
+from .candidates import build_lists, candidates_of
+from .errors import ConfigError, DataError
+from .files import read_candidate_rows
+from .rewards import load_rewards
+from .run_config import GenerationOptions, RewardOptions, SelectionOptions, option
+from .run_folder import load_prompts
+from .servers import check_url
+from .stages import Stages
+from .storage import GrowingFile, write_jsonl
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class GenerateConfig(GenerationOptions):
+    """Options of `larpo generate`."""
+
+    prompts: str | None = option(None, "Prompts: a JSONL, JSON, Parquet or CSV file, a folder, or a hub id.")
+    prompts_split: str = option("train", "Split of the prompts.")
+    output: str | None = option(None, "JSONL file to write. A run that was killed goes on from what it saved.")
+    seed: int = option(0, "Seed of the sampling.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+
+
+@dataclass
+class RewardConfig(RewardOptions):
+    """Options of `larpo reward`."""
+
+    samples: str | None = option(
+        None, "Completions: a file of `larpo generate`, or one in RLHFlow's or UltraFeedback's form."
+    )
+    output: str | None = option(None, "JSONL file to write.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+
+
+@dataclass
+class SelectConfig(SelectionOptions):
+    """Options of `larpo select`."""
+
+    candidates: list[str] | None = option(
+        None, "Files of rewarded completions, the latest first. Those of one prompt are merged."
+    )
+    output: str | None = option(None, "JSONL file to write, for `larpo train --dataset_name`.")
+
+
+def generate(options: GenerateConfig, model: ModelConfig) -> None:
+    """Samples completions of all prompts."""
+    prompts, output = _path(options, "prompts"), Path(_path(options, "output"))
+    if not model.model_name_or_path:
+        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
+    options.check_generation()
+    for url in options.server_urls or []:
+        check_url(url, options.server_api_key_variable)
+    rows = list({row["prompt_id"]: row for row in load_prompts(prompts, None, options.prompts_split)}.values())
+    AutoTokenizer.from_pretrained(model.model_name_or_path)
+    training = SimpleNamespace(seed=options.seed, use_cpu=options.use_cpu)
+    stages = Stages(
+        SimpleNamespace(
+            options=options,
+            training=training,
+            model=model,
+            path=output.parent,
+            model_path=lambda _: model.model_name_or_path,
+        )
+    )
+    try:
+        sampled = stages.sample(
+            rows,
+            [("policy", options.temperature[0])] * options.num_samples,
+            output,
+            model_path=model.model_name_or_path,
+            iteration=1,
+            key="1",
+            description="Sampling",
+        )
+    finally:
+        stages.close()
+    if sampled:
+        GrowingFile(output).finish(sampled)
+        print(f"{sum(len(row['completions']) for row in sampled)} completions of {len(sampled)} prompts in {output}")
+
+
+def reward(options: RewardConfig) -> None:
+    """Rewards all completions of a file."""
+    samples, output = _path(options, "samples"), Path(_path(options, "output"))
+    options.check_rewards()
+    load_rewards(options.reward_funcs, options.reward_weights)
+    rows = read_candidate_rows(samples)
+    for row in rows:
+        row["rewards"], row["known"] = [None] * len(row["completions"]), [False] * len(row["completions"])
+    stages = Stages(SimpleNamespace(options=options, training=SimpleNamespace(use_cpu=options.use_cpu)))
+    scored = stages.score(rows, output, "Rewarding")
+    if scored:
+        GrowingFile(output).finish(scored)
+        print(f"Rewards of {len(scored)} prompts in {output}")
+
+
+def select(options: SelectConfig) -> None:
+    """Makes candidate lists."""
+    paths, output = _path(options, "candidates"), Path(_path(options, "output"))
+    pools: dict[str, tuple[dict, list]] = {}
+    judges: dict[str | None, str] = {}
+    for path in paths:
+        for row in read_candidate_rows(path):
+            judges.setdefault(row.get("reward_id"), path)
+            if all(reward is None for reward in row["rewards"]):
+                raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
+            prompt = {name: row[name] for name in ("prompt_id", "prompt")}
+            pools.setdefault(row["prompt_id"], (prompt, []))[1].extend(candidates_of(row))
+    if len(judges) > 1:
+        raise DataError(
+            f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
+            "Score all of them anew: larpo reward."
+        )
+    rows, counts = build_lists(list(pools.values()), options.selection)
+    write_jsonl(output, [row for row in rows if row["problem"] is None])
+    print(f"{counts.summary()}\nLists in {output}")
+
+
+def _path(options, name: str):
+    value = getattr(options, name)
+    if not value:
+        raise ConfigError(f"`{name}` is missing.")
+    return value

@@ -1,0 +1,202 @@
+"""
+Files that survive being killed: JSON lines that are appended to, and files that appear only when they are whole.
+
+A reader finds either nothing or all of what was written. What is appended counts once its line has ended.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, LarPOError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+_PARTIAL = ".partial"
+_LONE_SURROGATES = "backslashreplace"  # makes of them the escapes that JSON has for them
+
+Row = dict[str, Any]
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is while it is not whole."""
+    return path.with_name(path.name + _PARTIAL)
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """
+    Rows of a file of JSON lines.
+
+    Raises:
+        DataError: Names the line that cannot be read.
+    """
+    rows = []
+    with open_file(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path} line {number} is not JSON ({error.msg}).") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path} line {number} is {type(row).__name__}, not an object with columns.")
+            rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Writes all rows, or nothing."""
+    write_text(path, "".join(map(_as_line, rows)))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the value as JSON that a person can read, or nothing."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes all of the text, or nothing."""
+    partial = partial_path(path)
+    with saving_to(path), open(partial, "w", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    finish(partial, path)
+
+
+def finish(partial: Path, path: Path) -> None:
+    """Gives a whole file or folder its name."""
+    os.replace(partial, path)
+    with contextlib.suppress(OSError):  # so that the name, too, survives a loss of power
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Gives a whole folder its name, in place of what may be there from an earlier attempt."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+    finish(partial, folder)
+
+
+class GrowingFile:
+    """
+    A file of JSON lines to which rows are added as they are computed, and which gets its name when it is whole.
+
+    Rows that an earlier, killed process added are read when it is opened; a line that was not finished is cut off.
+
+    Args:
+        path: Name of the whole file.
+        share: Number of the process. Each adds to a share of its own.
+
+    Attributes:
+        rows: All rows of all shares, as they were when it was opened, and those added since.
+    """
+
+    def __init__(self, path: Path, share: int = 0):
+        self.path, self.partial = path, path.with_name(f"{path.name}{_PARTIAL}-{share}")
+        self.rows: list[Row] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for partial in self._partials():
+            data = partial.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data) and partial == self.partial:
+                os.truncate(partial, len(whole))
+            self.rows += [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+
+    def add(self, rows: list[Row]) -> None:
+        """Appends rows; they are safe when this returns."""
+        with saving_to(self.path), open(self.partial, "ab") as file:
+            file.write("".join(map(_as_line, rows)).encode("utf-8", _LONE_SURROGATES))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+    def finish(self, rows: list[Row]) -> None:
+        """Writes the whole file: all rows in their final order and form."""
+        write_jsonl(self.path, rows)
+        for partial in self._partials():
+            partial.unlink()
+
+    def _partials(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}{_PARTIAL}-*"))
+
+
+@contextlib.contextmanager
+def saving_to(path: Path) -> Iterator[None]:
+    """Says what to do where the disk is full or the folder may not be written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LarPOError(
+                f"The disk is full: {path} cannot be written. Free some space and run the same command again; what was "
+                "saved so far is kept."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise LarPOError(f"{path} cannot be written: {error.strerror}.") from error
+        raise
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """
+    Keeps other processes out of a folder as long as the context is open. A killed process leaves no lock behind.
+
+    Raises:
+        LarPOError: If another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with saving_to(folder / ".lock"):
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below, and by the end of the process
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise LarPOError(
+                    f"Another process ({lock.read().strip() or 'unknown'}) is running in {folder}. Wait for it, stop "
+                    "it, or take another `output_dir`."
+                ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()}\n")
+        lock.flush()
+        yield
+    finally:
+        lock.close()
+
+
+def open_file(path: str | Path):
+    """Opens a text file for reading; an error says what is missing."""
+    try:
+        return open(path, encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"There is no file {str(path)!r}.") from None
+    except IsADirectoryError:
+        raise DataError(f"{str(path)!r} is a folder, not a file.") from None
+
+
+def _as_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
