@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -6,6 +8,7 @@ os.environ.pop("WANDB_API_KEY", None)
 
 import datasets
 import pytest
+import small_run
 import tiny
 import torch
 
@@ -67,3 +70,27 @@ def trained(tiny_model, config):
         return trainer
 
     return train
+
+
+@pytest.fixture(scope="session")
+def talkative_model(tmp_path_factory) -> str:
+    return small_run.save_talkative_model(tmp_path_factory.mktemp("talkative"))
+
+
+@pytest.fixture
+def project(tmp_path, talkative_model, monkeypatch):
+    """A folder with a YAML file, prompts and rewards; the current one."""
+    monkeypatch.chdir(tmp_path)
+    small_run.write_project(tmp_path, talkative_model)
+    yield tmp_path
+    sys.modules.pop("run_rewards", None)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, talkative_model):
+    """Folder of a run that has ended. Not to be changed: make a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    small_run.write_project(folder, talkative_model)
+    command = [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder / "out"

@@ -1,23 +1,27 @@
 """
 Kills `larpo run` at random moments, runs it again until it is done, and compares with a run that nobody disturbed.
 
-    python tests/kill_and_resume.py --config it.yaml --kills 50
+    python tests/kill_and_resume.py --kills 50                       # a small run of its own, in a temporary folder
+    python tests/kill_and_resume.py --kills 50 --config it.yaml      # a run of yours, in the current folder
 
 The files must be equal byte for byte, the trained weights to 1e-6. After the last kill the run is left to finish. Kills
 come after a random time, drawn so that they fall into every stage.
 """
 
 import argparse
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from small_run import save_talkative_model, write_project
 
 SAME = ("*.jsonl", "evaluation.json", "selection.json", "prompts.json", "health.json")
 MAY_DIFFER = {"timings.jsonl", "training_log.jsonl"}
@@ -33,12 +37,20 @@ OUTPUTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("--config", required=True, help="YAML of a small run")
+    parser.add_argument("--config", help="YAML of a small run")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.config is None:
+            options.config = "it.yaml"
+            write_project(Path(scratch), save_talkative_model(Path(scratch) / "model"))
+            os.chdir(scratch)
+        return kill_and_compare(options, rng)
 
+
+def kill_and_compare(options: argparse.Namespace, rng: random.Random) -> int:
     def start(folder: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "trl_larpo", "run", "--config", options.config, "--output_dir", str(folder)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

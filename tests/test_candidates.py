@@ -149,16 +149,13 @@ def test_impossible_selections_are_refused(options, message):
 
 
 def test_related_prompts_share_rare_words():
-    texts = [
-        "Tell me a fact about bees.",
-        "Tell me a fact about trains.",
-        "Tell me a fact about chess.",
-        "Tell me a fact about rain.",
-        "How do bees make honey?",
-        "When do trains leave the station?",
-    ]
+    # Forty prompts of one wording: its words say little, those of the topic much
+    topics = ["bees", "trains", *(f"topic{i}" for i in range(38))]
+    texts = [f"Tell me a fact about {topic}." for topic in topics]
+    texts += ["How do bees make honey?", "When do trains leave the station?"]
     related = related_prompts(texts)
-    assert (related[0], related[1], related[4], related[5]) == (4, 5, 0, 1)
+    assert (related[0], related[1], related[40], related[41]) == (40, 41, 0, 1)
+    assert all(other != i for i, other in enumerate(related))
 
 
 def test_random_prompts_are_others_and_repeatable():

@@ -11,85 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
 from transformers import AutoModelForCausalLM
 
-from trl_larpo import cli
 from trl_larpo.storage import only_process
-
-REWARDS = """
-def vowels(prompts, completions, **columns):
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [sum(letter in "aeiou" for letter in text) / 10 for text in texts]
-
-def fails_on_cat(prompts, completions, **columns):
-    if any("cat" in str(prompt) for prompt in prompts):
-        raise RuntimeError("no cats")
-    return vowels(prompts, completions)
-
-def emptiness(prompts, completions, **columns):
-    return [-float(len(c[-1]["content"])) for c in completions]
-
-def prefer_longer(prompt, completions):
-    return [[float(len(str(a)) > len(str(b))) for b in completions] for a in completions]
-"""
-
-
-@pytest.fixture(scope="session")
-def talkative_model(tmp_path_factory) -> str:
-    """A tiny model that ends most of its answers by itself within twenty tokens: many of its tokens end them."""
-    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("talkative"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(200, 230)]
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def project(tmp_path, talkative_model, monkeypatch):
-    """A folder with a YAML file, prompts and rewards; the current one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run_rewards.py").write_text(REWARDS)
-    prompts = [{"prompt": [{"role": "user", "content": f"{i} why is the dog {word}"}]} for i, word in enumerate(
-        ["blue", "green", "here", "a cat", "so big", "old", "young", "red", "fast", "slow"]
-    )]  # fmt: skip
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    config = {
-        "output_dir": "out",
-        "model_name_or_path": talkative_model,
-        "prompts": "prompts.jsonl",
-        "num_held_out": 4,
-        "num_iterations": 2,
-        "num_samples": 4,
-        "num_eval_samples": 2,
-        "max_new_tokens": 24,
-        "generation_batch_size": 8,
-        "reward_funcs": "run_rewards:vowels",
-        "memory": "all",
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 2,
-        "save_steps": 1,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    (tmp_path / "it.yaml").write_text(yaml.safe_dump(config))
-    yield tmp_path
-    sys.modules.pop("run_rewards", None)
-
-
-def larpo_run(*flags):
-    return cli.main(["run", "--config", "it.yaml", *map(str, flags)])
-
-
-def rows_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
 
 RESULTS = (
     "run.yaml", "prompts.jsonl", "held_out_prompts.jsonl", "iteration_0/held_out.jsonl", "iteration_0/evaluation.json",
@@ -129,10 +57,10 @@ def test_the_plan_alone(project, capsys):
     assert not (project / "out").exists()
 
 
-def test_killed_anywhere_and_run_again_it_ends_with_the_same_files(project):
+def test_killed_anywhere_and_run_again_it_ends_with_the_same_files():
     # Five kills here; tests/kill_and_resume.py does as many as it is asked for
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), "--config", "it.yaml", "--kills", "5", "--seed", "3"]
+    command = [sys.executable, str(script), "--kills", "5", "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "5 kills: files equal" in done.stdout
@@ -244,24 +172,32 @@ def test_lora_is_merged_into_a_whole_model(project, talkative_model):
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
 
 
-def test_a_reward_for_emptiness_is_caught(project, capsys):
-    flags = [
-        "--reward_funcs",
-        "run_rewards:emptiness",
-        "--learning_rate",
-        3e-2,
-        "--num_samples",
-        8,
-        "--stop_on",
-        "length",
-    ]
-    assert larpo_run(*flags, "--num_iterations", 3, "--num_train_epochs", 4, "--beta", 0.01) == 2
+def test_a_reward_for_emptiness_is_caught_by_the_second_iteration(project, capsys):
+    words = ["blue", "green", "here", "cat", "big", "old", "young", "red", "fast", "slow"]
+    write_prompts(project, [f"{i} why is the dog {words[i % 10]}" for i in range(44)])
+    change_options(
+        project,
+        reward_funcs="run_rewards:emptiness",
+        num_iterations=3,
+        num_samples=8,
+        max_new_tokens=48,
+        generation_batch_size=64,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        beta=0.5,
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
+        num_eval_samples=8,
+        save_strategy="no",
+        stop_on=["length"],
+    )
+    assert larpo_run() == 2
     output = capsys.readouterr()
     assert "WARNING length: " in output.out
     assert "as `stop_on` asks: length. Answers shrink or swell." in output.err
     assert not (project / "out/iteration_3").exists()
-    health = json.loads(next((project / "out").glob("iteration_[12]/health.json")).read_text())
-    assert any(check["name"] == "length" for check in health)
+    lengths = [json.loads(path.read_text())["tokens"] for path in sorted((project / "out").glob("*/evaluation.json"))]
+    assert lengths[-1] < lengths[0] / 2
 
 
 def test_secrets_stay_out_of_the_folder(project, monkeypatch):

@@ -8,13 +8,14 @@ Alignment as Retriever Optimization", section 3.2 (hard negatives, candidate lis
 
 import hashlib
 import json
+import math
 import re
-import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
+import torch
 
 from .errors import ConfigError
 
@@ -22,8 +23,7 @@ Row = dict[str, Any]
 
 MEMORIES = ("none", "previous", "all")
 
-_HASHED_WORDS = 1024  # columns of the word vectors that prompts are compared by
-_PROMPTS_AT_A_TIME = 1024
+_PROMPTS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -319,21 +319,28 @@ def related_prompts(texts: list[str]) -> list[int]:
         texts: At least two prompts.
 
     Returns:
-        Index of the related prompt for each, never its own.
+        Index of the related prompt for each, never its own. Of prompts equally alike the first counts.
     """
-    vectors = np.zeros((len(texts), _HASHED_WORDS), dtype=np.float32)
-    for row, text in enumerate(texts):
-        for word in re.findall(r"\w+", text.lower()):
-            vectors[row, zlib.crc32(word.encode()) % _HASHED_WORDS] += 1
-    num_with_word = (vectors > 0).sum(axis=0)
-    vectors *= np.log(len(texts) / np.maximum(num_with_word, 1)) + 1e-3
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    num_with_word = Counter(word for of_text in words for word in of_text)
+    column_of = {word: column for column, word in enumerate(num_with_word)}
+    rows, columns, weights = [], [], []
+    for row, of_text in enumerate(words):
+        # A little more than log(n / df), so that prompts without any rare word are not all alike
+        weight = {w: count * (math.log(len(texts) / num_with_word[w]) + 1e-3) for w, count in of_text.items()}
+        norm = math.hypot(*weight.values())
+        rows += [row] * len(weight)
+        columns += [column_of[word] for word in weight]
+        weights += [value / norm for value in weight.values()]
+    shape = (len(texts), len(column_of) + 1)  # one more, as there may be no words at all
+    entries = torch.tensor([rows, columns]), torch.tensor(weights, dtype=torch.float32)
+    vectors = torch.sparse_coo_tensor(*entries, shape, check_invariants=True).coalesce()
     related = []
-    for start in range(0, len(texts), _PROMPTS_AT_A_TIME):
-        similarity = vectors[start : start + _PROMPTS_AT_A_TIME] @ vectors.T
-        similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -np.inf
+    for places in torch.arange(len(texts)).split(_PROMPTS_AT_A_TIME):
+        similarity = torch.sparse.mm(vectors, vectors.index_select(0, places).to_dense().T).T
+        similarity[torch.arange(len(places)), places] = -torch.inf
         # Rounding differs between machines; it shall not decide between prompts that are equally alike
-        related += similarity.round(5).argmax(axis=1).tolist()
+        related += similarity.mul(1e5).round().argmax(dim=1).tolist()
     return related
 
 

@@ -1,15 +1,15 @@
 """Reward models: sequence classifiers that score a prompt with its completion."""
 
+import logging
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .errors import ConfigError, DataError
 from .rewards import Prompt
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 

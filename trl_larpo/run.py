@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import yaml
-from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig
 
@@ -31,8 +30,6 @@ from .servers import check_url, server_command
 from .stages import STAGES, Stages
 from .storage import only_process, read_json, read_jsonl, write_json
 from .tracking import Tracking
-
-logger = get_logger(__name__)
 
 _STAGES_WITH_MODEL = ("generate", "reward", "reference", "train", "evaluate")
 _REFUSED = {  # option of the trainer: (what it must be, why)

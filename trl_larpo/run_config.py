@@ -63,7 +63,11 @@ class GenerationOptions(_Checked):
         "the servers; words such as CUDA_VISIBLE_DEVICES={index} in front set the environment.",
     )
     num_servers: int = option(1, "Servers started by `server_command`.")
-    server_model: str | None = option(None, "Name of the model on the servers. None: the first that they offer.")
+    server_model: str | None = option(
+        None,
+        "Name of the model on the servers. None: what {model} stands for in `server_command`; of `server_urls` the "
+        "first that they offer.",
+    )
     server_health_route: str = option("/health", "Route that answers with status 200 when a started server is ready.")
     server_start_timeout: float = option(900.0, "Seconds that a started server may take until it is ready.")
     server_timeout: float = option(600.0, "Seconds that one request may take.")

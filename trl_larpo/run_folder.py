@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -27,8 +26,6 @@ from .errors import ConfigError, DataError
 from .generation import encode_prompt
 from .run_config import RunConfig
 from .storage import read_json, read_jsonl, write_json, write_jsonl, write_text
-
-logger = get_logger(__name__)
 
 Row = dict[str, Any]
 

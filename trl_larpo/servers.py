@@ -8,6 +8,7 @@ prompt in another way. A server that fails hands its requests to the others.
 
 import asyncio
 import json
+import logging
 import os
 import random
 import shlex
@@ -24,13 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from accelerate.logging import get_logger
 
 from .errors import ConfigError, LarPOError
 from .generation import Prompt, Sample
 from .storage import read_json, write_json
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
 _TIME_TO_STOP = 15.0  # seconds that a server gets to end by itself

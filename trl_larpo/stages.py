@@ -250,7 +250,7 @@ class Stages:
 
         sampler = Sampler(
             urls,
-            options.server_model,
+            options.server_model or (model_path if options.server_command else None),
             max_new_tokens=options.max_new_tokens,
             top_p=options.top_p,
             end_ids=sorted(_end_ids_of(model_path, tokenizer)),

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate.logging import get_logger
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
@@ -17,8 +16,6 @@ from .run_folder import load_prompts
 from .servers import check_url
 from .stages import Stages
 from .storage import GrowingFile, write_jsonl
-
-logger = get_logger(__name__)
 
 
 @dataclass

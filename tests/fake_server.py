@@ -1,0 +1,115 @@
+"""
+A server that speaks OpenAI's protocol and answers with invented words, with the faults that real ones have.
+
+    python tests/fake_server.py --port 8000 [--fault NAME]
+
+Its answers depend on the prompt, the seed and the number of the choice, and at temperature 0 on the prompt alone.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FAULTS = (
+    "ignores_n",  # returns one choice whatever `n` says
+    "greedy",  # ignores the temperature unless `generation_config` says `do_sample`, as `transformers serve` does
+    "always_greedy",  # ignores the temperature
+    "busy",  # refuses every other request with status 503
+    "refuses",  # refuses every request with status 400
+    "empty",  # returns no choice
+    "dies",  # closes the connection without an answer from the fourth request on
+    "slow_start",  # is never healthy
+)
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers on a port of 127.0.0.1 until `close`; `requests` holds what was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0, fault: str | None = None, prompt_tokens: int | None = None):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def start(self) -> "FakeServer":
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/health":
+            self._send(503 if self.server.fault == "slow_start" else 200, {})
+        else:
+            self._send(200, {"object": "list", "data": [{"id": "fake", "object": "model"}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(asked | {"key": self.headers["Authorization"]})
+            number = len(self.server.requests)
+        fault = self.server.fault
+        if fault == "busy" and number % 2:
+            return self._send(503, {"error": {"message": "busy"}})
+        if fault == "refuses":
+            return self._send(400, {"error": {"message": "max_tokens is too large"}})
+        if fault == "dies" and number > 3:
+            self.close_connection = True
+            return None
+        count = {"ignores_n": 1, "empty": 0}.get(fault, asked.get("n", 1))
+        samples = asked.get("temperature", 1.0) > 0 and fault != "always_greedy"
+        if fault == "greedy":
+            samples = json.loads(asked.get("generation_config", "{}")).get("do_sample", False)
+        prompt = asked.get("prompt") or json.dumps(asked["messages"])
+        chat = "messages" in asked
+        choices = []
+        for index in range(count):
+            text, reason = _answer(prompt, f"{asked.get('seed')}/{index}" if samples else "greedy")
+            content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            choices.append({"index": index, "finish_reason": reason} | content)
+        prompt_tokens = self.server.prompt_tokens
+        usage = {} if prompt_tokens is None else {"usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 9}}
+        kind = "chat.completion" if chat else "text_completion"
+        return self._send(200, {"id": "1", "object": kind, "created": 0, "model": "fake", "choices": choices} | usage)
+
+    def _send(self, status: int, value: dict) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def _answer(prompt: str, number: str) -> tuple[str, str]:
+    """A text, and why it ended: one in eight is cut off."""
+    digest = hashlib.sha256(f"{prompt}/{number}".encode()).digest()
+    words = [("bees", "honey", "the", "fly", "make", "over", "sweet", "hives")[byte % 8] for byte in digest[:6]]
+    return " ".join(words), "length" if digest[6] % 8 == 0 else "stop"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--exit", type=int, help="end at once with this status")
+    parser.add_argument("model", nargs="?", help="not looked at, only printed")
+    options = parser.parse_args()
+    print(f"model {options.model}", flush=True)
+    if options.exit is not None:
+        sys.exit(options.exit)
+    FakeServer(options.port, options.fault).start()
+    while True:
+        time.sleep(1)

@@ -1,0 +1,108 @@
+"""Reward models: a reward depends on the prompt and its completion, and on nothing else in the batch."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from trl_larpo import ConfigError, DataError
+from trl_larpo.reward_models import RewardModel
+
+
+def save_reward_model(folder, model_type="llama", num_labels=1, chat_template=True, pad_is_eos=False, **config):
+    """Random weights of a sequence classifier, with a tokenizer beside them."""
+    tokenizer = tiny.tiny_tokenizer()
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not chat_template:
+        tokenizer.chat_template = None
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_labels": num_labels, "initializer_range": 0.5,
+        "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **(settings | config)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+PROMPTS = ["why is the dog blue", "a", "is the cat green", "the dog"]
+COMPLETIONS = [" because", " it runs and runs and runs", "", " no<|im_end|>"]
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True], ids=["own pad", "pad is eos"])
+@pytest.mark.parametrize("model_type", ["llama", "bert"])
+def test_rewards_are_those_of_one_at_a_time(tmp_path, model_type, pad_is_eos):
+    path = save_reward_model(tmp_path, model_type, pad_is_eos=pad_is_eos)
+    model = RewardModel(path, batch_size=3, device="cpu")
+    alone = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids = torch.tensor([model.tokenizer(prompt + completion)["input_ids"]])
+        bare = AutoModelForSequenceClassification.from_pretrained(path)
+        bare.config.pad_token_id = 7  # a letter that does not occur: nothing here is padding
+        with torch.no_grad():
+            alone.append(bare(ids).logits.item())
+    assert len({round(x, 3) for x in alone}) == 4
+    assert model(PROMPTS, COMPLETIONS) == pytest.approx(alone, abs=1e-4)
+    assert model(PROMPTS[::-1], COMPLETIONS[::-1]) == pytest.approx(alone[::-1], abs=1e-4)
+
+
+def test_conversations_go_through_its_own_template_with_one_bos(tmp_path):
+    path = save_reward_model(tmp_path)
+    model = RewardModel(path, device="cpu")
+    prompt, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "no"}]
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
+    assert model.tokenizer.decode(model._encode(prompt, completion)) == text
+    model.tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
+    assert model.tokenizer.decode(model._encode(prompt, completion)) == "<|im_start|>hi"
+
+
+def test_a_model_whose_rewards_depend_on_padding_is_refused(tmp_path):
+    model = RewardModel(save_reward_model(tmp_path), device="cpu")
+    forward = model.model.forward
+
+    def without_mask(input_ids, attention_mask):  # looks at the last column, be it padding or not
+        model.model.config.pad_token_id = 255
+        return forward(input_ids=input_ids)
+
+    model.model.forward = without_mask
+    with pytest.raises(DataError, match=r"cannot be trusted: it gives a completion .* alone and .* in one batch"):
+        model(PROMPTS, COMPLETIONS)
+
+
+def test_long_texts_lose_their_start_and_it_is_said_once(tmp_path, caplog):
+    model = RewardModel(save_reward_model(tmp_path), device="cpu", max_length=6)
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.reward_models"):
+        model(PROMPTS, COMPLETIONS)
+    assert model.tokenizer.decode(model._encode("abcdef", "gh")) == "cdefgh"
+    assert caplog.text.count("is cut off. Said once.") == 1
+
+
+@pytest.mark.parametrize("kind", ["no tokenizer", "two labels", "no head", "no model", "no chat template"])
+def test_what_is_no_reward_model_is_named(tmp_path, kind):
+    message = {
+        "no tokenizer": "has no tokenizer of its own",
+        "two labels": "has 2 labels; a reward has 1",
+        "no head": "is no trained reward model: it has no weights for score.weight",
+        "no model": "has no tokenizer of its own|cannot be loaded",
+        "no chat template": "has no chat template, but the prompts are conversations",
+    }[kind]
+    if kind == "no head":
+        path = tiny.save_tiny_model(tmp_path)
+    elif kind == "no model":
+        path = str(tmp_path)
+    else:
+        path = save_reward_model(
+            tmp_path, num_labels=2 if kind == "two labels" else 1, chat_template=kind != "no chat template"
+        )
+    if kind == "no tokenizer":
+        for file in tmp_path.glob("*token*"):
+            file.unlink()
+    with pytest.raises(ConfigError, match=message):
+        RewardModel(path, device="cpu")([[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]])

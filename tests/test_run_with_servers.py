@@ -1,0 +1,83 @@
+"""`larpo run` with servers: started for each iteration's model, stopped by their own ids, and one of them may die."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_server import FakeServer
+from small_run import change_options, larpo_run, rows_of
+
+FAKE = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
+
+
+def test_servers_of_each_iterations_model(project, talkative_model, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    change_options(project, server_command=FAKE, num_servers=2)
+    assert larpo_run() == 0
+    logs = [(project / f"out/servers/server_{i}.log").read_text().splitlines() for i in (0, 1)]
+    # Stopped to make room for training and for the KL divergence: so twice of the first iteration's model
+    models = [talkative_model, "out/iteration_1/model", "out/iteration_1/model", "out/iteration_2/model"]
+    assert logs == [[f"model {model}" for model in models]] * 2
+    rows = rows_of(project / "out/iteration_2/samples.jsonl")
+    assert all(len(row["completions"]) == 4 for row in rows)
+    assert not (project / "out/servers/servers.json").exists()
+    assert not any("fake_server.py" in " ".join(process.cmdline()) for process in psutil.Process().children())
+    for path in (project / "out").rglob("*"):
+        assert not path.is_file() or b"very-secret" not in path.read_bytes(), path
+
+
+def test_a_run_whose_servers_are_gone_goes_on_with_others(project, capsys):
+    dying = FakeServer(fault="dies").start()
+    change_options(project, server_urls=[dying.url], server_patience=0.2, server_requests_in_flight=1)
+    assert larpo_run() == 2
+    assert "Start the servers and run the same command again; what was sampled so far is kept." in (
+        capsys.readouterr().err
+    )
+    kept = rows_of(project / "out/iteration_0/held_out_samples.jsonl.partial-0")
+    assert kept
+    dying.close()
+    healthy = FakeServer().start()
+    assert larpo_run("--server_urls", healthy.url) == 0
+    samples = {row["prompt_id"]: row for row in rows_of(project / "out/iteration_0/held_out.jsonl")}
+    assert all(samples[row["prompt_id"]]["completions"] == row["completions"] for row in kept)
+    healthy.close()
+
+
+@pytest.mark.slow
+def test_an_iteration_with_transformers_serve_of_which_one_dies(project):
+    if shutil.which("transformers") is None or importlib.util.find_spec("fastapi") is None:
+        pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
+    options = {
+        "server_command": "OMP_NUM_THREADS=1 transformers serve {model} --port {port} --device cpu",
+        "num_servers": 2,
+        "server_patience": 2.0,
+        "server_requests_in_flight": 1,
+        "num_iterations": 1,
+        "num_samples": 6,
+        "max_new_tokens": 10,
+    }
+    change_options(project, **options)
+    command = [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    half_way = project / "out/iteration_1/samples.jsonl.partial-0"
+    deadline = time.monotonic() + 240
+    while not half_way.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert half_way.exists(), process.communicate()[0]
+    [[first, _], _] = json.loads((project / "out/servers/servers.json").read_text())
+    for server in [*psutil.Process(first).children(recursive=True), psutil.Process(first)]:
+        server.kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    rows = rows_of(project / "out/iteration_1/samples.jsonl")
+    assert len(rows) == 6 and all(len(row["completions"]) == 6 for row in rows)
+    texts = [[completion[0]["content"] for completion in row["completions"]] for row in rows]
+    assert all(len(set(of_prompt)) > 3 for of_prompt in texts)  # it samples, though it must be told to
+    assert {x["finished"] for row in rows for x in row["candidates"]} == {True, False}
+    assert all(json.loads(line) for line in (project / "out/iteration_1/lists.jsonl").read_text().splitlines())

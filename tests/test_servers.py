@@ -1,0 +1,193 @@
+"""Sampling from OpenAI-compatible servers: what comes back is checked, and servers may fail."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_server import FakeServer
+
+from trl_larpo import ConfigError, LarPOError, servers
+from trl_larpo.servers import Request, Sampler, check_url, running_servers, server_command, stop_leftovers
+
+SCRIPT = Path(__file__).with_name("fake_server.py")
+COMMAND = f"{sys.executable} {SCRIPT} --port {{port}} {{model}}"
+
+
+@pytest.fixture
+def fake():
+    """Starts servers that end with the test."""
+    started = []
+
+    def start(fault=None, **options):
+        started.append(FakeServer(fault=fault, **options).start())
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, **options):
+    """Samples by the key of their request."""
+    settings = {"max_new_tokens": 20, "top_p": 0.9, "end_ids": [2], "count_tokens": lambda text: len(text.split())}
+    sampler = Sampler([server.url for server in urls], None, **(settings | {"requests_in_flight": 3} | options))
+    results = {}
+    requests = [
+        Request(
+            key=str(i),
+            prompt=[{"role": "user", "content": f"prompt {i}"}] if chat else f"prompt {i}",
+            temperatures=list(temperatures),
+            prompt_ids=[1, 2, 3],
+            seed=100 * i,
+        )
+        for i in range(num_requests)
+    ]
+    try:
+        sampler.sample(requests, lambda request, samples: results.setdefault(request.key, samples))
+    except LarPOError as error:
+        error.results = results
+        raise
+    return results
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
+def test_every_request_is_answered_with_distinct_samples(fake, chat):
+    server = fake()
+    results = sample([server], chat=chat, temperatures=(1.0, 1.0, 1.0, 0.5, 0.5))
+    assert sorted(results) == [str(i) for i in range(6)]
+    assert all(len(samples) == 5 and len({x.text for x in samples}) > 1 for samples in results.values())
+    assert {x.finished for samples in results.values() for x in samples} == {True, False}  # "length" is cut off
+    assert all(x.num_tokens == 6 + x.finished for samples in results.values() for x in samples)
+    assert {(x["temperature"], x["n"]) for x in server.requests} == {(1.0, 3), (0.5, 2)}
+    assert {(x["model"], x["top_p"], x["max_tokens"]) for x in server.requests} == {("fake", 0.9, 20)}
+    assert results == sample([server], chat=chat, temperatures=(1.0, 1.0, 1.0, 0.5, 0.5))  # seeds are sent
+
+
+def test_missing_choices_are_asked_for_one_by_one(fake):
+    results = sample([fake("ignores_n")])
+    assert all(len({x.text for x in samples}) == 4 for samples in results.values())
+
+
+def test_a_server_that_decodes_greedily_is_told_to_sample(fake):
+    server = fake("greedy")
+    results = sample([server])
+    assert all(len({x.text for x in samples}) == 4 for samples in results.values())
+    told = [json.loads(x["generation_config"]) for x in server.requests if "generation_config" in x]
+    assert told[0] == {
+        "do_sample": True, "top_k": 0, "eos_token_id": [2], "temperature": 1.0, "max_new_tokens": 20, "top_p": 0.9
+    }  # fmt: skip
+
+
+def test_identical_samples_are_reported_once(fake, caplog):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.servers"):
+        results = sample([fake("always_greedy")])
+    assert all(len({x.text for x in samples}) == 1 for samples in results.values())
+    warnings = [record.message for record in caplog.records if "Identical samples" in record.message]
+    assert len(warnings) == 1 and "at temperature 1.0 a server returned the same completion 4 times" in warnings[0]
+
+
+def test_another_prompt_than_in_training_is_reported(fake, caplog):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.servers"):
+        sample([fake(prompt_tokens=3)])
+        assert not caplog.records
+        sample([fake(prompt_tokens=4)])
+    assert "The servers see another prompt than training: 4 tokens instead of 3." in caplog.text
+
+
+def test_busy_servers_are_asked_again(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    assert len(sample([fake("busy")], num_requests=8)) == 8
+
+
+def test_a_refused_request_stops_at_once_and_says_why(fake):
+    with pytest.raises(LarPOError, match=r"refuses a request \(status 400\): .*max_tokens is too large"):
+        sample([fake("refuses")])
+    with pytest.raises(LarPOError, match="returned no completion"):
+        sample([fake("empty")])
+
+
+def test_a_server_that_dies_hands_its_requests_to_the_others(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    dying, healthy = fake("dies"), fake()
+    results = sample([dying, healthy], num_requests=20, patience=0.1)
+    assert len(results) == 20 and len(dying.requests) > 3 and len(healthy.requests) >= 14
+
+
+def test_what_was_sampled_before_all_servers_died_is_kept(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    with pytest.raises(LarPOError, match=r"No server answers any more .* prompts are left. Start the servers") as error:
+        sample([fake("dies")], num_requests=20, patience=0.1)
+    assert 1 <= len(error.value.results) <= 3
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(fake, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    server = fake()
+    sample([server], api_key_variable="MY_KEY")
+    assert {x["key"] for x in server.requests} == {"Bearer sk-secret"}
+
+
+def test_servers_are_started_and_stopped_with_all_they_started(tmp_path):
+    with running_servers(f"MARK={{index}} {COMMAND}", "the-model", 2, tmp_path) as urls:
+        assert len(set(urls)) == 2
+        for url in urls:
+            check_url(url, "NONE")
+        pids = [pid for pid, _ in json.loads((tmp_path / "servers.json").read_text())]
+        assert [psutil.Process(pid).environ()["MARK"] for pid in pids] == ["0", "1"]
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not (tmp_path / "servers.json").exists()
+    assert (tmp_path / "server_0.log").read_text() == "model the-model\n"  # kept
+
+
+def test_servers_that_a_killed_run_left_are_stopped_and_no_others(tmp_path):
+    record = tmp_path / "servers.json"
+    with running_servers(COMMAND, "m", 1, tmp_path):
+        [[pid, start_time]] = json.loads(record.read_text())
+        # The same process id, but of a process that began at another time: somebody else's
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps([[pid, start_time - 1], [os.getpid(), 0.0]]))
+        stop_leftovers(other)
+        assert psutil.pid_exists(pid) and not other.exists()
+        copy = tmp_path / "copy.json"
+        copy.write_text(record.read_text())
+        stop_leftovers(copy)
+        deadline = time.monotonic() + 10
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (f"{COMMAND} --exit 3", r"The server ended with status 3 before it was ready; see .*server_0.log"),
+        (f"{COMMAND} --fault slow_start", r"The server was not ready after 1 s"),
+        ("./no-such-program {model} {port}", "`server_command` cannot be started: "),
+    ],
+)
+def test_servers_that_do_not_get_ready_are_named(tmp_path, command, message):
+    with pytest.raises(LarPOError, match=message), running_servers(command, "m", 1, tmp_path, start_timeout=1.0):
+        pass
+    assert not (tmp_path / "servers.json").exists()
+
+
+def test_commands_are_read_as_a_shell_would(monkeypatch):
+    monkeypatch.setenv("PLACE", "/models")
+    words, environment = server_command(
+        "CUDA_VISIBLE_DEVICES={index} vllm serve $PLACE/{model} --port {port} --name 'a b'", model="m", port=80, index=1
+    )
+    assert words == ["vllm", "serve", "/models/m", "--port", "80", "--name", "a b"]
+    assert environment == {"CUDA_VISIBLE_DEVICES": "1"}
+    for command, message in (("vllm {model}", r"has no \{port\}"), ("x {model} {port} {y}", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
+            server_command(command, model="m", port=1, index=0)
+
+
+def test_a_silent_address_is_named():
+    with pytest.raises(ConfigError, match=r"`server_urls`: http://127.0.0.1:9/v1 does not answer"):
+        check_url("http://127.0.0.1:9/v1", "NONE")

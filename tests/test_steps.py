@@ -1,0 +1,162 @@
+"""`larpo generate`, `reward`, `select`, `train`: from file to file, and with files made elsewhere."""
+
+import json
+import re
+
+import pytest
+from fake_server import FakeServer
+from small_run import rows_of
+from transformers import AutoModelForCausalLM
+
+from trl_larpo import cli
+from trl_larpo.files import read_candidate_rows
+
+
+def larpo(*words):
+    return cli.main([str(word) for word in words])
+
+
+@pytest.fixture
+def generate(project, talkative_model):
+    flags = ["--model_name_or_path", talkative_model, "--prompts", "prompts.jsonl", "--use_cpu", "--num_samples", 4]
+    return lambda *more: larpo("generate", *flags, "--max_new_tokens", 24, "--output", "samples.jsonl", *more)
+
+
+def test_from_prompts_to_a_trained_model(project, talkative_model, generate, capsys):
+    assert generate() == 0
+    assert larpo("reward", "--samples", "samples.jsonl", "--reward_funcs", "run_rewards:vowels", "--output",
+                 "rewarded.jsonl") == 0  # fmt: skip
+    assert larpo("select", "--candidates", "rewarded.jsonl", "--num_best", 1, "--num_worst", 1, "--output",
+                 "lists.jsonl") == 0  # fmt: skip
+    assert larpo("train", "--model_name_or_path", talkative_model, "--dataset_name", "lists.jsonl", "--output_dir",
+                 "aligned", "--max_steps", 2, "--use_cpu", "--bf16", "false", "--report_to", "none") == 0  # fmt: skip
+    output = capsys.readouterr().out
+    assert "40 completions of 10 prompts in samples.jsonl" in output
+    assert "Rewards of 10 prompts in rewarded.jsonl" in output
+    assert re.search(r"\d+ lists of \d+ candidates; left out: .*not selected", output)
+    lists = rows_of(project / "lists.jsonl")
+    assert lists and all(len(row["completions"]) == 2 and row["rewards"][0] > row["rewards"][1] for row in lists)
+    AutoModelForCausalLM.from_pretrained(project / "aligned")
+
+
+def test_samples_do_not_depend_on_where_it_was_stopped(project, generate):
+    assert generate() == 0
+    whole = (project / "samples.jsonl").read_bytes()
+    (project / "samples.jsonl").rename(project / "samples.jsonl.partial-0")
+    kept = b"".join((project / "samples.jsonl.partial-0").read_bytes().splitlines(keepends=True)[:4])
+    (project / "samples.jsonl.partial-0").write_bytes(kept + b'{"prompt_id": "cut o')
+    assert generate() == 0
+    assert (project / "samples.jsonl").read_bytes() == whole
+
+
+def test_samples_from_a_server(project, generate):
+    server = FakeServer().start()
+    assert generate("--server_urls", server.url) == 0
+    rows = rows_of(project / "samples.jsonl")
+    assert len(rows) == 10 and all(len(row["completions"]) == 4 for row in rows)
+    server.close()
+
+
+def test_rewards_of_files_made_elsewhere(project):
+    rlhflow = {"prompt": "p", "responses": ["aaa", "b"], "rewards": [1.0, 2.0]}
+    (project / "rlhflow.jsonl").write_text(json.dumps(rlhflow) + "\n")
+    assert larpo("select", "--candidates", "rlhflow.jsonl", "--output", "lists.jsonl") == 0
+    [row] = rows_of(project / "lists.jsonl")
+    assert (row["completions"], row["rewards"]) == (["b", "aaa"], [2.0, 1.0])
+    assert (
+        larpo("reward", "--samples", "rlhflow.jsonl", "--reward_funcs", "run_rewards:vowels", "--output", "r.jsonl")
+        == 0
+    )
+    [row] = rows_of(project / "r.jsonl")
+    assert (row["completions"], row["rewards"]) == (["aaa", "b"], [0.3, 0.0])
+    # Rewards of different judges do not mix
+    assert larpo("select", "--candidates", "rlhflow.jsonl", "r.jsonl", "--output", "lists.jsonl") == 2
+
+
+BAD = {
+    "no prompts": (["generate", "--output", "x.jsonl"], "`prompts` is missing"),
+    "no output": (["generate", "--prompts", "prompts.jsonl"], "`output` is missing"),
+    "no model": (["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl"], "No model: give"),
+    "temperature": (
+        ["generate", "--prompts", "prompts.jsonl", "--output", "x", "--model_name_or_path", "m", "--temperature", "0"],
+        "`temperature=0` decodes greedily",
+    ),
+    "server": (
+        ["generate", "--prompts", "prompts.jsonl", "--output", "x", "--model_name_or_path", "m", "--server_urls",
+         "http://127.0.0.1:9/v1"],
+        "does not answer",
+    ),
+    "no reward": (["reward", "--samples", "prompts.jsonl", "--output", "x"], "No reward: give `reward_funcs`"),
+    "no completions": (
+        ["reward", "--samples", "prompts.jsonl", "--reward_funcs", "gsm8k", "--output", "x"],
+        "'prompts.jsonl' row 0 has no list of completions",
+    ),
+    "missing file": (["select", "--candidates", "none.jsonl", "--output", "x"], "There is no file 'none.jsonl'"),
+    "no run": (["report", "."], "'.' is no folder of a run"),
+    "report without a folder": (["report"], "the following arguments are required: run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_line(project, capsys, name):
+    words, message = BAD[name]
+    assert larpo(*words) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("larpo: error: ") and message in errors[0]
+
+
+def test_unrewarded_files_cannot_be_selected_from(project, generate, capsys):
+    assert generate() == 0
+    assert larpo("select", "--candidates", "samples.jsonl", "--output", "x.jsonl") == 2
+    assert "'samples.jsonl' has no rewards; score it first" in capsys.readouterr().err
+
+
+# Shapes of files
+
+
+def read_row(folder, row):
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    return read_candidate_rows(str(path))[0]
+
+
+def test_shapes_of_candidate_files(tmp_path):
+    ours = read_row(tmp_path, {"prompt": "p", "completions": ["a", "b"], "more": 1})
+    assert (ours["completions"], ours["rewards"], ours["more"]) == (["a", "b"], [None, None], 1)
+    conversation = [{"role": "user", "content": "p"}]
+    rlhflow = read_row(tmp_path, {"prompt": conversation, "responses": ["a", "b"], "rewards": [1, 2.5]})
+    assert rlhflow["completions"][1] == [{"role": "assistant", "content": "b"}]
+    assert rlhflow["rewards"] == [1, 2.5] and rlhflow["candidates"][0]["source"] == "rlhflow"
+    scored = [{"response": "a", "overall_score": 7.5}, {"response": "b", "overall_score": "6"}, {"response": "c"}]
+    feedback = read_row(tmp_path, {"instruction": "p", "completions": scored})
+    assert (feedback["prompt"], feedback["completions"]) == ("p", ["a", "b", "c"])
+    assert feedback["rewards"] == [7.5, 6.0, None] and feedback["candidates"][0]["source"] == "ultrafeedback"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"text": "p"}, "row 0 has no column `prompt`. Its columns: text"),
+        ({"prompt": ""}, "row 0, column `prompt`: "),
+        ({"prompt": "p"}, "has no list of completions"),
+        ({"prompt": "p", "completions": "a"}, "has no list of completions"),
+        ({"prompt": "p", "completions": ["a", 3]}, "column `completions`: entry 1 is int, not a text"),
+        ({"prompt": "p", "responses": ["a", "b"], "rewards": [1]}, "column `rewards`: has 1 numbers for 2 completions"),
+        ({"prompt": "p", "responses": ["a"], "rewards": [float("nan")]}, "entry 0 is nan, not a finite number"),
+        ({"prompt": "p", "responses": ["a"], "rewards": ["x"]}, "entry 0 is 'x', not a finite number"),
+        ({"prompt": "p", "completions": ["a"], "candidates": []}, "column `candidates`: has 0 entries for 1"),
+        (
+            {"instruction": "p", "completions": [{"response": "a", "overall_score": "good"}]},
+            "`overall_score` is 'good'",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_row(tmp_path, row)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl' is empty"):
+        read_candidate_rows(str(tmp_path / "rows.jsonl"))
