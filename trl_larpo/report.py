@@ -144,11 +144,14 @@ def _health_table(iterations: dict[int, Row]) -> str:
             f"{'good' if x['ok'] else 'bad'}'>{_number(x['value'], '.3g')}{'' if x['ok'] else ' ⚠'}</td>"
             for x in values
         )
-        limit, meaning = html.escape(values[-1]["limit"]), html.escape(values[-1]["meaning"])
-        lines.append(
-            f"<tr><td>{html.escape(name.replace('_', ' '))}</td>{cells}<td>{limit}</td><td>{meaning}</td></tr>"
-        )
+        texts = "".join(f"<td class=text>{_with_code(values[-1][x])}</td>" for x in ("limit", "meaning"))
+        lines.append(f"<tr><td>{html.escape(name.replace('_', ' '))}</td>{cells}{texts}</tr>")
     return f"<table>{''.join(lines)}</table>"
+
+
+def _with_code(text: str) -> str:
+    """Escaped text in which names of options look like code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
 def _table(head: list[str], lines: list[list[str]], first_is_text: bool) -> str:

@@ -234,7 +234,7 @@ def _run_all(folder: RunFolder) -> Path:
             if iteration:
                 checks = _check_health(folder, iteration)
                 _announce(folder, iteration, checks)
-                tracking.log(iteration, checks)
+                _track(tracking, iteration, checks)
             page = write_report(folder.path)
             bad = [c for c in checks if not c.ok] if iteration else []
             if any(c.name in options.stop_on or "any" in options.stop_on for c in bad):
@@ -246,7 +246,6 @@ def _run_all(folder: RunFolder) -> Path:
         raise LarPOError("Interrupted. Run the same command again to go on; nothing is lost.") from None
     finally:
         stages.close()
-        tracking.close()
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")
     return page
@@ -301,6 +300,14 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
     for check in checks:
         if not check.ok:
             print(f"  WARNING {check.name}: {check.value:.3g}, should be {check.limit}. {check.meaning}")
+
+
+def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:
+    """A tracker that is out of reach at three in the morning does not stop the run."""
+    try:
+        tracking.log(iteration, checks)
+    except Exception as error:  # of any tracker's, the network's
+        print(f"  WARNING tracking: {type(error).__name__}: {error} The same numbers are in {tracking.folder.path}.")
 
 
 def _with_error(value: dict[str, float | None], sign: str = "") -> str:

@@ -1,15 +1,20 @@
 """Logs what happens across the iterations of a run to W&B, trackio, TensorBoard, or wherever `report_to` says."""
 
+import importlib.util
 import os
+import sys
+import uuid
 from typing import Any
 
+import pandas
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 
 from .candidates import completion_text, prompt_text
 from .errors import ConfigError
 from .health import Check
 from .run_folder import RunFolder
-from .storage import read_json, read_jsonl
+from .storage import read_json, read_jsonl, write_json
 
 _MAX_TABLE_ROWS = 1000  # of candidates, for each iteration
 
@@ -18,37 +23,68 @@ class Tracking:
     """
     One tracker run for the loop, beside those that the trainer makes for each iteration; all are of one group.
 
+    It is opened when an iteration has ended and closed again, so that the trainer's runs and a restart do not disturb
+    it.
+
     Args:
         folder: Folder of the run.
+
+    Raises:
+        ConfigError: If the package of a tracker is missing.
     """
 
     def __init__(self, folder: RunFolder):
-        self.folder, self.accelerator = folder, None
-        names = [name for name in _as_list(folder.training.report_to) if name != "none"]
-        if not names:
-            return
-        group = folder.training.run_name or folder.path.name
-        os.environ.setdefault("WANDB_RUN_GROUP", group)
-        self.accelerator = Accelerator(
-            log_with=names, project_dir=str(folder.path / "tracking"), cpu=folder.training.use_cpu
-        )
-        project = getattr(folder.training, "project", None) or os.environ.get("WANDB_PROJECT", "larpo")
-        settings = {name: str(value) for name, value in folder.configuration().items()}
-        init = {"wandb": {"group": os.environ["WANDB_RUN_GROUP"], "name": f"{group}-loop", "reinit": "create_new"}}
-        try:
-            self.accelerator.init_trackers(project, settings, {k: v for k, v in init.items() if k in names})
-        except ImportError as error:
-            raise ConfigError(f"`report_to` is {names}: {error}") from None
+        self.folder = folder
+        known = {str(kind.value) for kind in LoggerType}  # the trainer knows some more
+        self.names = [name for name in _as_list(folder.training.report_to) if name in known - {"all"}]
+        for name in self.names:
+            if importlib.util.find_spec(name) is None:
+                raise ConfigError(
+                    f"`report_to` names {name!r}, and that package is not installed: pip install {name}. Or set "
+                    "`report_to: none`."
+                )
+        self.group = folder.training.run_name or folder.path.resolve().name
+        os.environ.setdefault("WANDB_RUN_GROUP", self.group)  # of the trainer's runs
 
     def log(self, iteration: int, checks: list[Check]) -> None:
         """Numbers and the candidate table of one iteration."""
-        if self.accelerator is None:
+        if not self.names:
             return
-        self.accelerator.log(self.numbers(iteration, checks), step=iteration)
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_table"):
-                columns, rows = self.candidate_table(iteration)
+        finish_trainer_runs()
+        training, name = self.folder.training, f"{self.group}-loop"
+        project = getattr(training, "project", None) or os.environ.get("WANDB_PROJECT", "larpo")
+        settings = {name: str(value) for name, value in self.folder.configuration().items()}
+        init = {
+            "wandb": {
+                "group": os.environ["WANDB_RUN_GROUP"],
+                "name": name,
+                "id": self._run_id(),
+                "resume": "allow",
+            },
+            "trackio": {"group": self.group, "name": name, "resume": "allow"},
+        }
+        accelerator = Accelerator(
+            log_with=self.names, project_dir=str(self.folder.path / "tracking"), cpu=training.use_cpu
+        )
+        accelerator.init_trackers(project, settings, {k: v for k, v in init.items() if k in self.names})
+        accelerator.log(self.numbers(iteration, checks), step=iteration)
+        for tracker in accelerator.trackers:
+            columns, rows = self.candidate_table(iteration)
+            if tracker.name == "trackio":
+                import trackio
+
+                table = trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))
+                tracker.log({"candidates": table}, step=iteration)
+            elif hasattr(tracker, "log_table"):
                 tracker.log_table("candidates", columns=columns, data=rows, step=iteration)
+            tracker.finish()
+
+    def _run_id(self) -> str:
+        """The same for all iterations, also after a restart."""
+        path = self.folder.path / "tracking.json"
+        if not path.exists():
+            write_json(path, {"run_id": uuid.uuid4().hex[:12]})
+        return read_json(path)["run_id"]
 
     def numbers(self, iteration: int, checks: list[Check]) -> dict[str, float]:
         path = self.folder.iteration(iteration)
@@ -81,9 +117,12 @@ class Tracking:
         ]
         return columns, rows[:_MAX_TABLE_ROWS]
 
-    def close(self) -> None:
-        if self.accelerator is not None:
-            self.accelerator.end_training()
+
+def finish_trainer_runs() -> None:
+    """Ends the run that the trainer has left open at W&B; the next iteration has one of its own."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def _as_list(value: Any) -> list[str]:

@@ -1,0 +1,197 @@
+"""The page of a run, in a real browser: pictures, health, lists; whatever a model wrote stays text."""
+
+import json
+import random
+import re
+import shutil
+import xml.etree.ElementTree as ET
+
+import pytest
+from small_run import rows_of
+
+from trl_larpo import DataError
+from trl_larpo.report import MAX_DATA_BYTES, write_report
+
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 1</script><!--",
+    "<img src=x onerror='window.hacked = 1'>",
+    "**bold** [link](javascript:hacked) & &lt;b&gt; {{data}}",
+    "👩‍🚀 \u202eright to left\u202c שלום العالم \u0000 \ud800",
+    "x" * 50_000,
+]
+
+
+def candidate(rank, **about):
+    return {
+        "iteration": 1, "source": "policy", "temperature": 1.0, "finished": True, "num_tokens": 3, "count": 1,
+        "rank": rank, "of_prompt": None,
+    } | about  # fmt: skip
+
+
+def list_row(prompt, completions):
+    return {
+        "prompt_id": prompt, "prompt": [{"role": "user", "content": prompt}], "problem": None, "left_out": [],
+        "completions": [[{"role": "assistant", "content": text}] for text in completions],
+        "rewards": [float(len(completions) - i) for i in range(len(completions))],
+        "candidates": [candidate(i + 1) for i in range(len(completions))],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of a finished run, to change."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def set_lists(run, rows):
+    path = run / "iteration_2" / "lists.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_pictures_and_tables_tell_what_happened(run):
+    page = write_report(run).read_text()
+    assert {path.name for path in (run / "plots").iterdir()} == {
+        "held_out_reward.png", "best_of_n.png", "reward_distribution.png", "tokens.png", "ranking_metrics.png",
+        "sources.png", "list_sizes.png",
+    }  # fmt: skip
+    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(pictures) == 7 and all(ET.fromstring(picture) is not None for picture in pictures)
+    evaluation = json.loads((run / "iteration_2/evaluation.json").read_text())
+    assert f"{evaluation['reward']['mean']:.3f} ± {evaluation['reward']['standard_error']:.3f}" in page
+    assert str(run.parent) not in page  # nothing of the machine
+    assert not re.search(r"(src|href)=[\"']?http|@import|url\(http", page)  # nothing from the network
+    assert write_report(run).read_text() == page
+
+
+def test_a_run_that_has_only_begun_has_a_page(run):
+    for number in (1, 2):
+        shutil.rmtree(run / f"iteration_{number}")
+    page = write_report(run).read_text()
+    assert "0 of 2 iterations done" in page and "No iteration is finished yet." in page
+
+
+def test_no_run_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"is no folder of a run: it has no run\.yaml"):
+        write_report(tmp_path)
+
+
+def random_lists(num_lists, list_size, num_words):
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9))) for _ in range(5000)]
+    text = lambda: " ".join(rng.choice(words) for _ in range(num_words))  # noqa: E731
+    return [list_row(f"{i} {text()[:200]}", [text() for _ in range(list_size)]) for i in range(num_lists)]
+
+
+def test_long_texts_are_cut_where_the_page_would_get_too_large(run):
+    set_lists(run, [list_row("p", [random.Random(i).randbytes(2**21).hex() for i in range(4)])])
+    page = write_report(run)
+    assert page.stat().st_size < MAX_DATA_BYTES + 1_000_000
+    assert re.search(r"Texts of more than \d+ characters are cut; the run.{1,6}s lists.jsonl has all", page.read_text())
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", "disable-quic"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+def open_page(browser, path, width=1200):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.set_window_size(width, 900)
+    browser.get(path.resolve().as_uri())
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.querySelector('details.list')"))
+
+
+def open_lists(browser):
+    """Opens all lists that are shown. Returns the texts of their completions, as a person sees them."""
+    browser.execute_script("document.querySelectorAll('details.list').forEach(d => { d.open = true; })")
+    browser.execute_async_script("setTimeout(arguments[0], 300)")
+    return browser.execute_script(
+        "return [...document.querySelectorAll('details.list')].map("
+        "d => [...d.querySelectorAll('.completion')].map("
+        "c => c.textContent.toWellFormed()))"
+    )
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_hostile_texts_stay_text(run, browser, width):
+    set_lists(run, [list_row(text[:3000], HOSTILE) for text in HOSTILE])
+    open_page(browser, write_report(run), width)
+    shown = open_lists(browser)
+    assert len(shown) == len(HOSTILE)
+    expected = [text.replace("\ud800", "\ufffd") for text in HOSTILE]  # half a character cannot be handed over
+    assert all(texts == expected for texts in shown)
+    assert browser.execute_script("return window.hacked") is None
+    assert browser.execute_script("return document.querySelectorAll('.completion *, .prompt *').length") == 0
+    assert not browser.get_log("browser")
+    # Nothing is wider than the window
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert len(browser.get_screenshot_as_png()) > 10_000
+
+
+def test_lists_are_found_and_sorted(run, browser):
+    rows = [list_row("about bees", ["honey", "wax"]), list_row("about trains", ["rails", "steam", "late", "never"])]
+    rows.append(list_row("about nothing", ["a"]) | {"problem": "too_few"})
+    set_lists(run, rows)
+    open_page(browser, write_report(run))
+
+    def prompts():
+        return browser.execute_script(
+            "return [...document.querySelectorAll('details.list .prompt')].map(p => p.textContent)"
+        )
+
+    def choose(name, value):
+        browser.execute_script(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1]; "
+            "e.dispatchEvent(new Event('input'))",
+            name,
+            value,
+        )
+
+    bees, trains, nothing = (f"user: about {x}" for x in ("bees", "trains", "nothing"))
+    assert prompts() == [bees, trains, nothing]
+    choose("order", "gap")
+    assert prompts()[:2] == [trains, bees]
+    choose("kind", "none")
+    assert prompts() == [nothing]
+    choose("kind", "all")
+    choose("search", "HONEY")
+    assert prompts() == [bees]
+    choose("search", "")
+    choose("iteration", "1")
+    first = rows_of(run / "iteration_1/lists.jsonl")
+    assert len(prompts()) == len(first)
+    assert not browser.get_log("browser")
+
+
+def test_two_thousand_lists_are_a_usable_page(run, browser):
+    set_lists(run, random_lists(2000, 8, 110))
+    path = write_report(run)
+    assert path.stat().st_size < 15_000_000
+    open_page(browser, path)
+    assert browser.execute_script("return document.querySelectorAll('details.list').length") == 50  # the rest on demand
+    browser.execute_script("document.getElementById('more').click()")
+    assert browser.execute_script("return document.querySelectorAll('details.list').length") == 100
+    browser.execute_script(
+        "const e = document.getElementById('search'); e.value = '1999 '; e.dispatchEvent(new Event('input'))"
+    )
+    assert "of 2006 prompts" in browser.execute_script("return document.getElementById('about-lists').textContent")
+    assert 0 < browser.execute_script("return document.querySelectorAll('details.list').length") < 50
+    assert not browser.get_log("browser")
