@@ -2,12 +2,14 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError
+from trl_larpo.decoding import Job, _draw
 from trl_larpo.generation import generate_completions
 
 PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
@@ -34,12 +36,14 @@ def plain_generate(model, tokenizer, prompt, **options):
     return tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral with a window", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral with a window", "gpt2", "mamba"])
 def test_greedy_equals_generate_prompt_by_prompt(tmp_path, architecture):
     # Left padding, the shared prefill and leaving the batch early must not show
     config = {"sliding_window": 8} if architecture == "mistral with a window" else {}
     if architecture == "gpt2":
         config = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 512}
+    if architecture == "mamba":  # keeps a state, no keys and values
+        config = {"state_size": 4}
     folder = tiny.save_tiny_model(tmp_path, architecture.split()[0], **config)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny.tiny_tokenizer()
     samples = generate_completions(model, tokenizer, PROMPTS, num_samples=1, temperature=0, max_new_tokens=40)
@@ -58,6 +62,30 @@ def test_samples_are_distinct_reproducible_and_leave_the_global_seed_alone(model
     assert first != generate_completions(model, tokenizer, PROMPTS, seed=2, **options)
     assert [len(of_prompt) for of_prompt in first] == [5] * 4
     assert all(len({sample.text for sample in of_prompt}) > 1 for of_prompt in first)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mamba"])
+def test_samples_do_not_depend_on_the_batch(tmp_path, architecture):
+    config = {"state_size": 4} if architecture == "mamba" else {}
+    folder = tiny.save_tiny_model(tmp_path, architecture, **config)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny.tiny_tokenizer()
+    prompts = [*PROMPTS, "a much longer prompt than the others", "why"]
+    options = {"num_samples": 5, "temperature": [1.0, 0.0, 0.5, 1.0, 2.0], "max_new_tokens": 30, "top_p": 0.9}
+    reference = generate_completions(model, tokenizer, prompts, batch_size=64, **options)
+    assert any(not sample.finished for of_prompt in reference for sample in of_prompt)
+    for batch_size in (1, 3, 8):
+        assert generate_completions(model, tokenizer, prompts, batch_size=batch_size, **options) == reference
+    # nor on what else is asked for: names of prompts choose their numbers
+    keys = [str(i) for i in range(len(prompts))]
+    last = generate_completions(model, tokenizer, prompts[-1:], keys=keys[-1:], **options)
+    assert last == reference[-1:]
+
+
+def test_nucleus_sampling_leaves_out_the_tail():
+    weights = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    job = Job([1], [1.0], np.linspace(0, 0.999, 1000)[None, :])
+    drawn = [int(_draw(weights, [(job, 0, n)], top_p=0.8)) for n in range(1000)]
+    assert Counter(drawn) == {0: pytest.approx(625, abs=2), 1: pytest.approx(375, abs=2)}  # 0.5 and 0.3 of 0.8
 
 
 def test_ends_are_told_from_cut_offs(model):
@@ -104,6 +132,9 @@ def test_model_mode_is_restored(model):
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"num_samples": 2, "temperature": 0}, "`temperature=0` decodes greedily, so all 2 samples"),
         ({"num_samples": 2, "temperature": -1.0}, "`temperature` is -1.0"),
+        ({"num_samples": 2, "temperature": [1.0]}, "`temperature` has 1 numbers for 2 samples"),
+        ({"num_samples": 2, "top_p": 1.5}, "`top_p` is 1.5"),
+        ({"num_samples": 2, "max_new_tokens": 0}, "`max_new_tokens` is 0"),
     ],
 )
 def test_impossible_requests_are_refused(model, options, message):

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.storage import only_process
 
@@ -49,6 +49,32 @@ def test_runs_from_prompts_to_page(project, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl") if path.name != "timings.jsonl"}
     assert larpo_run() == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl") if path.name != "timings.jsonl"}
+
+
+def test_the_divergence_is_the_mean_log_ratio_of_the_samples(finished_run, talkative_model):
+    tokenizer = AutoTokenizer.from_pretrained(talkative_model)
+    paths = (finished_run / "iteration_2/model", talkative_model)
+    policy, initial = (AutoModelForCausalLM.from_pretrained(path) for path in paths)
+
+    def log_probability(model, prompt, completion):
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        ids = tokenizer.apply_chat_template(prompt + completion, **options)["input_ids"]
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"].size(1)
+        with torch.no_grad():
+            of_next = model(ids).logits[0, :-1].log_softmax(-1)
+        return of_next.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+    by_prompt = []
+    for row in rows_of(finished_run / "iteration_2/held_out.jsonl"):
+        ratios = [
+            log_probability(policy, row["prompt"], c) - log_probability(initial, row["prompt"], c)
+            for c, about in zip(row["completions"], row["candidates"], strict=True)
+            if about["finished"] and c[0]["content"].strip()
+        ]
+        by_prompt += [sum(ratios) / len(ratios)] if ratios else []
+    found = json.loads((finished_run / "iteration_2/evaluation.json").read_text())["kl_from_initial"]
+    assert found["mean"] == pytest.approx(sum(by_prompt) / len(by_prompt), rel=1e-4)
+    assert found["prompts"] == len(by_prompt)
 
 
 def test_the_plan_alone(project, capsys):
@@ -269,7 +295,7 @@ def test_bad_configurations_are_one_line_before_any_model_is_loaded(project, cap
 def test_a_disk_too_small_is_found_before_the_start(project, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert larpo_run() == 2
-    assert "the disk has 0.0 GiB free, and the run may need" in capsys.readouterr().err
+    assert "the disk has 0.0 MiB free, and the run may need" in capsys.readouterr().err
 
 
 def test_yaml_of_the_wrong_type_is_named(project, capsys):

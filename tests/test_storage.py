@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from trl_larpo import DataError, LarPOError
-from trl_larpo.storage import GrowingFile, only_process, read_jsonl, write_jsonl, write_text
+from trl_larpo.storage import GrowingFile, disk_full_is_said, only_process, read_jsonl, write_jsonl, write_text
 
 HOSTILE = [{"text": "line\u2028separator \x85 \x0b \r\n tab\t"}, {"text": "\ud800 alone"}, {"text": "🦜 مرحبا"}]
 
@@ -56,6 +58,16 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(LarPOError, match="The disk is full"):
         GrowingFile(tmp_path / "b.jsonl").add([{"i": 1}])
     assert path.read_text() == "old"
+
+
+def test_other_errors_of_a_full_disk_are_said_too(tmp_path, monkeypatch):
+    with pytest.raises(LarPOError, match=r"The disk is full: .* Free some space"), disk_full_is_said(tmp_path):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
+    with pytest.raises(RuntimeError, match="something else"), disk_full_is_said(tmp_path):
+        raise RuntimeError("something else")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(LarPOError, match="The disk is full"), disk_full_is_said(tmp_path):
+        raise RuntimeError("unexpected pos 72128 vs 72020")  # as torch says it
 
 
 def test_one_process_in_a_folder(tmp_path):

@@ -28,7 +28,7 @@ from .run_config import RunConfig
 from .run_folder import RunFolder
 from .servers import check_url, server_command
 from .stages import STAGES, Stages
-from .storage import only_process, read_json, read_jsonl, write_json
+from .storage import disk_full_is_said, only_process, read_json, read_jsonl, write_json
 from .tracking import Tracking
 
 _STAGES_WITH_MODEL = ("generate", "reward", "reference", "train", "evaluate")
@@ -65,7 +65,7 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         folder.prepare_prompts(tokenizer, save=False)
         print(plan(folder))
         return folder.path / "report.html"
-    with only_process(folder.path):
+    with only_process(folder.path), disk_full_is_said(folder.path):
         folder.prepare_prompts(AutoTokenizer.from_pretrained(model.model_name_or_path))
         folder.save_configuration()
         print(plan(folder))
@@ -148,10 +148,13 @@ def _check_disk(folder: RunFolder) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigError(
-            f"`output_dir`: the disk has {free / 2**30:.1f} GiB free, and the run may need {needed / 2**30:.1f} GiB "
-            "for "
-            "models and checkpoints. Free some space, or take a folder on another disk."
+            f"`output_dir`: the disk has {_size(free)} free, and the run may need {_size(needed)} for models and "
+            "checkpoints. Free some space, or take a folder on another disk."
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def plan(folder: RunFolder) -> str:
@@ -337,6 +340,7 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
     folder.prepare_prompts(AutoTokenizer.from_pretrained(folder.model.model_name_or_path))
     stages = Stages(folder)
     try:
-        stages.run(stage, iteration)
+        with disk_full_is_said(folder.path):
+            stages.run(stage, iteration)
     finally:
         stages.close()

@@ -14,6 +14,7 @@ import os
 import shutil
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -612,23 +613,21 @@ class Stages:
 
         The mean of log π_θ - log π_initial over completions that the policy sampled: unbiased at temperature 1.
         """
-        lists = []
+        lists, counts = [], []
         for row in rows[:_MAX_KL_PROMPTS]:
             usable = [
-                completion
+                (completion_text(completion), completion)
                 for completion, description in zip(row["completions"], row["candidates"], strict=True)
                 if description["finished"] and completion_text(completion).strip()
             ]
             if usable:
-                completions = usable if len(usable) > 1 else usable * 2
-                rewards = [float(i) for i in range(len(completions))]
+                distinct = dict(usable)
+                counts.append(list(Counter(text for text, _ in usable).values()))
+                # A list has at least two candidates; what fills it up is not looked at
+                filler = [_in_form_of(row["prompt"], f"{text} .") for text in distinct if len(distinct) == 1]
                 lists.append(
-                    {
-                        "prompt_id": row["prompt_id"],
-                        "prompt": row["prompt"],
-                        "completions": completions,
-                        "rewards": rewards,
-                    }
+                    {name: row[name] for name in ("prompt_id", "prompt")}
+                    | {"completions": [*distinct.values(), *filler]}
                 )
         if not lists:
             return None
@@ -638,9 +637,13 @@ class Stages:
             {x["prompt_id"]: x["ref_logps"] for x in self._log_probabilities(lists, self.folder.model_path(i), scratch)}
             for i in (iteration, 0)
         )
-        by_prompt = [
-            statistics.fmean(p - q for p, q in zip(policy[name], initial[name], strict=True)) for name in policy
-        ]
+        by_prompt = []
+        for row, of_row in zip(lists, counts, strict=True):
+            if (name := row["prompt_id"]) in policy:  # it is not where its prompt fills `max_length`
+                log_ratios = [p - q for p, q in zip(policy[name], initial[name], strict=True)][: len(of_row)]
+                by_prompt.append(sum(x * count for x, count in zip(log_ratios, of_row, strict=True)) / sum(of_row))
+        if not by_prompt:
+            return None
         error = statistics.stdev(by_prompt) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
         return {"mean": statistics.fmean(by_prompt), "standard_error": error, "prompts": len(by_prompt)}
 

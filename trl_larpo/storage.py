@@ -21,6 +21,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 _PARTIAL = ".partial"
+_LITTLE_SPACE = 2**18  # bytes
 _LONE_SURROGATES = "backslashreplace"  # makes of them the escapes that JSON has for them
 
 Row = dict[str, Any]
@@ -155,6 +156,29 @@ def saving_to(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS):
             raise LarPOError(f"{path} cannot be written: {error.strerror}.") from error
+        raise
+
+
+@contextlib.contextmanager
+def disk_full_is_said(folder: Path) -> Iterator[None]:
+    """
+    Makes one error of the many that libraries raise on a full disk; other errors pass.
+
+    Raises:
+        LarPOError: If the disk of the folder is full, or the error says so of another one.
+    """
+    try:
+        yield
+    except LarPOError:
+        raise
+    except Exception as error:
+        text = f"{error} {error.__context__}"
+        # torch says nothing of the disk; but then nothing is left on it
+        if "No space left" in text or shutil.disk_usage(folder).free < _LITTLE_SPACE:
+            raise LarPOError(
+                f"The disk is full: {folder} cannot be written to. Free some space and run the same command again; "
+                "what was saved so far is kept."
+            ) from error
         raise
 
 

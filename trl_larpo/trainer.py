@@ -272,7 +272,7 @@ class LarPOTrainer(DPOTrainer):
             batch_size=batch_size,
             collate_fn=self._list_collator(),
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
         )
         model = self.ref_model or self.model
         # As in DPOTrainer: the policy is prepared in `train`, so until then DeepSpeed needs an engine to run it

@@ -1,0 +1,67 @@
+"""Each sign of a run that goes wrong is seen, and a run that goes well raises none."""
+
+import pytest
+
+from trl_larpo.health import CHECKS, check_iteration
+
+
+def evaluation(tokens=40.0, finished=0.95, reward=0.5, kl=5.0):
+    return {
+        "tokens": tokens, "finished": finished, "reward": {"mean": reward, "standard_error": 0.02},
+        "kl_from_initial": {"mean": kl},
+    }  # fmt: skip
+
+
+def samples(tokens=40, finished=True, texts=("a", "b", "c", "d")):
+    about = {"source": "policy", "num_tokens": tokens, "finished": finished}
+    return [{"completions": list(texts), "candidates": [about] * len(texts)}]
+
+
+SELECTION = {"lists": 10, "prompts_too_few": 0, "prompts_tied": 0, "prompts_small_gap": 0}
+LOG = [{"rewards/margins": 1.0, "rewards/chosen": 0.5}, {"train_loss": 0.1}]
+WELL = {
+    "samples": samples(),
+    "selection": SELECTION,
+    "training_log": LOG,
+    "start": evaluation(),
+    "evaluations": [evaluation(reward=0.6)],
+}
+
+
+def failing(**changes):
+    return {check.name for check in check_iteration(**(WELL | changes)) if not check.ok}
+
+
+def test_a_good_run_raises_nothing():
+    assert failing() == set()
+    assert tuple(check.name for check in check_iteration(**WELL)) == CHECKS
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("length", {"evaluations": [evaluation(tokens=19.0)]}),  # falls by half
+        ("length", {"evaluations": [evaluation(tokens=61.0)]}),  # rises by half
+        ("length", {"samples": samples(tokens=1)}),  # already in what the training started from
+        ("duplicates", {"samples": samples(texts=("a", "a", "a", "a", "b"))}),
+        ("tied_lists", {"selection": SELECTION | {"prompts_tied": 11}}),
+        ("truncated", {"samples": samples(finished=False)}),
+        ("truncated", {"evaluations": [evaluation(finished=0.6)]}),
+        ("held_out_reward", {"evaluations": [evaluation(reward=0.4)]}),
+        ("held_out_reward", {"evaluations": [evaluation(reward=0.9), evaluation(reward=0.8)]}),  # than the one before
+        ("margins", {"training_log": [{"rewards/margins": 21.0}]}),
+        ("kl", {"evaluations": [evaluation(kl=51.0)]}),
+    ],
+)
+def test_each_sign_is_seen_alone(name, changes):
+    assert failing(**changes) == {name}
+
+
+def test_a_held_out_reward_that_falls_with_that_of_the_chosen_is_not_gamed():
+    falling = {"evaluations": [evaluation(reward=0.4)], "training_log": [{"rewards/chosen": -0.5}]}
+    assert failing(**falling) == set()
+
+
+def test_what_is_unknown_is_no_alarm():
+    unknown = evaluation(tokens=None) | {"kl_from_initial": None, "reward": {"mean": None, "standard_error": None}}
+    assert failing(evaluations=[unknown], training_log=[], start=unknown) == set()
