@@ -1,6 +1,7 @@
-"""The benchmark script runs and draws, on a tiny model. Its timings are not looked at."""
+"""The benchmark scripts run and draw, on tiny models. Their timings are not looked at."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,22 @@ def test_bad_lengths_are_refused(capsys):
     with pytest.raises(SystemExit):
         load("training_step").main(["lists", "--lists", "20/6"])
     assert "'20/6' is not 3 numbers with / between them" in capsys.readouterr().err
+
+
+def test_sampling_beside_generate(talkative_model, capsys):
+    options = ["--prompts", "6", "--num_samples", "2", "--batch_size", "4", "--max_new_tokens", "30", "--longest", "12"]
+    result = load("generation").main(["--model", talkative_model, *options, "--dtype", "float32", "--repeats", "6"])
+    assert set(result) == {"generate", "trl-larpo", "ratio"}
+    # Both sides sample from the same distribution and count the same way
+    lengths = [result[side]["mean_length"] for side in ("generate", "trl-larpo")]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.35) and 2 < lengths[0] < 25
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_where_the_time_of_a_run_went(finished_run, capsys):
+    result = load("whole_run").main([str(finished_run)])
+    selections = [json.loads((finished_run / f"iteration_{i}/selection.json").read_text()) for i in (1, 2)]
+    assert result["lists"] == sum(selection["lists"] for selection in selections)
+    assert result["samples"] == 48  # 6 prompts, 4 samples, 2 iterations
+    assert all(seconds > 0 for stage, seconds in result["seconds"].items() if stage not in ("reward", "select"))
+    assert "lists/s" in capsys.readouterr().out

@@ -30,7 +30,7 @@ def test_default_precision_suits_the_machine(tmp_path, monkeypatch):
     assert LarPOConfig(str(tmp_path), use_cpu=True).bf16 is True  # as DPOConfig
 
 
-@pytest.mark.parametrize("name", [*RANKING_LOSSES, *DPO_LOSSES])
+@pytest.mark.parametrize("name", [*RANKING_LOSSES, *sorted(DPO_LOSSES)])
 def test_every_known_loss_is_accepted(tmp_path, name):
     assert LarPOConfig(str(tmp_path), loss_type=name, label_smoothing=0.1).loss_type == [name]
 
