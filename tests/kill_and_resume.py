@@ -31,6 +31,7 @@ OUTPUTS = {
     "select": "selection.json",
     "reference": "ref_logps.jsonl",
     "train": "model",
+    "held_out": "held_out.jsonl",
     "evaluate": "evaluation.json",
 }
 

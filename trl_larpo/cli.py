@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 0
-    if argv[0] != "stage":
+    if argv[0] not in ("stage", "launch"):
         parser.parse_known_args(argv[:1])  # refuses unknown commands, answers --help and --version
     try:
         return COMMANDS[argv[0]][0](argv[1:]) or 0
@@ -63,17 +63,25 @@ def run(argv: list[str]) -> None:
     run_loop(options, training, model)
 
 
-def stage(argv: list[str]) -> None:
-    """One stage of a run, in one of several processes. `larpo run` calls it through accelerate."""
+def stage(argv: list[str]) -> int:
+    """One stage of a run, in one of several processes. `larpo run` starts it through [`launch`]."""
+    from .launch import run_as_worker
     from .run import run_stage_of
 
     parser = argparse.ArgumentParser(prog="larpo stage")
-    parser.add_argument("--run", required=True)
+    parser.add_argument("--folder", required=True)
     parser.add_argument("--stage", required=True)
     parser.add_argument("--iteration", type=int, required=True)
     arguments = parser.parse_args(argv)
     _show_log()
-    run_stage_of(arguments.run, arguments.stage, arguments.iteration)
+    return run_as_worker(lambda: run_stage_of(arguments.folder, arguments.stage, arguments.iteration))
+
+
+def launch(argv: list[str]) -> int:
+    """Starts a stage in several processes. `larpo run` calls it."""
+    from .launch import launch
+
+    return launch(argv)
 
 
 def report(argv: list[str]) -> None:
@@ -303,4 +311,5 @@ COMMANDS = {
     "select": (select, "merge scored completions and make ranked lists of them"),
     "report": (report, "write the page of a run"),
     "stage": (stage, None),
+    "launch": (launch, None),
 }

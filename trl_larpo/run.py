@@ -9,6 +9,7 @@ the result.
 import dataclasses
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,11 +28,10 @@ from .rewards import load_rewards
 from .run_config import RunConfig
 from .run_folder import RunFolder
 from .servers import check_url, server_command
-from .stages import STAGES, Stages
+from .stages import SHARDED_STAGES, STAGES, Stages
 from .storage import disk_full_is_said, only_process, read_json, read_jsonl, write_json
 from .tracking import Tracking
 
-_STAGES_WITH_MODEL = ("generate", "reward", "reference", "train", "evaluate")
 _REFUSED = {  # option of the trainer: (what it must be, why)
     "resume_from_checkpoint": (None, "`larpo run` resumes by itself: run the same command again."),
     "push_to_hub": (False, "push the models of a finished run with `hf upload`."),
@@ -222,8 +222,7 @@ def _num_steps(folder: RunFolder, num_lists: int) -> int:
     training = folder.training
     if training.max_steps > 0:
         return training.max_steps
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * folder.options.num_processes
-    return math.ceil(num_lists / batch * training.num_train_epochs)
+    return math.ceil(num_lists / folder.global_batch_size * training.num_train_epochs)
 
 
 def _run_all(folder: RunFolder) -> Path:
@@ -232,7 +231,7 @@ def _run_all(folder: RunFolder) -> Path:
     page = folder.path / "report.html"
     try:
         for iteration in range(options.num_iterations + 1):
-            for stage in ("evaluate",) if iteration == 0 else STAGES:
+            for stage in STAGES if iteration else ("held_out", "evaluate"):
                 _run_stage(folder, stages, stage, iteration)
             if iteration:
                 checks = _check_health(folder, iteration)
@@ -258,24 +257,37 @@ def _run_stage(folder: RunFolder, stages: Stages, stage: str, iteration: int) ->
     if stages.output(stage, iteration).exists():
         return
     started = time.monotonic()
-    if folder.options.num_processes > 1 and stage in _STAGES_WITH_MODEL:
+    num_processes = folder.options.processes_of(stage)
+    launcher = folder.options.train_launcher if stage in SHARDED_STAGES else None
+    if num_processes > 1 or launcher:
         stages.close()
-        _launch_stage(folder, stage, iteration)
+        _launch_stage(folder, stage, iteration, num_processes, launcher)
     else:
         stages.run(stage, iteration)
     with open(folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
         file.write(f'{{"iteration": {iteration}, "stage": "{stage}", "seconds": {time.monotonic() - started:.2f}}}\n')
 
 
-def _launch_stage(folder: RunFolder, stage: str, iteration: int) -> None:
-    """Runs a stage in several processes, through accelerate."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if folder.options.accelerate_config and stage in ("reference", "train"):
-        command += ["--config_file", folder.options.accelerate_config]
-    command += ["--num_processes", str(folder.options.num_processes), "-m", "trl_larpo"]
-    command += ["stage", "--run", str(folder.path), "--stage", stage, "--iteration", str(iteration)]
+def _launch_stage(folder: RunFolder, stage: str, iteration: int, num_processes: int, launcher: str | None) -> None:
+    """Runs a stage in several processes."""
+    words = ["stage", "--folder", str(folder.path), "--stage", stage, "--iteration", str(iteration)]
+    log, message = (folder.path / "logs" / f"iteration_{iteration}_{stage}.{kind}" for kind in ("log", "message"))
+    if launcher:
+        command = shlex.split(launcher.replace("{stage}", shlex.join(["-m", "trl_larpo", *words])))
+    else:
+        command = [sys.executable, "-m", "trl_larpo", "launch", "--num_processes", str(num_processes)]
+        command += ["--log", str(log), "--message", str(message)]
+        if folder.options.accelerate_config and stage in SHARDED_STAGES:
+            command += ["--accelerate_config", folder.options.accelerate_config]
+        command += words
+    log.parent.mkdir(parents=True, exist_ok=True)
+    message.unlink(missing_ok=True)
     if subprocess.run(command).returncode != 0:
-        raise LarPOError(f"The stage {stage!r} of iteration {iteration} failed; its message is above.")
+        said = message.read_text(encoding="utf-8") if message.exists() else "its message is above."
+        raise LarPOError(
+            f"The stage {stage!r} of iteration {iteration} failed. {said} What was saved so far is kept; run the same "
+            "command again to go on."
+        )
 
 
 def _check_health(folder: RunFolder, iteration: int) -> list[Check]:

@@ -230,9 +230,24 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
     stop_on: list[str] = option(
         [], "Health checks that stop the run, by name, or 'any'. By default they only warn. See `larpo report`."
     )
-    num_processes: int = option(1, "Processes of the stages that run a model, launched through accelerate.")
+    num_processes: int = option(
+        1,
+        "Processes of the stages that run a model: by torchrun, one for each GPU, or on a CPU. Each stage may differ:",
+    )
+    generation_processes: int | None = option(None, "Processes of the sampling. None: `num_processes`.")
+    reward_processes: int | None = option(None, "Processes of the rewards. None: `num_processes`.")
+    train_processes: int | None = option(
+        None, "Processes of the training and of log-probabilities. None: `num_processes`."
+    )
     accelerate_config: str | None = option(
-        None, "accelerate's configuration file for training (DeepSpeed, FSDP, ...), used by `num_processes` processes."
+        None,
+        "accelerate's configuration file (DeepSpeed, FSDP, ...) for the training and for log-probabilities, which then "
+        "run in `train_processes`.",
+    )
+    train_launcher: str | None = option(
+        None,
+        "Command that starts the training and the log-probabilities, e.g. on several machines; {stage} stands for what "
+        "comes after `python` or `accelerate launch ...`, e.g. 'srun --nodes 2 ... accelerate launch ... {stage}'.",
     )
     dry_run: bool = option(False, "Check everything, print the plan, and stop.")
 
@@ -251,8 +266,11 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
             ("num_negatives", 1),
             ("num_eval_samples", 1),
             ("num_processes", 1),
+            ("generation_processes", 1),
+            ("reward_processes", 1),
+            ("train_processes", 1),
         ):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
         if self.prompts_per_iteration is not None and self.prompts_per_iteration < 1:
             raise ConfigError(f"`prompts_per_iteration` is {self.prompts_per_iteration}; it must be at least 1.")
@@ -270,12 +288,27 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
                 f"`memory` is {self.memory!r}, but with `prompt_schedule='fresh'` no prompt comes twice, so there is "
                 "nothing to remember. Set `prompt_schedule` to 'same', or `memory` to 'none'."
             )
+        if self.train_launcher is not None and "{stage}" not in self.train_launcher:
+            raise ConfigError("`train_launcher` has no {stage}; write e.g. 'accelerate launch ... {stage}'.")
+        if self.train_launcher is not None and (self.accelerate_config or self.train_processes):
+            raise ConfigError(
+                "`train_launcher` starts the processes itself; give `accelerate_config` and `train_processes` in its "
+                "command instead."
+            )
         selection, pool = self.selection, self.num_samples + self.num_negatives * len(self.negatives)
         if selection.num_best is not None and selection.num_best + selection.num_worst > pool:
             raise ConfigError(
                 f"`num_best` + `num_worst` is {selection.num_best + selection.num_worst}, but a prompt has only {pool} "
                 "completions. Raise `num_samples`, or take fewer."
             )
+
+    def processes_of(self, stage: str) -> int:
+        """How many processes a stage runs in."""
+        if stage == "select" or (stage in ("generate", "held_out") and (self.server_urls or self.server_command)):
+            return 1
+        kind = {"generate": "generation", "held_out": "generation", "reward": "reward"}.get(stage, "train")
+        own = getattr(self, f"{kind}_processes")
+        return self.num_processes if own is None else own
 
     @property
     def evaluation_temperature(self) -> float:

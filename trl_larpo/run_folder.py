@@ -12,6 +12,7 @@ The folder of a run: which file is where, the configuration it belongs to, and i
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ Row = dict[str, Any]
 _MAY_CHANGE = frozenset({
     "output_dir", "dry_run", "server_urls", "server_command", "num_servers", "server_model", "server_health_route",
     "server_start_timeout", "server_timeout", "server_patience", "server_requests_in_flight",
-    "server_api_key_variable", "stop_on", "num_processes", "accelerate_config", "report_to", "run_name", "logging_dir",
-    "logging_steps", "logging_strategy", "logging_first_step", "disable_tqdm", "log_level", "save_steps",
+    "server_api_key_variable", "stop_on", "num_processes", "generation_processes", "reward_processes",
+    "train_processes", "accelerate_config", "train_launcher", "report_to", "run_name", "logging_dir", "logging_steps",
+    "logging_strategy", "logging_first_step", "disable_tqdm", "log_level", "save_steps",
     "save_strategy", "save_total_limit", "dataloader_num_workers", "project", "trackio_space_id",
 })  # fmt: skip
 
@@ -61,6 +63,13 @@ class RunFolder:
     def model_path(self, iteration: int) -> str:
         """The model that an iteration ends with; for 0 the initial one."""
         return self.model.model_name_or_path if iteration == 0 else str(self.iteration(iteration) / "model")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Lists of one optimizer step, as far as it is known here: not with `train_launcher`."""
+        training = self.training
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return batch * self.options.processes_of("train")
 
     # Configuration
 
@@ -92,6 +101,18 @@ class RunFolder:
         before, now = yaml.safe_load(stored.read_text(encoding="utf-8")), self.configuration()
         changed = [x for x in now if x not in _MAY_CHANGE and x in before and before[x] != now[x]]
         longer = now["num_iterations"] > before["num_iterations"] and self.options.prompt_schedule == "same"
+        batch_options = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+        processes = before.get("train_processes") or before["num_processes"]
+        batch = math.prod(before[name] for name in batch_options) * processes
+        if self.options.train_launcher is None and before.get("train_launcher") is None:
+            if batch == self.global_batch_size:  # another number of processes, and the same step
+                changed = [name for name in changed if name not in batch_options]
+            elif not batch_options & set(changed):
+                raise ConfigError(
+                    f"`num_processes`: a step of the training would have {self.global_batch_size} lists; so far they "
+                    f"have {batch}. Change `per_device_train_batch_size` or "
+                    "`gradient_accumulation_steps` too, so that it stays the same."
+                )
         if longer:  # a run may be made longer, and then needs temperatures for what is new
             kept = now["temperature"][: len(before["temperature"])] == before["temperature"]
             added = {"num_iterations"} | ({"temperature"} if kept and len(before["temperature"]) > 1 else set())
@@ -240,6 +261,8 @@ def _is_plain(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """Values of options as YAML knows them."""
+    if dataclasses.is_dataclass(value):  # accelerator_config
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import get_peft_config
 
 from .candidates import (
@@ -58,7 +59,10 @@ logger = get_logger(__name__)
 
 Row = dict[str, Any]
 
-STAGES = ("generate", "reward", "select", "reference", "train", "evaluate")
+STAGES = ("generate", "reward", "select", "reference", "train", "held_out", "evaluate")
+
+SHARDED_STAGES = ("reference", "train", "evaluate")
+"""Those that run the model through the trainer, sharded where it is too large for one device."""
 
 _BATCHES_PER_UNIT = 4  # what is sampled again after a kill is at most so many batches
 _COMPLETIONS_PER_CALL = 256  # of a reward function
@@ -88,6 +92,7 @@ class Stages:
             "select": "selection.json",
             "reference": "ref_logps.jsonl",
             "train": "model",
+            "held_out": "held_out.jsonl",
             "evaluate": "evaluation.json",
         }[stage]
         return self.folder.iteration(iteration) / name
@@ -101,7 +106,7 @@ class Stages:
 
     def close(self) -> None:
         """Stops servers and lets go of models."""
-        self._sampler = None
+        self._sampler = self._rewards = None
         if self._servers is not None:
             self._servers[1].close()
             self._servers = None
@@ -496,13 +501,16 @@ class Stages:
         trainer = LarPOTrainer(
             model=model_path,
             args=self._with_model_kwargs(args),
-            train_dataset=Dataset.from_list(lists),
+            train_dataset=_dataset_on_disk(lists, scratch / "trainer" / "data"),
             processing_class=AutoTokenizer.from_pretrained(model_path),
         )
         dataset = trainer.train_dataset.select_columns(["prompt_id", "ref_logps"])
         rows = [dict(row) for row in dataset]
         del trainer
         _free_memory()
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            shutil.rmtree(scratch / "trainer", ignore_errors=True)
         return rows
 
     def train(self, iteration: int, path: Path) -> None:
@@ -526,7 +534,7 @@ class Stages:
         trainer = LarPOTrainer(
             model=model_path,
             args=self._with_model_kwargs(args),
-            train_dataset=Dataset.from_list(lists),
+            train_dataset=_dataset_on_disk(lists, scratch / "data"),
             processing_class=AutoTokenizer.from_pretrained(model_path),
             peft_config=get_peft_config(folder.model),
         )
@@ -535,7 +543,7 @@ class Stages:
             {key: value for key, value in entry.items() if not key.startswith("train_") or key == "train_loss"}
             for entry in trainer.state.log_history
         ]
-        self._save_model(trainer, path)
+        self._save_model(trainer, model_path, path)
         if PartialState().is_main_process:
             write_jsonl(path.with_name("training_log.jsonl"), log)
             replace_folder(partial_path(path), path)
@@ -553,39 +561,46 @@ class Stages:
         } | (args.model_init_kwargs or {})
         return args
 
-    def _save_model(self, trainer: LarPOTrainer, path: Path) -> None:
+    def _save_model(self, trainer: LarPOTrainer, model_path: str, path: Path) -> None:
         """Saves a whole model that transformers and servers load, an adapter merged into it."""
-        partial = partial_path(path)
+        partial, adapter = partial_path(path), path.with_name("trainer") / "adapter"
+        use_peft = self.folder.model.use_peft
         if trainer.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        # Servers that take their defaults from here then sample from the model as it is
-        model.generation_config.do_sample = True
-        model.generation_config.temperature = model.generation_config.top_p = 1.0
-        model.generation_config.top_k = 0
-        if self.folder.model.use_peft:
-            model = model.merge_and_unload()
-            if trainer.accelerator.is_main_process:
-                model.save_pretrained(partial)
-                trainer.processing_class.save_pretrained(partial)
-        else:
-            trainer.save_model(str(partial))
-        if trainer.accelerator.is_main_process:
-            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+        _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
+        trainer.save_model(str(adapter if use_peft else partial))  # gathers what is sharded
+        if not trainer.accelerator.is_main_process:
+            return
+        if use_peft:
+            from peft import PeftModel
+
+            # On one device, as what is sharded cannot be merged
+            unset_hf_deepspeed_config()
+            kwargs = self._with_model_kwargs(trainer.args).model_init_kwargs
+            model = AutoModelForCausalLM.from_pretrained(model_path, **kwargs)
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            _sample_by_default(model)
+            model.save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+        if not any(partial.glob("*.safetensors")):
+            raise LarPOError(
+                "The weights are sharded and were not gathered. In accelerate's configuration set "
+                "`zero3_save_16bit_model: true` (DeepSpeed) or `fsdp_state_dict_type: FULL_STATE_DICT` (FSDP)."
+            )
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
 
     # Evaluation
 
-    def evaluate(self, iteration: int, path: Path) -> None:
-        """Samples on held-out prompts, rewards them, and compares with the initial model."""
+    def held_out(self, iteration: int, path: Path) -> None:
+        """Samples on held-out prompts, and rewards them."""
         folder, options = self.folder, self.options
-        held_out, scored_path = path.with_name("held_out_samples.jsonl"), path.with_name("held_out.jsonl")
-        kinds = [("policy", options.evaluation_temperature)] * options.num_eval_samples
-        if not held_out.exists():
+        samples = path.with_name("held_out_samples.jsonl")
+        if not samples.exists():
             # The same random numbers every time: what differs, differs by the model
             sampled = self.sample(
                 folder.held_out,
-                kinds,
-                held_out,
+                [("policy", options.evaluation_temperature)] * options.num_eval_samples,
+                samples,
                 model_path=folder.model_path(iteration),
                 iteration=iteration,
                 key="held out",
@@ -594,17 +609,18 @@ class Stages:
                 else "Start: sampling on held-out prompts",
             )
             if PartialState().is_main_process:
-                GrowingFile(held_out).finish(sampled)
+                GrowingFile(samples).finish(sampled)
         PartialState().wait_for_everyone()
-        if not scored_path.exists():
-            scored = self.score(read_jsonl(held_out), scored_path, f"Iteration {iteration}: rewarding held-out")
-            if PartialState().is_main_process:
-                GrowingFile(scored_path).finish(scored)
-        PartialState().wait_for_everyone()
-        rows = read_jsonl(scored_path)
+        scored = self.score(read_jsonl(samples), path, f"Iteration {iteration}: rewarding held-out")
+        if PartialState().is_main_process:
+            GrowingFile(path).finish(scored)
+
+    def evaluate(self, iteration: int, path: Path) -> None:
+        """Compares the samples on held-out prompts with those of the initial model."""
+        rows = read_jsonl(self.output("held_out", iteration))
         divergence = self._divergence_from_start(rows, iteration) if iteration else None
         if PartialState().is_main_process:
-            start = rows if iteration == 0 else read_jsonl(folder.iteration(0) / "held_out.jsonl")
+            start = rows if iteration == 0 else read_jsonl(self.output("held_out", 0))
             write_json(path, evaluate_rows(rows, start) | {"kl_from_initial": divergence})
 
     def _divergence_from_start(self, rows: list[Row], iteration: int) -> dict[str, float] | None:
@@ -646,6 +662,21 @@ class Stages:
             return None
         error = statistics.stdev(by_prompt) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
         return {"mean": statistics.fmean(by_prompt), "standard_error": error, "prompts": len(by_prompt)}
+
+
+def _sample_by_default(model: PreTrainedModel) -> None:
+    """Servers that take their defaults from the model's folder then sample from the model as it is."""
+    settings = model.generation_config
+    settings.do_sample, settings.temperature, settings.top_p, settings.top_k = True, 1.0, 1.0, 0
+
+
+def _dataset_on_disk(rows: list[Row], folder: Path) -> Dataset:
+    """The same dataset for all processes, with one cache."""
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        Dataset.from_list(rows).save_to_disk(folder)
+    PartialState().wait_for_everyone()
+    return Dataset.load_from_disk(str(folder))
 
 
 def generation_dtype() -> torch.dtype:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trl_larpo.storage import read_json, read_jsonl
 
-STAGES = ("generate", "reward", "select", "reference", "train", "evaluate")
+STAGES = ("generate", "reward", "select", "reference", "train", "held_out", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -38,10 +38,11 @@ def main(argv: list[str] | None = None) -> dict:
     what = {
         "generate": f"{samples} samples, {_rate(samples, seconds['generate'])} samples/s, "
         f"{_rate(tokens, seconds['generate'])} tokens/s",
-        "reward": f"{rewards} rewards, with those of held-out prompts, whose time falls under evaluate",
+        "reward": f"{rewards} rewards, with those of held-out prompts, whose time falls under held_out",
         "reference": f"{candidates} candidates, {_rate(candidates, seconds['reference'])} candidates/s",
         "train": f"{lists} lists, {_rate(lists, seconds['train'])} lists/s",
-        "evaluate": "samples on held-out prompts, and the divergence from the start",
+        "held_out": "samples of held-out prompts and their rewards",
+        "evaluate": "the divergence from the start",
     }
     for stage in STAGES:
         print(f"  {stage:10} {seconds[stage]:8.1f} s {seconds[stage] / total:6.1%}   {what.get(stage, '')}")
