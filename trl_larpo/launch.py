@@ -26,6 +26,7 @@ def launch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="larpo launch", allow_abbrev=False)
     parser.add_argument("--num_processes", type=int, required=True)
     parser.add_argument("--accelerate_config")
+    parser.add_argument("--mixed_precision", default="no", help="that of the run, whatever accelerate's file says")
     parser.add_argument("--log", required=True, help="file for what the processes say of their errors")
     parser.add_argument("--message", required=True, help="file for the one line of it that a person should read")
     options, words = parser.parse_known_args(argv)
@@ -39,6 +40,7 @@ def launch(argv: list[str]) -> int:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
             flags = ["--config_file", options.accelerate_config, "--num_processes", str(options.num_processes)]
+            flags += ["--mixed_precision", options.mixed_precision]
             launch_command(launch_command_parser().parse_args([*flags, "-m", "trl_larpo", *words]))
         else:
             flags = ["--standalone", "--nproc_per_node", str(options.num_processes)]

@@ -46,7 +46,12 @@ class Pass:
 
 
 def passes_in_chunks(
-    model: PreTrainedModel, batch: Batch, shared_prompt: bool, chunk_size: int, list_size: int
+    model: PreTrainedModel,
+    batch: Batch,
+    shared_prompt: bool,
+    chunk_size: int,
+    list_size: int,
+    prompts_first: bool = True,
 ) -> list[Pass]:
     """
     The candidates of a batch, at most `chunk_size` at a time. Lists are cut only where a whole one does not fit.
@@ -58,6 +63,9 @@ def passes_in_chunks(
         chunk_size: Most candidates in a chunk.
         list_size: What lists are taken to hold, at least `batch`'s own. Processes that work together must agree on it,
             because all take part in every pass.
+        prompts_first: Whether shared prompts may run once before all chunks, and not in the rows of each. Not under
+            FSDP: it brings back the weights of a layer for the backward pass when the layer's output gets a gradient,
+            and here only keys and values do.
     """
     of_prompts = {name: tensor for name, tensor in batch.items() if name.startswith("prompt_")}
     missing = list_size - batch["candidate_mask"].size(1)
@@ -76,8 +84,9 @@ def passes_in_chunks(
             | {name: tensor[lists, first : first + candidates_per_chunk] for name, tensor in of_candidates.items()}
             for first in range(0, list_size, candidates_per_chunk)
         ]
-        if shared_prompt and uses_blocks(model):  # no pass of its own for the prompt: it is in the row of each chunk
-            rows = [pack(shared_prompt_rows(chunk)) for chunk in chunks]
+        if shared_prompt and (uses_blocks(model) or not prompts_first):  # the prompt is in the rows of each chunk
+            rows = [shared_prompt_rows(chunk) for chunk in chunks]
+            rows = [pack(of_chunk) for of_chunk in rows] if uses_blocks(model) else rows
             passes.append(Pass(rows, [attention_masks(model, of_chunk) for of_chunk in rows]))
         elif shared_prompt:
             rows = [candidate_rows(chunk) for chunk in chunks]

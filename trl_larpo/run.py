@@ -278,7 +278,8 @@ def _launch_stage(folder: RunFolder, stage: str, iteration: int, num_processes: 
         command = [sys.executable, "-m", "trl_larpo", "launch", "--num_processes", str(num_processes)]
         command += ["--log", str(log), "--message", str(message)]
         if folder.options.accelerate_config and stage in SHARDED_STAGES:
-            command += ["--accelerate_config", folder.options.accelerate_config]
+            precision = "bf16" if folder.training.bf16 else "fp16" if folder.training.fp16 else "no"
+            command += ["--accelerate_config", folder.options.accelerate_config, "--mixed_precision", precision]
         command += words
     log.parent.mkdir(parents=True, exist_ok=True)
     message.unlink(missing_ok=True)

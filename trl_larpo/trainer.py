@@ -317,7 +317,9 @@ class LarPOTrainer(DPOTrainer):
         if self.accelerator.num_processes > 1:
             sizes = self.accelerator.gather(torch.tensor([list_size], device=self.accelerator.device))
             list_size = int(sizes.max())
-        passes = passes_in_chunks(bare_model, inputs, shared_prompt, self._chunk_size, list_size)
+        passes = passes_in_chunks(
+            bare_model, inputs, shared_prompt, self._chunk_size, list_size, prompts_first=not self.is_fsdp_enabled
+        )
         outputs = iter(model(passes=passes, **model_kwargs))
         return _concatenate(
             [

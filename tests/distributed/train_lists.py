@@ -1,10 +1,14 @@
 """
-Trains a tiny model on ragged lists under whatever launched it, and writes the trajectory.
+Trains a tiny model on ragged lists, once for each set of options, under whatever launched it.
 
-    torchrun --nproc_per_node 2 tests/distributed/train_lists.py MODEL RESULT.json '{"max_steps": 5}'
+    torchrun --nproc_per_node 2 tests/distributed/train_lists.py MODEL FOLDER '{"plain": {"loss_type": "listmle"}}'
+
+For each name it leaves NAME.json with the steps and the evaluation, and NAME.safetensors with the trained weights, in
+FOLDER. Options beside those of LarPOConfig: `lora`, to train an adapter, and `num_rows`.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,14 +16,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import set_seed
 
 from trl_larpo import LarPOConfig, LarPOTrainer
 
+NUM_ROWS = 80  # more than any run here sees: no end of an epoch, where batches are filled up with rows from the start
 
-def main(model: str, result: str, options: str) -> None:
+
+def main(model: str, folder: str, options: str) -> None:
     torch.set_num_threads(1)
+    for name, of_run in json.loads(options).items():
+        AcceleratorState._reset_state()  # each run as in a process of its own
+        GradientState._reset_state()
+        train(model, Path(folder), name, of_run)
+
+
+def train(model: str, folder: Path, name: str, options: dict) -> None:
+    lora, num_rows = options.pop("lora", False), options.pop("num_rows", NUM_ROWS)
+    resume = options.pop("resume_from_checkpoint", None)
     defaults = {
-        "output_dir": str(Path(result).with_suffix("")),
+        "output_dir": str(folder / name),
         "learning_rate": 1e-3,
         "max_steps": 5,
         "logging_steps": 1,
@@ -29,21 +50,55 @@ def main(model: str, result: str, options: str) -> None:
         "use_cpu": True,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
+        "per_device_eval_batch_size": 4,
     }
-    args = LarPOConfig(**(defaults | json.loads(options)))
+    args = LarPOConfig(**(defaults | options))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate leaves FSDP to accelerators, and on a CPU ignores it without a word; torch itself runs it there
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     # On disk, because a data set in memory has a cache of its own in each process
-    path = Path(result).parent / "lists"
+    path = folder / f"lists-{num_rows}"
     with args.main_process_first():
         if not path.exists():
-            tiny.lists(num_rows=42).save_to_disk(path)  # more than any run sees: no end of epoch
+            tiny.lists(num_rows=num_rows).save_to_disk(path)
     dataset = tiny.Dataset.load_from_disk(str(path))
-    trainer = LarPOTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset.select(range(7)))
-    trainer.train()
+    set_seed(0)  # of the adapter
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = LarPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(8)),
+        peft_config=peft_config if lora else None,
+    )
+    trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
-        Path(result).write_text(json.dumps({"steps": trainer.state.log_history, "evaluation": metrics}))
-    trainer.accelerator.end_training()  # leaves the process group in order; without, one process in many aborts at exit
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        if lora:
+            weights = {key: value for key, value in weights.items() if "lora" in key}
+        save_file({key: value.clone().contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
+        result = {"steps": trainer.state.log_history, "evaluation": metrics, "distributed": distribution(trainer)}
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
+
+
+def distribution(trainer: LarPOTrainer) -> dict:
+    """What really ran: the kind, the stage of ZeRO, and the share of the weights that this process holds."""
+    total = local = 0
+    for parameter in trainer.model_wrapped.parameters():
+        shard = getattr(parameter, "ds_tensor", None)  # ZeRO-3
+        if shard is None:
+            shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP2, or whole
+        total += getattr(parameter, "ds_numel", parameter.numel())
+        local += shard.numel()
+    stage = getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)()
+    kind = trainer.accelerator.distributed_type.value
+    return {"kind": kind, "zero_stage": stage, "share": local / total, "processes": trainer.accelerator.num_processes}
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    if torch.distributed.is_initialized():  # without, one process in many aborts at exit
+        torch.distributed.destroy_process_group()
