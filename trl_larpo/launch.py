@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+from torch import distributed
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
 
@@ -94,4 +95,6 @@ def run_as_worker(function) -> int:
             raise
         sys.stdout.flush()
         os._exit(1)  # not through the end of the process group, which would wait for the others
+    if distributed.is_initialized():  # in order; else one process in many aborts at its exit
+        distributed.destroy_process_group()
     return 0

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -100,7 +101,9 @@ class Stages:
     def run(self, stage: str, iteration: int) -> None:
         """Does what is left of a stage."""
         path = self.output(stage, iteration)
-        if not path.exists():
+        missing = not path.exists()
+        PartialState().wait_for_everyone()  # all have looked before anyone begins, and agree
+        if missing:
             getattr(self, stage)(iteration, path)
             PartialState().wait_for_everyone()
 
@@ -508,6 +511,7 @@ class Stages:
         rows = [dict(row) for row in dataset]
         del trainer
         _free_memory()
+        AcceleratorState._reset_state()  # DeepSpeed allows one trainer for each, and there may come another
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             shutil.rmtree(scratch / "trainer", ignore_errors=True)

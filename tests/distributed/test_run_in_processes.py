@@ -1,0 +1,110 @@
+"""`larpo run` on two processes: the same candidates as one makes, and one message when a process dies."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import change_options, larpo_run, rows_of
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.slow
+
+ZERO_3 = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "zero3.yaml"
+COMMAND = [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"]
+
+
+def in_processes(**environment):
+    return {"env": os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environment}
+
+
+def test_two_processes_with_zero_3_make_what_one_makes(project):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: `pip install trl-larpo[deepspeed]`")
+    assert larpo_run("--output_dir", "one") == 0
+    flags = ["--output_dir", "two", "--num_processes", "2", "--accelerate_config", str(ZERO_3)]
+    flags += ["--per_device_train_batch_size", "1", "--reward_processes", "1"]
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=580, **in_processes())
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    for iteration in (1, 2):
+        for name in ("samples", "rewarded", "lists", "held_out"):
+            one, two = (Path(run) / f"iteration_{iteration}" / f"{name}.jsonl" for run in ("one", "two"))
+            assert one.read_bytes() == two.read_bytes(), two
+        one, two = (load_file(f"{run}/iteration_{iteration}/model/model.safetensors") for run in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+        AutoModelForCausalLM.from_pretrained(f"two/iteration_{iteration}/model")  # whole, not shards
+        one, two = (
+            json.loads(Path(f"{run}/iteration_{iteration}/evaluation.json").read_text()) for run in ("one", "two")
+        )
+        assert one["kl_from_initial"]["mean"] == pytest.approx(two["kl_from_initial"]["mean"], rel=1e-3)
+    assert "Policy: one row for each list" in done.stderr and done.stderr.count("Traceback") == 0
+    # Another number of processes would make another step of it
+    assert larpo_run("--output_dir", "two", "--num_processes", 4, "--accelerate_config", ZERO_3,
+                     "--per_device_train_batch_size", 1) == 2  # fmt: skip
+
+
+def workers(process, stage):
+    """Processes of a stage, by their rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if f"--stage {stage}" in " ".join(child.cmdline()) and "RANK" in child.environ():
+                found[int(child.environ()["RANK"])] = child
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def test_a_process_that_is_killed_ends_the_run_with_one_message(project, capfd):
+    change_options(project, num_iterations=1, num_train_epochs=200, save_steps=5, train_processes=2, logging_steps=50)
+    change_options(project, per_device_train_batch_size=1)
+    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **in_processes())
+    scratch, deadline = project / "out/iteration_1/trainer", time.monotonic() + 200
+    while not list(scratch.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    workers(process, "train")[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = process.communicate(timeout=100)
+    assert time.monotonic() - killed < 60
+    assert process.returncode == 2
+    said = [line for line in errors.splitlines() if line.startswith("larpo: error: ")]
+    assert len(said) == 1 and "Traceback" not in errors
+    assert re.search(r"The stage 'train' of iteration 1 failed. Process 1 of 2 was ended by SIGKILL", said[0])
+    assert "run the same command again to go on" in said[0]
+    assert not workers_left(project)
+    # It goes on from a checkpoint
+    change_options(project, logging_steps=1)
+    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=300, **in_processes())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (project / "out/iteration_1/model/model.safetensors").exists()
+    steps = [entry["step"] for entry in rows_of(project / "out/iteration_1/training_log.jsonl") if "loss" in entry]
+    assert steps[-1] > 5 and 1 not in steps[-10:]
+
+
+def workers_left(project):
+    here = [x for x in psutil.process_iter(["cwd"]) if x.info["cwd"] == str(project)]
+    return [x for x in here if x.pid != os.getpid()]
+
+
+def test_an_error_in_one_process_is_said_once(project):
+    rewards = (project / "run_rewards.py").read_text()
+    (project / "run_rewards.py").write_text(rewards + "\ndef broken(prompts, completions, **columns): return 1 / 0\n")
+    change_options(project, reward_funcs="run_rewards:broken", reward_processes=2)
+    done = subprocess.run(
+        [*COMMAND, "--generation_processes", "2"], capture_output=True, text=True, timeout=200, **in_processes()
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("larpo: error: ")]
+    assert len(said) == 1 and "The reward run_rewards:broken failed: ZeroDivisionError: division by zero" in said[0]
