@@ -84,7 +84,8 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
     Loads a dataset from a file, a folder or the hub.
 
     Args:
-        path: A JSONL, JSON, Parquet or CSV file; a folder of such files or one written by `save_to_disk`; or a hub id.
+        path: A JSONL, JSON, Parquet or CSV file, also as a URL of fsspec's (s3://, gs://, https://, ...); a folder of
+            such files or one written by `save_to_disk`; or a hub id.
         config_name: Configuration of a hub dataset.
         streaming: Read rows as they are needed, without loading all first.
 
@@ -94,6 +95,8 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
     Raises:
         DataError: If the file is missing, of an unknown kind, or cannot be read.
     """
+    if "://" in path:
+        return _load_url(path, streaming)
     local = Path(path).expanduser()
     if not local.exists() and (path.startswith((".", "/", "~")) or local.suffix in _FILE_BUILDERS):
         raise DataError(f"There is no file or folder {path!r}.")
@@ -110,6 +113,17 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
     except (DatasetsError, OSError, ValueError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{path!r} cannot be read: {cause}") from error
+
+
+def _load_url(url: str, streaming: bool) -> Mapping[str, Any]:
+    builder = _FILE_BUILDERS.get(Path(url.split("?")[0]).suffix)
+    if builder is None:
+        raise DataError(f"{url!r} is none of the kinds that can be read: {', '.join(_FILE_BUILDERS)}.")
+    try:
+        return load_dataset(builder, data_files={"train": url}, streaming=streaming)
+    except Exception as error:  # of any protocol's package
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{url!r} cannot be read: {cause}") from error
 
 
 def dataset_format(dataset: Dataset | IterableDataset, where: str, losses_need_pairs: bool = False) -> RowFormat:

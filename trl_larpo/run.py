@@ -23,6 +23,7 @@ from trl import ModelConfig
 from .config import LarPOConfig
 from .errors import ConfigError, LarPOError
 from .health import CHECKS, Check, check_iteration
+from .mirror import Mirror
 from .report import write_report
 from .rewards import load_rewards
 from .run_config import RunConfig
@@ -59,6 +60,13 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         LarPOError: If something in the input must be mended; nothing computed is lost.
     """
     folder = RunFolder(options, training, model)
+    mirror = None
+    if options.mirror:
+        mirror = Mirror(folder.path, options.mirror)
+        if not options.dry_run:
+            with only_process(folder.path), disk_full_is_said(folder.path):
+                if count := mirror.fetch():
+                    print(f"Fetched {count} files of the run from {options.mirror}")
     check(folder)
     if options.dry_run:
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
@@ -69,7 +77,7 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         folder.prepare_prompts(AutoTokenizer.from_pretrained(model.model_name_or_path))
         folder.save_configuration()
         print(plan(folder))
-        return _run_all(folder)
+        return _run_all(folder, mirror)
 
 
 def check(folder: RunFolder) -> None:
@@ -225,7 +233,7 @@ def _num_steps(folder: RunFolder, num_lists: int) -> int:
     return math.ceil(num_lists / folder.global_batch_size * training.num_train_epochs)
 
 
-def _run_all(folder: RunFolder) -> Path:
+def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
     options, started = folder.options, time.monotonic()
     stages, tracking = Stages(folder), Tracking(folder)
     page = folder.path / "report.html"
@@ -233,11 +241,13 @@ def _run_all(folder: RunFolder) -> Path:
         for iteration in range(options.num_iterations + 1):
             for stage in STAGES if iteration else ("held_out", "evaluate"):
                 _run_stage(folder, stages, stage, iteration)
+                _push(mirror)
             if iteration:
                 checks = _check_health(folder, iteration)
                 _announce(folder, iteration, checks)
                 _track(tracking, iteration, checks)
             page = write_report(folder.path)
+            _push(mirror)
             bad = [c for c in checks if not c.ok] if iteration else []
             if any(c.name in options.stop_on or "any" in options.stop_on for c in bad):
                 raise LarPOError(
@@ -316,6 +326,15 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
     for check in checks:
         if not check.ok:
             print(f"  WARNING {check.name}: {check.value:.3g}, should be {check.limit}. {check.meaning}")
+
+
+def _push(mirror: Mirror | None) -> None:
+    """A store that is out of reach does not stop the run; the next stage tries again."""
+    try:
+        if mirror is not None:
+            mirror.push()
+    except Exception as error:  # of any store's
+        print(f"  WARNING mirror: {type(error).__name__}: {error} The run goes on, and {mirror.url} lags behind.")
 
 
 def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:

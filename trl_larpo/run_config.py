@@ -249,6 +249,11 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
         "Command that starts the training and the log-probabilities, e.g. on several machines; {stage} stands for what "
         "comes after `python` or `accelerate launch ...`, e.g. 'srun --nodes 2 ... accelerate launch ... {stage}'.",
     )
+    mirror: str | None = option(
+        None,
+        "Where a copy of the run's folder is kept, for machines that come and go: s3://bucket/run, gs://... or any URL of "
+        "fsspec's. An empty `output_dir` is filled from it, and the run goes on.",
+    )
     dry_run: bool = option(False, "Check everything, print the plan, and stop.")
 
     def check(self) -> None:

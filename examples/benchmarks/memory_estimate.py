@@ -1,0 +1,205 @@
+"""
+How much memory list training needs on each GPU: by the size of the model, the lists, and the number of GPUs.
+
+    python examples/benchmarks/memory_estimate.py                                  # the table of the README
+    python examples/benchmarks/memory_estimate.py --model ./my-model --gpus 16 --list 8 --lengths 1500/500
+    python examples/benchmarks/memory_estimate.py --params 13e9 --gpus 8
+
+Everything here is computed, nothing measured. Weights, gradients and the optimizer's state follow DeepSpeed's own
+estimator (bf16 weights and gradients, Adam in float32). The reference adds its weights, unless its log-probabilities
+are computed beforehand (`precompute_ref_log_probs`, always so in `larpo run`). Activations are those of gradient
+checkpointing with shared prompts, one list at a time: what each layer keeps, and what one layer needs while it is
+computed again.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass
+class Shape:
+    """What the estimate needs of a Llama-like model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tied: bool = False
+
+    @property
+    def layer_params(self) -> int:
+        head_size = self.hidden_size // self.num_heads
+        attention = 2 * self.hidden_size**2 + 2 * self.hidden_size * head_size * self.num_key_value_heads
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    @property
+    def params(self) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return embeddings + self.num_layers * self.layer_params + self.hidden_size
+
+    @property
+    def largest_layer_params(self) -> int:
+        """Of one module, as DeepSpeed counts it: usually the embedding."""
+        return max(self.vocab_size * self.hidden_size, self.hidden_size * self.intermediate_size)
+
+
+SHAPES = {
+    "135M": Shape(576, 1536, 30, 9, 3, 49152, tied=True),
+    "2B": Shape(2304, 9216, 26, 8, 4, 256000, tied=True),
+    "7B": Shape(4096, 14336, 32, 32, 8, 32000),
+    "13B": Shape(5120, 13824, 40, 40, 40, 32000),
+    "70B": Shape(8192, 28672, 80, 64, 8, 128256),
+}
+
+
+def model_states(
+    shape: Shape, stage: int, gpus_per_node: int, nodes: int = 1, offload: bool = False
+) -> tuple[float, float]:
+    """
+    Bytes of weights, gradients and the optimizer's state.
+
+    Args:
+        shape: The model.
+        stage: Of ZeRO, 0 (none, as in DDP) to 3.
+        gpus_per_node: GPUs of each machine.
+        nodes: Machines.
+        offload: Weights (stage 3) and the optimizer's state in the memory of the CPU.
+
+    Returns:
+        On each GPU, and in the CPU memory of each machine.
+    """
+    params, gpus = shape.params, gpus_per_node * nodes
+    buffers = 1.5  # DeepSpeed's allowance for buffers in the memory of the CPU
+    if stage == 3:
+        gathered = 4 * shape.largest_layer_params  # one module's weights and gradients, whole
+        if offload:
+            return gathered, 18 * params / nodes * buffers
+        return gathered + 18 * params / gpus, shape.largest_layer_params * 4 * gpus_per_node * buffers
+    if stage == 2:
+        if offload:
+            return 2 * params, params * max(4 * gpus, 16) * buffers
+        return 2 * params + 18 * params / gpus, params * 4 * gpus_per_node * buffers
+    if stage == 1:  # gradients of 16 bits stay whole
+        return 4 * params + 16 * params / gpus, params * 4 * gpus_per_node * buffers
+    return 20 * params, params * 4 * gpus_per_node * buffers
+
+
+def activations(shape: Shape, prompt: int, completion: int, list_size: int, chunk: int | None = None) -> float:
+    """
+    Bytes that one list needs beside the model's state, in bf16, with gradient checkpointing and a shared prompt.
+
+    Args:
+        shape: The model.
+        prompt: Tokens of the prompt.
+        completion: Tokens of each completion.
+        list_size: Completions.
+        chunk: `candidate_chunk_size`; `None`: all at once.
+    """
+    at_once = min(list_size, chunk or list_size)
+    tokens = prompt + at_once * (completion + 1)
+    kept = 2 * tokens * shape.hidden_size * shape.num_layers  # the input of each layer
+    if chunk is not None:  # and the prompt's keys and values, which all chunks read
+        head_size = shape.hidden_size // shape.num_heads
+        kept += 2 * 2 * prompt * head_size * shape.num_key_value_heads * shape.num_layers
+    one_layer = 2 * tokens * (8 * shape.hidden_size + 4 * shape.intermediate_size)  # its parts, while computed again
+    head = 3 * 4 * min(at_once * completion, 1024) * shape.vocab_size  # a chunk of logits in float32, and its gradient
+    return kept + max(one_layer, head)
+
+
+def reference(shape: Shape, stage: int, gpus: int) -> float:
+    """Bytes of the reference's weights on each GPU, in bf16."""
+    return 2 * shape.params / (gpus if stage == 3 else 1)
+
+
+def table(prompt: int, completion: int) -> str:
+    """A Markdown table: the least that fits on GPUs of 80 GiB, for some models and lists."""
+    lines = [
+        "| model | list | GPUs | ZeRO | states | activations | each GPU | CPU memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("2B", "7B", "13B", "70B"):
+        for list_size in (4, 8, 32):
+            shape, chunk = SHAPES[name], 4 if list_size == 32 else None
+            stage, gpus, gpu, cpu, moving = smallest(shape, prompt, completion, list_size, chunk)
+            chunks = f", chunks of {chunk}" if chunk else ""
+            machines = f" ({gpus // 8} × 8)" if gpus > 8 else ""
+            lines.append(
+                f"| {name} | {list_size} × {prompt}/{completion}{chunks} | {gpus}{machines} | {stage} | "
+                f"{(gpu - moving) / GIB:.1f} GiB | {moving / GIB:.1f} GiB | {gpu / GIB:.1f} GiB | {cpu / GIB:.0f} GiB |"
+            )
+    return "\n".join(lines)
+
+
+def smallest(shape: Shape, prompt: int, completion: int, list_size: int, chunk: int | None, room: float = 72 * GIB):
+    """Fewest GPUs, and of these the lowest stage, at which all fits into `room` bytes on each."""
+    moving = activations(shape, prompt, completion, list_size, chunk)
+    for gpus in (1, 2, 4, 8, 16, 32, 64, 128):
+        for stage in (1, 2, 3):
+            states, cpu = model_states(shape, stage, min(gpus, 8), max(1, gpus // 8))
+            if states + moving <= room:
+                return stage, gpus, states + moving, cpu, moving
+    raise SystemExit("It fits on none of 128 GPUs.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--model", help="folder or hub id, of which only the configuration is read")
+    parser.add_argument("--params", type=float, help="number of weights, of a model of Llama's proportions")
+    parser.add_argument("--gpus", type=int, default=8, help="of all machines")
+    parser.add_argument("--gpus_per_node", type=int, default=8)
+    parser.add_argument("--list", type=int, default=4, help="completions of a prompt")
+    parser.add_argument("--lengths", default="1000/1000", help="tokens of the prompt / of each completion")
+    parser.add_argument("--candidate_chunk_size", type=int)
+    options = parser.parse_args(argv)
+    prompt, completion = map(int, options.lengths.split("/"))
+    print("Computed, not measured.\n")
+    if options.model is None and options.params is None:
+        print(
+            "Fewest GPUs of 80 GiB (72 used), the reference's log-probabilities computed beforehand:\n\n"
+            f"{table(prompt, completion)}"
+        )
+        return
+    shape = shape_of(options.model) if options.model else scaled(options.params)
+    moving = activations(shape, prompt, completion, options.list, options.candidate_chunk_size)
+    nodes = max(1, options.gpus // options.gpus_per_node)
+    per_node = min(options.gpus, options.gpus_per_node)
+    print(f"{shape.params / 1e9:.2f}B weights, a list of {options.list} × {options.lengths}, {options.gpus} GPUs")
+    print(f"activations {moving / GIB:8.1f} GiB on each GPU\n")
+    print(f"{'':14}{'states':>12}{'+ reference':>14}{'in all':>12}{'CPU memory':>14}")
+    for stage, offload in ((0, False), (1, False), (2, False), (3, False), (3, True)):
+        states, cpu = model_states(shape, stage, per_node, nodes, offload)
+        frozen = reference(shape, stage, options.gpus)
+        name = ("DDP" if stage == 0 else f"ZeRO-{stage}") + (" offload" if offload else "")
+        values = (states, frozen, states + frozen + moving, cpu)
+        print(f"{name:14}" + "".join(f"{v / GIB:{w}.1f}" for v, w in zip(values, (12, 14, 12, 14), strict=True)))
+
+
+def shape_of(model: str) -> Shape:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return Shape(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        config.vocab_size,
+        bool(config.tie_word_embeddings),
+    )
+
+
+def scaled(params: float) -> Shape:
+    """The listed shape of the nearest size, with as many layers as give the number of weights."""
+    nearest = min(SHAPES.values(), key=lambda shape: abs(shape.params - params))
+    rest = nearest.params - nearest.num_layers * nearest.layer_params
+    nearest.num_layers = max(1, round((params - rest) / nearest.layer_params))
+    return nearest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""A run's copy in an object store: a machine that comes later goes on from it, and trouble does not stop a run."""
+
+import json
+import shutil
+
+import fsspec
+import pytest
+from small_run import change_options, larpo_run, rows_of
+
+from trl_larpo import LarPOError
+from trl_larpo.data import load_splits
+from trl_larpo.mirror import Mirror
+
+
+def test_another_machine_goes_on_where_the_first_one_ended(project, capsys):
+    change_options(project, mirror=f"file://{project}/store/run")
+    assert larpo_run("--num_iterations", 1) == 0
+    files = {path.relative_to(project / "out").as_posix() for path in (project / "out").rglob("*") if path.is_file()}
+    assert "iteration_1/model/model.safetensors" in files
+    before = (project / "out/iteration_1/samples.jsonl").read_bytes()
+    shutil.move(project / "out", project / "gone")
+    assert larpo_run() == 0  # two iterations now
+    assert "Fetched" in capsys.readouterr().out
+    assert (project / "out/iteration_1/samples.jsonl").read_bytes() == before
+    timings = [(row["iteration"], row["stage"]) for row in rows_of(project / "out/timings.jsonl")]
+    assert timings.count((1, "train")) == 1 and timings.count((2, "train")) == 1  # the first was not done again
+    assert (project / "store/run/iteration_2/model/model.safetensors").exists()
+    assert not list((project / "store").rglob("*.partial*")) and not list((project / "store").rglob(".lock"))
+
+
+def test_a_copy_that_was_broken_off_is_not_taken_for_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    (folder / "iteration_1").mkdir(parents=True)
+    (folder / "run.yaml").write_text("a: 1")
+    mirror = Mirror(folder, "memory://broken/run")
+    assert mirror.push() == 1 and mirror.push() == 0
+    for name in ("one", "two"):
+        (folder / f"iteration_1/{name}.jsonl").write_text("{}\n")
+    put = mirror.files.put_file
+
+    def put_one_only(source, target):
+        if "two" in target:
+            raise ConnectionError
+        put(source, target)
+
+    monkeypatch.setattr(mirror.files, "put_file", put_one_only)
+    with pytest.raises(ConnectionError):
+        mirror.push()
+    assert fsspec.filesystem("memory").exists("/broken/run/iteration_1/one.jsonl")
+    other = Mirror(tmp_path / "other", "memory://broken/run")
+    assert other.fetch() == 1 and not (tmp_path / "other/iteration_1").exists()
+    monkeypatch.setattr(mirror.files, "put_file", put)
+    assert mirror.push() == 1  # what was left
+    assert Mirror(tmp_path / "third", "memory://broken/run").fetch() == 3
+    assert other.fetch() == 0  # has a run already
+
+
+def test_a_store_out_of_reach_does_not_stop_the_run(project, capsys, monkeypatch):
+    def fails(self):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(Mirror, "push", fails)
+    assert larpo_run("--num_iterations", 1, "--mirror", "memory://out-of-reach") == 0
+    assert "WARNING mirror: ConnectionError: no route The run goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("url", ["nowhere://bucket/run", "s3://bucket/run"])
+def test_unknown_or_missing_protocols_are_named(project, capsys, url):
+    if url.startswith("s3"):
+        try:
+            import s3fs  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            pytest.skip("s3fs is installed")
+    assert larpo_run("--mirror", url) == 2
+    assert f"`mirror`: {url!r} cannot be used: " in capsys.readouterr().err
+
+
+def test_prompts_and_candidates_from_urls(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p"}) + "\n")
+    assert load_splits(f"file://{tmp_path}/rows.jsonl")["train"][0] == {"prompt": "p"}
+    for url, message in ((f"file://{tmp_path}/none.jsonl", "cannot be read"), ("file:///x.txt", "none of the kinds")):
+        with pytest.raises(LarPOError, match=message):
+            load_splits(url)
