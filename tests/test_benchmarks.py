@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -57,3 +58,31 @@ def test_where_the_time_of_a_run_went(finished_run, capsys):
     assert result["samples"] == 48  # 6 prompts, 4 samples, 2 iterations
     assert all(seconds > 0 for stage, seconds in result["seconds"].items() if stage not in ("reward", "select"))
     assert "lists/s" in capsys.readouterr().out
+
+
+def test_the_estimate_equals_that_of_deepspeed():
+    estimate = load("memory_estimate")
+    stage2 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2").estimate_zero2_model_states_mem_needs
+    stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3").estimate_zero3_model_states_mem_needs
+    for shape in estimate.SHAPES.values():
+        for gpus, nodes in ((1, 1), (8, 1), (8, 4)):
+            for offload in (False, True):
+                cpu, gpu = stage2(shape.params, gpus, nodes, cpu_offload=offload)
+                assert estimate.model_states(shape, 2, gpus, nodes, offload) == pytest.approx((gpu, cpu), rel=1e-6)
+                cpu, gpu, _ = stage3(shape.params, shape.largest_layer_params, gpus, nodes, offload, offload)
+                assert estimate.model_states(shape, 3, gpus, nodes, offload) == pytest.approx((gpu, cpu), rel=1e-6)
+
+
+def test_the_estimate_knows_the_size_of_models(tiny_model, capsys):
+    estimate = load("memory_estimate")
+    assert estimate.SHAPES["7B"].params == pytest.approx(7.24e9, rel=0.01)  # Mistral 7B
+    assert estimate.SHAPES["70B"].params == pytest.approx(70.6e9, rel=0.01)  # Llama 3 70B
+    assert estimate.SHAPES["135M"].params == 134_515_008  # SmolLM2
+    shape = estimate.shape_of(tiny_model)
+    assert shape.params == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    whole, chunks = (estimate.activations(shape, 100, 50, 32, chunk) for chunk in (None, 2))
+    assert chunks < whole / 3
+    estimate.main([])
+    assert "Computed, not measured." in capsys.readouterr().out
+    estimate.main(["--params", "13e9", "--gpus", "16"])
+    assert "13.0" in capsys.readouterr().out

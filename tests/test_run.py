@@ -274,6 +274,13 @@ BAD = {
     "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes by itself"),
     "loss": (["--loss_type", "lambdarnak"], "Did you mean 'lambdarank'"),
     "earlier candidates": (["--earlier_candidates", "none.jsonl"], "`earlier_candidates` names 'none.jsonl'"),
+    "accelerate config": (["--accelerate_config", "none.yaml"], "`accelerate_config` is 'none.yaml', and there is no"),
+    "no accelerate config": (["--accelerate_config", "it.yaml"], "is no configuration file of accelerate"),
+    "sharded models": (["--accelerate_config", "shards.yaml"], "set `zero3_save_16bit_model: true` in 'shards.yaml'"),
+    "launcher without a stage": (["--train_launcher", "accelerate launch"], r"`train_launcher` has no \{stage\}"),
+    "launcher": (["--train_launcher", "no-such-launcher {stage}"], "there is no program 'no-such-launcher'"),
+    "launcher beside processes": (["--train_launcher", "x {stage}", "--train_processes", 2], "starts the processes"),
+    "processes": (["--generation_processes", 0], "`generation_processes` is 0"),
     "max_list_size beside top": (["--num_best", 1, "--num_worst", 1, "--max_list_size", 3], "has no effect beside"),
 }  # fmt: skip
 
@@ -284,6 +291,8 @@ def test_bad_configurations_are_one_line_before_any_model_is_loaded(project, cap
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    shards = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}
+    (project / "shards.yaml").write_text(yaml.safe_dump(shards))
     flags, message = BAD[name]
     assert larpo_run(*flags) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("larpo: error: ")]

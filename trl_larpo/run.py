@@ -111,8 +111,11 @@ def check(folder: RunFolder) -> None:
     for candidates in options.earlier_candidates or []:
         if not Path(candidates).exists():
             raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")
-    if options.accelerate_config and not Path(options.accelerate_config).is_file():
-        raise ConfigError(f"`accelerate_config` is {options.accelerate_config!r}, and there is no such file.")
+    if options.accelerate_config:
+        _check_accelerate_config(options.accelerate_config)
+    if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
+        program = shlex.split(options.train_launcher)[0]
+        raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
     if options.server_command:
         words, _ = server_command(options.server_command, model="model", port=1, index=0)
         if not words or shutil.which(words[0]) is None:
@@ -140,6 +143,22 @@ def check(folder: RunFolder) -> None:
                     f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}"
                 ) from None
     _check_disk(folder)
+
+
+def _check_accelerate_config(path: str) -> None:
+    """Whole models must come out of the training, not shards."""
+    if not Path(path).is_file():
+        raise ConfigError(f"`accelerate_config` is {path!r}, and there is no such file.")
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or "distributed_type" not in settings:
+        raise ConfigError(f"`accelerate_config`: {path!r} is no configuration file of accelerate.")
+    deepspeed, fsdp = settings.get("deepspeed_config") or {}, settings.get("fsdp_config") or {}
+    if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
+        raise ConfigError(f"`accelerate_config`: set `zero3_save_16bit_model: true` in {path!r}, to save whole models.")
+    if fsdp and fsdp.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
+        raise ConfigError(
+            f"`accelerate_config`: set `fsdp_state_dict_type: FULL_STATE_DICT` in {path!r}, to save whole models."
+        )
 
 
 def _check_disk(folder: RunFolder) -> None:
@@ -268,8 +287,10 @@ def _run_stage(folder: RunFolder, stages: Stages, stage: str, iteration: int) ->
         return
     started = time.monotonic()
     num_processes = folder.options.processes_of(stage)
-    launcher = folder.options.train_launcher if stage in SHARDED_STAGES else None
-    if num_processes > 1 or launcher:
+    sharded = stage in SHARDED_STAGES
+    launcher = folder.options.train_launcher if sharded else None
+    in_processes = num_processes > 1 or launcher or (sharded and folder.options.accelerate_config)
+    if in_processes and not (iteration == 0 and stage == "evaluate"):  # which runs no model
         stages.close()
         _launch_stage(folder, stage, iteration, num_processes, launcher)
     else:

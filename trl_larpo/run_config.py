@@ -251,7 +251,7 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
     )
     mirror: str | None = option(
         None,
-        "Where a copy of the run's folder is kept, for machines that come and go: s3://bucket/run, gs://... or any URL of "
+        "Where a copy of the folder is kept, for machines that come and go: s3://bucket/run, gs://... or any URL of "
         "fsspec's. An empty `output_dir` is filled from it, and the run goes on.",
     )
     dry_run: bool = option(False, "Check everything, print the plan, and stop.")

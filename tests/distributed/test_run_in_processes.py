@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,3 +109,24 @@ def test_an_error_in_one_process_is_said_once(project):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("larpo: error: ")]
     assert len(said) == 1 and "The reward run_rewards:broken failed: ZeroDivisionError: division by zero" in said[0]
+
+
+def test_two_machines_train_one_model(project):
+    # Two machines on one host: each starts its own process, and they find each other by address and rank
+    node = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1"
+    node = f"{node} --master_port {free_port()} --node_rank"
+    both = f"bash -c '{node} 1 {{stage}} & other=$!; {node} 0 {{stage}} && wait $other'"
+    change_options(project, num_iterations=1)
+    assert larpo_run("--output_dir", "one") == 0
+    flags = ["--output_dir", "two", "--per_device_train_batch_size", "1", "--train_launcher", both]
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=300, **in_processes())
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(f"{run}/iteration_1/model/model.safetensors") for run in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
