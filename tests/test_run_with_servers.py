@@ -13,6 +13,8 @@ import pytest
 from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of
 
+pytest.importorskip("openai")
+
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
 
 

@@ -14,6 +14,8 @@ from fake_server import FakeServer
 from trl_larpo import ConfigError, LarPOError, servers
 from trl_larpo.servers import Request, Sampler, check_url, running_servers, server_command, stop_leftovers
 
+pytest.importorskip("openai")
+
 SCRIPT = Path(__file__).with_name("fake_server.py")
 COMMAND = f"{sys.executable} {SCRIPT} --port {{port}} {{model}}"
 

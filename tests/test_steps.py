@@ -50,6 +50,7 @@ def test_samples_do_not_depend_on_where_it_was_stopped(project, generate):
 
 
 def test_samples_from_a_server(project, generate):
+    pytest.importorskip("openai")
     server = FakeServer().start()
     assert generate("--server_urls", server.url) == 0
     rows = rows_of(project / "samples.jsonl")

@@ -9,6 +9,7 @@ random numbers of its own, so that what is sampled does not depend on what else 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -71,14 +72,15 @@ def sample(
     """
     rows = [(job, i) for job in jobs for i in range(len(job.temperatures))]
     if layer_obstacle(model) is not None:  # no cache of keys and values that could be rearranged
-        for start in range(0, len(rows), batch_size):
-            for (job, i), ids in zip(
-                rows[start : start + batch_size],
-                _generate(model, rows[start : start + batch_size], max_new_tokens, end_ids, pad_id, top_p),
-                strict=True,
-            ):
-                job.results[i] = ids
-                on_completion(ids)
+        # Prompts of one length together: not every model that keeps a state leaves padding out of it
+        for _, same_length in groupby(sorted(rows, key=_prompt_length, reverse=True), _prompt_length):
+            same_length = list(same_length)
+            for start in range(0, len(same_length), batch_size):
+                batch = same_length[start : start + batch_size]
+                completions = _generate(model, batch, max_new_tokens, end_ids, pad_id, top_p)
+                for (job, i), ids in zip(batch, completions, strict=True):
+                    job.results[i] = ids
+                    on_completion(ids)
         return
 
     waiting = deque(_groups(jobs, batch_size))
@@ -95,6 +97,10 @@ def sample(
         for job, i, ids in batch.leave():
             job.results[i] = ids
             on_completion(ids)
+
+
+def _prompt_length(row: tuple[Job, int]) -> int:
+    return len(row[0].prompt_ids)
 
 
 def _groups(jobs: list[Job], batch_size: int) -> list[tuple[Job, list[int]]]:
@@ -300,16 +306,12 @@ def _generate(
     pad_id: int,
     top_p: float,
 ) -> list[list[int]]:
-    """Completions by `generate`, for models that keep something else than keys and values."""
-    length = max(len(job.prompt_ids) for job, _ in rows)
-    input_ids = torch.full((len(rows), length), pad_id)
-    real = torch.zeros(len(rows), length, dtype=torch.long)
-    for row, (job, _) in enumerate(rows):
-        input_ids[row, length - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
-        real[row, length - len(job.prompt_ids) :] = 1
+    """Completions by `generate`, for models that keep something else than keys and values. Prompts of one length."""
+    input_ids = torch.tensor([job.prompt_ids for job, _ in rows], device=model.device)
+    length = input_ids.size(1)
     output = model.generate(
-        input_ids.to(model.device),
-        attention_mask=real.to(model.device),
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

@@ -47,7 +47,7 @@ class RewardModel:
             dtype = "bfloat16" if device.type == "cuda" else "float32"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise ConfigError(
                 f"The reward model {path!r} has no tokenizer of its own ({' '.join(str(error).split())[:200]}). Save "
                 "the "
