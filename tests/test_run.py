@@ -94,7 +94,10 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_files():
 
 def test_interrupt_says_how_to_go_on(project):
     process = subprocess.Popen(
-        [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell started us with `&`
     )
     deadline = time.monotonic() + 120
     while not (project / "out/iteration_0/held_out.jsonl").exists() and time.monotonic() < deadline:
