@@ -9,6 +9,7 @@ from small_run import change_options, larpo_run, rows_of
 
 from trl_larpo import LarPOError
 from trl_larpo.data import load_splits
+from trl_larpo.files import read_candidate_rows
 from trl_larpo.mirror import Mirror
 
 
@@ -80,6 +81,10 @@ def test_unknown_or_missing_protocols_are_named(project, capsys, url):
 def test_prompts_and_candidates_from_urls(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p"}) + "\n")
     assert load_splits(f"file://{tmp_path}/rows.jsonl")["train"][0] == {"prompt": "p"}
+    candidates = {"prompt": "p", "responses": ["a", "b"], "rewards": [1.0, 2.0]}
+    (tmp_path / "candidates.jsonl").write_text(json.dumps(candidates) + "\n")
+    [row] = read_candidate_rows(f"file://{tmp_path}/candidates.jsonl")
+    assert (row["completions"], row["rewards"]) == (["a", "b"], [1.0, 2.0])
     for url, message in ((f"file://{tmp_path}/none.jsonl", "cannot be read"), ("file:///x.txt", "none of the kinds")):
         with pytest.raises(LarPOError, match=message):
             load_splits(url)

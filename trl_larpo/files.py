@@ -31,7 +31,7 @@ def read_candidate_rows(path: str) -> list[Row]:
     Raises:
         DataError: Names the file, the row and what is wrong with it.
     """
-    if Path(path).suffix == ".jsonl":
+    if Path(path).suffix == ".jsonl" and "://" not in path:
         raw = read_jsonl(path)  # also rows that do not all have the same columns
     else:
         raw = [dict(row) for row in next(iter(load_splits(path).values()))]

@@ -109,7 +109,7 @@ def check(folder: RunFolder) -> None:
     folder.check_configuration()
     load_rewards(options.reward_funcs, options.reward_weights)
     for candidates in options.earlier_candidates or []:
-        if not Path(candidates).exists():
+        if "://" not in candidates and not Path(candidates).exists():
             raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")
     if options.accelerate_config:
         _check_accelerate_config(options.accelerate_config)

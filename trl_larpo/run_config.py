@@ -232,7 +232,7 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
     )
     num_processes: int = option(
         1,
-        "Processes of the stages that run a model: by torchrun, one for each GPU, or on a CPU. Each stage may differ:",
+        "Processes of the stages that run a model: by torchrun, one for each GPU, or on a CPU.",
     )
     generation_processes: int | None = option(None, "Processes of the sampling. None: `num_processes`.")
     reward_processes: int | None = option(None, "Processes of the rewards. None: `num_processes`.")
