@@ -65,8 +65,7 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         mirror = Mirror(folder.path, options.mirror)
         if not options.dry_run:
             with only_process(folder.path), disk_full_is_said(folder.path):
-                if count := mirror.fetch():
-                    print(f"Fetched {count} files of the run from {options.mirror}")
+                _fetch(mirror)
     check(folder)
     if options.dry_run:
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
@@ -347,6 +346,15 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
     for check in checks:
         if not check.ok:
             print(f"  WARNING {check.name}: {check.value:.3g}, should be {check.limit}. {check.meaning}")
+
+
+def _fetch(mirror: Mirror) -> None:
+    try:
+        count = mirror.fetch()
+    except Exception as error:  # of any store's
+        raise ConfigError(f"`mirror`: {mirror.url} cannot be read: {type(error).__name__}: {error}") from error
+    if count:
+        print(f"Fetched {count} files of the run from {mirror.url}")
 
 
 def _push(mirror: Mirror | None) -> None:
