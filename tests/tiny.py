@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trl_larpo.small import byte_tokenizer
 
 TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
 
@@ -29,15 +30,7 @@ CHAT_TEMPLATE = (
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and a ChatML template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([PAD, BOS, EOS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([PAD, BOS, EOS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, chat_template=CHAT_TEMPLATE
-    )
+    return byte_tokenizer(CHAT_TEMPLATE, (PAD, BOS, EOS))
 
 
 def save_tiny_model(folder: Path, model_type: str = "llama", **config) -> str:

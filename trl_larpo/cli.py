@@ -2,10 +2,10 @@
 The command `larpo`.
 
 `larpo run` is the whole of Algorithm 1; `larpo generate`, `reward`, `select` and `train` are its steps, with JSONL
-files between them, and `larpo report` writes its page. Options come from a YAML file (`--config`) and from flags, which
-win. `larpo train` is the counterpart of `trl dpo`: it runs in this process, also under `accelerate launch -m trl_larpo
-train ...`; with options of `accelerate launch` (such as `--num_processes`) or `--accelerate_config` it launches itself
-through accelerate.
+files between them; `larpo report` writes its page and `larpo recall` measures Recall@N. Options come from a YAML file
+(`--config`) and from flags, which win. `larpo train` is the counterpart of `trl dpo`: it runs in this process, also
+under `accelerate launch -m trl_larpo train ...`; with options of `accelerate launch` (such as `--num_processes`) or
+`--accelerate_config` it launches itself through accelerate.
 """
 
 import argparse
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
             print(f"larpo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nlarpo: interrupted. What was computed is kept; run the same command again to go on.", file=sys.stderr)
+        return 130
 
 
 def run(argv: list[str]) -> None:
@@ -52,12 +55,18 @@ def run(argv: list[str]) -> None:
     from .run import run as run_loop
     from .run_config import RunConfig
 
+    if "--small" in argv:
+        from .small import shrink_arguments
+
+        argv = shrink_arguments([word for word in argv if word != "--small"])
     options, training, model, _ = _parse(
         argv,
         (RunConfig, LarPOConfig, ModelConfig),
         command="run",
         description="Algorithm 1 of the LarPO paper: sample, reward, rank, train, evaluate, and again from the result. "
         "Run the same command again to go on after a stop.",
+        epilog="With --small, the configuration runs with tiny stand-ins for its models and a few short prompts: to "
+        "see in a minute, without a GPU or a network, that all of it works. Other flags still win.",
     )
     _show_log()
     run_loop(options, training, model)
@@ -134,6 +143,23 @@ def select(argv: list[str]) -> None:
     select(options)
 
 
+def recall(argv: list[str]) -> None:
+    """`larpo recall`: Recall@N, best-of-N and majority vote."""
+    from trl import ModelConfig
+
+    from .recall import RecallConfig, recall
+
+    options, model, _ = _parse(
+        argv,
+        (RecallConfig, ModelConfig),
+        command="recall",
+        description="Sample completions, check them, and show how many prompts at least one of N solves (Recall@N), "
+        "beside greedy decoding, best-of-N and majority vote. Reads the samples of `larpo run` too.",
+    )
+    _show_log()
+    recall(options, model)
+
+
 def _show_log() -> None:
     """Lets the package say on stderr what it does; as a library it only warns."""
     logger = logging.getLogger(__package__)
@@ -152,6 +178,8 @@ def train(argv: list[str]) -> int:
         (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="train",
         description="Train a model on ranked lists of responses, or on chosen/rejected pairs.",
+        epilog="Options of `accelerate launch` (--num_processes, --config_file, ...) and --accelerate_config are taken "
+        "too, and launch the training through accelerate.",
         launchable=True,
     )
     if launch_args:
@@ -218,7 +246,15 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (`{self.prog} --help` explains every option)")
 
 
-def _parse(argv: list[str], dataclasses: tuple, *, command: str, description: str, launchable: bool = False):
+def _parse(
+    argv: list[str],
+    dataclasses: tuple,
+    *,
+    command: str,
+    description: str,
+    epilog: str | None = None,
+    launchable: bool = False,
+):
     """Options as dataclasses, and what is left for `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
     from trl import TrlParser
@@ -230,10 +266,7 @@ def _parse(argv: list[str], dataclasses: tuple, *, command: str, description: st
         dataclasses,
         prog=f"larpo {command}",
         description=description,
-        epilog="Options of `accelerate launch` (--num_processes, --config_file, ...) and --accelerate_config are taken "
-        "too, and launch the training through accelerate."
-        if launchable
-        else None,
+        epilog=epilog,
         allow_abbrev=False,
     )
     try:
@@ -309,6 +342,7 @@ COMMANDS = {
     "generate": (generate, "sample completions of prompts"),
     "reward": (reward, "score completions"),
     "select": (select, "merge scored completions and make ranked lists of them"),
+    "recall": (recall, "Recall@N of a model or a run, with greedy decoding, best-of-N and majority vote"),
     "report": (report, "write the page of a run"),
     "stage": (stage, None),
     "launch": (launch, None),

@@ -7,6 +7,10 @@ over a random order of tied candidates, as in scikit-learn. Values come in float
 it (CPU, CUDA).
 """
 
+import itertools
+import math
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -133,6 +137,86 @@ def recall_at_n(num_samples, num_correct, n: int) -> np.ndarray:
     # Chance that draw after draw is wrong; the product reaches 0 once the wrong samples are used up
     all_wrong = np.prod(np.maximum(num_wrong - drawn, 0) / (num_samples[..., None] - drawn), axis=-1)
     return 1.0 - all_wrong
+
+
+def best_of_n_accuracy(judged, correct, n: int) -> float:
+    """
+    Chance that the sample a judge likes best, of n drawn without repetition, solves the prompt.
+
+    Exact: the average over all choices of n samples. Of those a judge likes equally, each may be the best.
+
+    Args:
+        judged: What the judge says of each sample of one prompt, larger is better, float `(num_samples,)`.
+        correct: Whether each solves the prompt, bool or 0/1, `(num_samples,)`.
+        n: Number of samples that the judge sees, 1 ≤ n ≤ `num_samples`.
+
+    Raises:
+        ValueError: If n is out of range.
+    """
+    judged, correct = np.asarray(judged, dtype=float), np.asarray(correct, dtype=float)
+    count = len(judged)
+    if not 1 <= n <= count:
+        raise ValueError(f"n must be between 1 and the number of samples ({count}), got n={n}.")
+    accuracy = 0.0
+    for value in np.unique(judged):
+        # The best is of this value where none is better and not all are worse
+        up_to, below = int((judged <= value).sum()), int((judged < value).sum())
+        chance = (math.comb(up_to, n) - math.comb(below, n)) / math.comb(count, n)
+        accuracy += chance * float(correct[judged == value].mean())
+    return accuracy
+
+
+def majority_accuracy(answers, correct, n: int, draws: int = 200, seed: int = 0) -> float:
+    """
+    Chance that the most frequent answer among n samples is right (majority vote, also known as self-consistency).
+
+    Args:
+        answers: Answer of each sample of one prompt, any hashable value; `None` where it gives none, which is no vote.
+        correct: Whether each is right, bool or 0/1, `(num_samples,)`.
+        n: Number of samples that vote, 1 ≤ n ≤ `num_samples`.
+        draws: So many random choices of n samples are averaged, where there are more; else all of them.
+        seed: Of the random choices.
+
+    Returns:
+        The chance. Answers with equally many votes count alike; where nobody votes, 0.
+
+    Raises:
+        ValueError: If n is out of range.
+    """
+    count = len(answers)
+    if not 1 <= n <= count:
+        raise ValueError(f"n must be between 1 and the number of samples ({count}), got n={n}.")
+    if math.comb(count, n) <= draws:
+        choices = list(itertools.combinations(range(count), n))
+    else:
+        generator = np.random.default_rng(seed)
+        choices = [generator.choice(count, n, replace=False) for _ in range(draws)]
+    right = {answer: np.mean([c for a, c in zip(answers, correct, strict=True) if a == answer]) for answer in answers}
+    total = 0.0
+    for chosen in choices:
+        votes = Counter(answers[i] for i in chosen if answers[i] is not None)
+        most = max(votes.values(), default=0)
+        total += float(np.mean([right[a] for a, v in votes.items() if v == most])) if votes else 0.0
+    return total / len(choices)
+
+
+def bootstrap_interval(values, num_resamples: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """
+    Percentile interval of the mean over prompts, from resamples of the prompts with repetition.
+
+    Args:
+        values: One number for each prompt, float `(num_prompts,)`.
+        num_resamples: Resamples.
+        level: Share of the resampled means inside, in (0, 1).
+        seed: Of the resampling.
+
+    Returns:
+        Lower and upper end.
+    """
+    values = np.asarray(values, dtype=float)
+    counts = np.random.default_rng(seed).multinomial(len(values), [1 / len(values)] * len(values), size=num_resamples)
+    low, high = np.quantile(counts @ values / len(values), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _float64(scores: Tensor, relevance: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

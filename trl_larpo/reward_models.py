@@ -4,7 +4,12 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import ConfigError, DataError
 from .rewards import Prompt
@@ -12,6 +17,42 @@ from .rewards import Prompt
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def load_judge(
+    model_class: type, path: str, dtype: str = "auto", device: str | torch.device | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """
+    A model that judges completions, in eval mode, with the tokenizer it was trained with.
+
+    Args:
+        model_class: Has `from_pretrained`.
+        path: Folder or hub id.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
+        device: `None`: a GPU where there is one.
+
+    Raises:
+        ConfigError: If there is no tokenizer, no model, or weights are missing.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"The reward model {path!r} has no tokenizer of its own ({' '.join(str(error).split())[:200]}). Save the "
+            "one it was trained with beside it."
+        ) from error
+    try:
+        model, loading = model_class.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"The reward model {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if loading["missing_keys"]:
+        raise ConfigError(
+            f"{path!r} is no trained reward model: it has no weights for {', '.join(sorted(loading['missing_keys']))}."
+        )
+    return tokenizer, model.to(device).eval()
 
 
 class RewardModel:
@@ -42,34 +83,12 @@ class RewardModel:
         device: str | torch.device | None = None,
     ):
         self.__name__ = path
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype == "auto":
-            dtype = "bfloat16" if device.type == "cuda" else "float32"
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(
-                f"The reward model {path!r} has no tokenizer of its own ({' '.join(str(error).split())[:200]}). Save "
-                "the "
-                "one it was trained with beside it."
-            ) from error
-        try:
-            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=getattr(torch, dtype), output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"The reward model {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
-        if loading["missing_keys"]:
-            raise ConfigError(
-                f"{path!r} is no trained reward model: it has no weights for "
-                f"{', '.join(sorted(loading['missing_keys']))}."
-            )
+        self.tokenizer, self.model = load_judge(AutoModelForSequenceClassification, path, dtype, device)
         if self.model.config.num_labels != 1:
             raise ConfigError(
                 f"The reward model {path!r} has {self.model.config.num_labels} labels; a reward has 1. Wrap it in a "
                 "function that makes one number of them."
             )
-        self.model.to(device).eval()
         self.batch_size, self.max_length, self.checked, self.num_cut = batch_size, max_length, False, 0
 
     def __call__(self, prompts: list[Prompt], completions: list[Any], **columns: list[Any]) -> list[float]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from trl.import_utils import is_math_verify_available
+
 from .candidates import completion_text, prompt_text
 from .errors import ConfigError, DataError, LarPOError
 
@@ -128,9 +130,49 @@ def final_number(text: str) -> float | None:
     return None
 
 
+def math_reward(
+    prompts: list[Prompt], completions: list[Any], *, solution: list[str], **columns: list[Any]
+) -> list[float | None]:
+    r"""
+    1 where the completion ends in the answer of the solution, as math-verify compares them (TRL's `accuracy_reward`).
+
+    Args:
+        prompts: Not looked at.
+        completions: Text of each completion, or its list of messages; the answer stands in `\\boxed{}` or in LaTeX.
+        solution: The right answer in LaTeX, e.g. MATH's column `solution`, which ends in `\\boxed{}`.
+        **columns: Not looked at.
+
+    Returns:
+        0.0 or 1.0 for each completion; `None` where the solution has no answer that can be read.
+
+    Raises:
+        ConfigError: If the package math-verify is missing.
+    """
+    if not is_math_verify_available():
+        raise ConfigError("The reward 'math' needs the package math-verify: pip install 'trl-larpo[eval]'.")
+    from trl.rewards import accuracy_reward
+
+    texts = [[{"role": "assistant", "content": completion_text(completion)}] for completion in completions]
+    return accuracy_reward(texts, solution)
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What stands in the last `\\boxed{}` of a text, braces inside it included, without spaces."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for place in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return re.sub(r"\s", "", text[begin + 1 : place])
+    return None
+
+
 BUILT_IN: dict[str, RewardFunction] = {
     "verifiable_instruction": verifiable_instruction_reward,
     "gsm8k": gsm8k_reward,
+    "math": math_reward,
 }
 """Rewards that go by a short name."""
 
@@ -154,17 +196,17 @@ class Reward:
 
 
 def load_rewards(
-    names: list[str], weights: list[float] | None = None, load_model: Callable[[str], RewardFunction] | None = None
+    names: list[str], weights: list[float] | None = None, load_model: Callable[[str, bool], Callable] | None = None
 ) -> list[Reward]:
     """
     Finds rewards by their names.
 
     Args:
-        names: Each is one of [`BUILT_IN`], `package.module:function`, the same after `"pairwise:"` for a ranker, or the
-            folder or hub id of a sequence classification model.
+        names: Each is one of [`BUILT_IN`], `package.module:function`, or the folder or hub id of a sequence
+            classification model; after `"pairwise:"` a function that ranks, or the folder or hub id of PairRM.
         weights: Factor of each in the sum. By default 1.
-        load_model: Makes a reward function of a model's folder or hub id. `None` leaves models out: what is returned
-            then is for checking only.
+        load_model: Makes a reward function (or a ranker, where its second argument is true) of a model's folder or hub
+            id. `None` leaves models out: what is returned then is for checking only.
 
     Raises:
         ConfigError: If a reward cannot be found or there is another number of weights.
@@ -179,21 +221,20 @@ def load_rewards(
         if path in BUILT_IN and not pairwise:
             function = BUILT_IN[path]
         elif ":" in path:
-            function = _import_function(path)
-        elif pairwise:
-            raise ConfigError(f"`reward_funcs`: {name!r} names no function; write 'pairwise:package.module:function'.")
+            function = import_function(path, "reward_funcs")
         elif path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
             raise ConfigError(f"`reward_funcs` names the folder {path!r}, and there is no such folder.")
         elif "/" not in path and not os.path.isdir(path):
             known = ", ".join(BUILT_IN)
             raise ConfigError(
                 f"`reward_funcs` names {path!r}, which is neither one of {known} nor a folder; a function is written "
-                "'package.module:function', a model as its folder or hub id 'owner/name'."
+                "'package.module:function', a model as its folder or hub id 'owner/name', a ranker with 'pairwise:' "
+                "in front."
             )
         elif load_model is None:
             continue
         else:
-            function = load_model(os.path.expanduser(path) if path.startswith("~") else path)
+            function = load_model(os.path.expanduser(path) if path.startswith("~") else path, pairwise)
         rewards.append(Reward(name, function, weight, pairwise))
     return rewards
 
@@ -331,17 +372,23 @@ def _normalized(values: list[float | None], normalize: bool) -> list[float | Non
     return [None if value is None else (value - mean) / deviation if deviation > 0 else 0.0 for value in values]
 
 
-def _import_function(path: str) -> Callable:
+def import_function(path: str, option: str) -> Callable:
+    """
+    The function `package.module:function`, also of a module in the current folder.
+
+    Raises:
+        ConfigError: Names the option if there is no such function.
+    """
     module_name, _, function_name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file beside the YAML file is found
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a module of the user's can raise anything
-        raise ConfigError(f"`reward_funcs`: the module of {path!r} cannot be imported: {_describe(error)}") from error
+        raise ConfigError(f"`{option}`: the module of {path!r} cannot be imported: {_describe(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ConfigError(f"`reward_funcs`: the module {module_name} has no function {function_name!r}.")
+        raise ConfigError(f"`{option}`: the module {module_name} has no function {function_name!r}.")
     return function
 
 

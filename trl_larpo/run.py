@@ -25,7 +25,7 @@ from .errors import ConfigError, LarPOError
 from .health import CHECKS, Check, check_iteration
 from .mirror import Mirror
 from .report import write_report
-from .rewards import load_rewards
+from .rewards import PAIRWISE, load_rewards
 from .run_config import RunConfig
 from .run_folder import RunFolder
 from .servers import check_url, server_command
@@ -133,7 +133,7 @@ def check(folder: RunFolder) -> None:
         raise ConfigError(
             f"`model_name_or_path`: {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
-    for name in options.reward_funcs:
+    for name in (name.removeprefix(PAIRWISE) for name in options.reward_funcs):
         if ":" not in name and os.path.isdir(os.path.expanduser(name)):
             try:
                 AutoConfig.from_pretrained(os.path.expanduser(name))
@@ -196,13 +196,15 @@ def plan(folder: RunFolder) -> str:
         )
         if counts[name]
     ]
-    prompts = len(folder.prompts_of(1))
+    counts_by_iteration = [len(folder.prompts_of(i)) for i in range(1, options.num_iterations + 1)]
+    same = len(set(counts_by_iteration)) == 1
     k, added = options.num_samples, options.num_negatives * len(options.negatives)
     evaluation = f"evaluate {len(folder.held_out)} × {options.num_eval_samples} samples"
     lines = [
         f"Run in {folder.path}",
         f"  model      {folder.model.model_name_or_path}; reference: the {options.reference} model",
-        f"  prompts    {prompts} in each iteration, {options.prompt_schedule}; {len(folder.held_out)} held out"
+        f"  prompts    {counts_by_iteration[0] if same else ', '.join(map(str, counts_by_iteration))} in "
+        f"{'each iteration' if same else 'the iterations'}, {options.prompt_schedule}; {len(folder.held_out)} held out"
         + (f"; left out: {', '.join(left_out)}" if left_out else ""),
         f"  rewards    {', '.join(options.reward_funcs)}",
         f"  lists      {_selection_text(options)}; memory: {options.memory}",
@@ -212,7 +214,7 @@ def plan(folder: RunFolder) -> str:
     ]
     total_samples = len(folder.held_out) * options.num_eval_samples
     total_steps = total_rewards = 0
-    for iteration in range(1, options.num_iterations + 1):
+    for iteration, prompts in enumerate(counts_by_iteration, start=1):
         samples = prompts * k
         remembered = {"none": 0, "previous": 1, "all": iteration - 1}[options.memory]
         pool = k * (1 + min(remembered, iteration - 1)) + added

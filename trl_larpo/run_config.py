@@ -38,6 +38,34 @@ class _Checked:
 
 
 @dataclass
+class PromptOptions(_Checked):
+    """Where prompts come from, and how they are put to the model."""
+
+    prompts: list[str] | None = option(
+        None,
+        "Prompts: JSONL, JSON, Parquet or CSV files, folders, or hub ids, with the column `prompt_column` and any that "
+        "rewards need. In `larpo run`, several with prompt_schedule='fresh' are one for each iteration.",
+    )
+    prompts_config: str | None = option(None, "Configuration of a hub dataset of prompts.")
+    prompts_split: str = option("train", "Split of the prompts.")
+    prompt_column: str = option("prompt", "Column of the prompts: texts, or conversations (lists of messages).")
+    prompt_template: str | None = option(
+        None, "Text to put around each text prompt, e.g. '{prompt} Think step by step.'."
+    )
+    prompts_as_messages: bool = option(
+        False, "Make each text prompt the user's message of a conversation, so that the chat template is applied."
+    )
+
+    def check_prompts(self) -> None:
+        if not self.prompts:
+            raise ConfigError(
+                f"No prompts: give `prompts`, a file, a folder or a hub id with a column `{self.prompt_column}`."
+            )
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ConfigError(f"`prompt_template` is {self.prompt_template!r}; it has no {{prompt}} to be replaced.")
+
+
+@dataclass
 class GenerationOptions(_Checked):
     """How completions are sampled, in this process or by servers."""
 
@@ -114,9 +142,10 @@ class RewardOptions(_Checked):
 
     reward_funcs: list[str] = option(
         [],
-        "Rewards, summed up: 'verifiable_instruction', 'gsm8k', 'package.module:function' (called as TRL calls its "
-        "reward functions), the folder or hub id of a sequence classification model, or "
-        "'pairwise:package.module:function' for a ranker that compares the completions of a prompt.",
+        "Rewards, summed up: 'verifiable_instruction', 'gsm8k', 'math', 'package.module:function' (called as TRL calls "
+        "its reward functions), the folder or hub id of a sequence classification model, or, for a ranker that "
+        "compares the completions of a prompt, 'pairwise:package.module:function' or PairRM, "
+        "'pairwise:llm-blender/PairRM-hf'.",
     )
     reward_weights: list[float] | None = option(None, "Factor of each reward in the sum. None: 1 each.")
     normalize_rewards: bool = option(
@@ -174,16 +203,9 @@ class SelectionOptions(_Checked):
 
 
 @dataclass
-class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
+class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOptions):
     """Algorithm 1 of the paper: prompts, iterations, sampling, rewards, candidate lists, evaluation."""
 
-    prompts: str | None = option(
-        None,
-        "Prompts: a JSONL, JSON, Parquet or CSV file, a folder, or a hub id; column `prompt`, and any that rewards "
-        "need.",
-    )
-    prompts_config: str | None = option(None, "Configuration of a hub dataset of prompts.")
-    prompts_split: str = option("train", "Split of the prompts.")
     held_out_prompts: str | None = option(
         None, "Prompts to evaluate on, given as `prompts` is. None: `num_held_out` of `prompts` are held out."
     )
@@ -195,7 +217,8 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
     )
     prompt_schedule: str = option(
         "same",
-        "'same': every iteration has the same prompts, as memory needs. 'fresh': a slice of its own, as in the paper.",
+        "'same': every iteration has the same prompts, as memory needs. 'fresh': a slice of its own, as in the paper, "
+        "or a file of `prompts` of its own.",
         choices=[*SCHEDULES],
     )
     max_prompt_length: int | None = option(
@@ -263,8 +286,12 @@ class RunConfig(GenerationOptions, RewardOptions, SelectionOptions):
         Raises:
             ConfigError: Names the option and the mend.
         """
-        if not self.prompts:
-            raise ConfigError("No prompts: give `prompts`, a file, a folder or a hub id with a column `prompt`.")
+        self.check_prompts()
+        if len(self.prompts) > 1 and self.prompt_schedule == "fresh" and len(self.prompts) != self.num_iterations:
+            raise ConfigError(
+                f"`prompts` names {len(self.prompts)} files for {self.num_iterations} iterations; give one, or one for "
+                "each."
+            )
         for name, least in (
             ("num_iterations", 1),
             ("num_held_out", 2),

@@ -25,7 +25,7 @@ from .config import LarPOConfig
 from .data import load_splits, prompt_problem
 from .errors import ConfigError, DataError
 from .generation import encode_prompt
-from .run_config import RunConfig
+from .run_config import PromptOptions, RunConfig
 from .storage import read_json, read_jsonl, write_json, write_jsonl, write_text
 
 Row = dict[str, Any]
@@ -142,15 +142,29 @@ class RunFolder:
                 read_json(paths[2]),
             )
             return
-        options = self.options
         counts = {"read": 0, "duplicates": 0, "too_long": 0, "also_held_out": 0, "unused": 0}
-        limit = options.max_prompt_length
+        sources, held_out = self._load_prompts(tokenizer, counts)
+        slices = self._slices(sources, len(held_out))
+        counts["unused"] = sum(map(len, sources)) - sum(map(len, slices))
+        if self.options.prompt_schedule == "fresh":
+            counts["slices"] = list(map(len, slices))
+        self.prompts, self.held_out, self.prompt_counts = [row for rows in slices for row in rows], held_out, counts
+        if save:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_jsonl(paths[0], self.prompts)
+            write_jsonl(paths[1], self.held_out)
+            write_json(paths[2], counts)
+
+    def _load_prompts(self, tokenizer: PreTrainedTokenizerBase, counts: dict) -> tuple[list[list[Row]], list[Row]]:
+        """Usable prompts in the order of their use, from all sources or by source, and those held out."""
+        options, limit = self.options, self.options.max_prompt_length
         if limit is None and self.training.max_length is not None:
             limit = self.training.max_length - 1  # room for one token of the completion
 
-        def load(path: str, config: str | None, split: str) -> list[Row]:
-            rows, known = [], set()
-            for row in load_prompts(path, config, split):
+        def load(path: str, split: str, known: set[str]) -> list[Row]:
+            rows = []
+            config = options.prompts_config if path in options.prompts else None
+            for row in load_prompts(path, options, config, split):
                 counts["read"] += 1
                 if row["prompt_id"] in known:
                     counts["duplicates"] += 1
@@ -161,63 +175,69 @@ class RunFolder:
                 known.add(row["prompt_id"])
             return rows
 
-        seed = self.training.seed
-        prompts = load(options.prompts, options.prompts_config, options.prompts_split)
-        prompts.sort(key=lambda row: hashlib.sha256(f"{seed}/{row['prompt_id']}".encode()).digest())
+        seed, known = self.training.seed, set()
+        sources = [load(path, options.prompts_split, known) for path in options.prompts]
+        if options.prompt_schedule == "same":
+            sources = [[row for rows in sources for row in rows]]
+        for rows in sources:
+            rows.sort(key=lambda row: hashlib.sha256(f"{seed}/{row['prompt_id']}".encode()).digest())
         if options.held_out_prompts is None:
-            held_out, prompts = prompts[: options.num_held_out], prompts[options.num_held_out :]
+            shares = [options.num_held_out // len(sources)] * len(sources)
+            shares[0] += options.num_held_out - sum(shares)
+            held_out = [row for rows, share in zip(sources, shares, strict=True) for row in rows[:share]]
+            sources = [rows[share:] for rows, share in zip(sources, shares, strict=True)]
         else:
-            held_out = load(options.held_out_prompts, None, options.held_out_split)[: options.num_held_out]
+            held_out = load(options.held_out_prompts, options.held_out_split, set())[: options.num_held_out]
             ids = {row["prompt_id"] for row in held_out}
-            counts["also_held_out"] = sum(row["prompt_id"] in ids for row in prompts)
-            prompts = [row for row in prompts if row["prompt_id"] not in ids]
+            counts["also_held_out"] = sum(row["prompt_id"] in ids for rows in sources for row in rows)
+            sources = [[row for row in rows if row["prompt_id"] not in ids] for rows in sources]
         if len(held_out) < options.num_held_out:
             raise ConfigError(
                 f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
             )
-        needed = self._prompts_per_iteration(len(prompts))
-        rounds = options.num_iterations if options.prompt_schedule == "fresh" else 1
-        if needed < 1 or needed * rounds > len(prompts):
-            per_iteration = f"`prompts_per_iteration` {needed} × {rounds} slices" if rounds > 1 else f"{max(needed, 1)}"
-            raise ConfigError(
-                f"There are {len(prompts)} prompts beside the {len(held_out)} held out, too few for {per_iteration}. "
-                "Give "
-                "more prompts, or lower `prompts_per_iteration` or `num_held_out`."
-            )
-        if {"related_prompt", "random_prompt"} & set(options.negatives) and needed < 2:
-            raise ConfigError("`negatives` from other prompts need at least 2 prompts in an iteration.")
-        counts["unused"] = len(prompts) - needed * rounds
-        self.prompts, self.held_out, self.prompt_counts = prompts[: needed * rounds], held_out, counts
-        if save:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_jsonl(paths[0], self.prompts)
-            write_jsonl(paths[1], self.held_out)
-            write_json(paths[2], counts)
+        return sources, held_out
 
-    def _prompts_per_iteration(self, num_prompts: int) -> int:
-        if self.options.prompts_per_iteration is not None:
-            return self.options.prompts_per_iteration
-        return num_prompts // (self.options.num_iterations if self.options.prompt_schedule == "fresh" else 1)
+    def _slices(self, sources: list[list[Row]], num_held_out: int) -> list[list[Row]]:
+        """Prompts of each iteration; where all have the same, one slice."""
+        options, size = self.options, self.options.prompts_per_iteration
+        fresh = options.prompt_schedule == "fresh"
+        if fresh and len(sources) == 1:
+            [rows] = sources
+            size = size or len(rows) // options.num_iterations
+            sources = [rows[i * size : (i + 1) * size] for i in range(options.num_iterations)]
+        for number, rows in enumerate(sources, start=1):
+            if len(rows) < (size or 1):
+                raise ConfigError(
+                    f"There are {sum(map(len, sources))} prompts beside the {num_held_out} held out, too few for "
+                    f"{f'the {size or 1} of iteration {number}' if fresh else size or 1}. Give more prompts, or lower "
+                    "`prompts_per_iteration` or `num_held_out`."
+                )
+        slices = [rows[:size] for rows in sources]
+        if {"related_prompt", "random_prompt"} & set(options.negatives) and min(map(len, slices)) < 2:
+            raise ConfigError("`negatives` from other prompts need at least 2 prompts in an iteration.")
+        return slices
 
     def prompts_of(self, iteration: int) -> list[Row]:
         """Prompts of an iteration, from 1 on, in their order."""
         if self.options.prompt_schedule == "same":
             return self.prompts
-        share = len(self.prompts) // self.options.num_iterations
-        return self.prompts[(iteration - 1) * share : iteration * share]
+        slices = self.prompt_counts["slices"]
+        start = sum(slices[: iteration - 1])
+        return self.prompts[start : start + slices[iteration - 1]]
 
 
-def load_prompts(path: str, config: str | None = None, split: str = "train") -> list[Row]:
+def load_prompts(path: str, options: PromptOptions, config: str | None = None, split: str = "train") -> list[Row]:
     """
     Rows with a prompt and any other columns.
 
     Args:
         path: A JSONL, JSON, Parquet or CSV file, a folder, or a hub id.
+        options: Which column the prompt is, and what is put around it.
         config: Configuration of a hub dataset.
         split: Its split.
 
     Returns:
-        Rows with `prompt_id` added, in the order of the file.
+        Rows with `prompt_id` and `prompt`, in the order of the file.
 
     Raises:
         DataError: Names the file, the row and what is wrong with it.
@@ -225,18 +245,28 @@ def load_prompts(path: str, config: str | None = None, split: str = "train") -> 
     splits = load_splits(path, config)
     if split not in splits:
         raise DataError(f"{path!r} has no split {split!r}, only: {', '.join(splits)}.")
-    dataset = splits[split]
-    if "prompt" not in dataset.column_names:
-        raise DataError(f"{path!r} has no column `prompt`. Its columns: {', '.join(dataset.column_names)}.")
+    dataset, column = splits[split], options.prompt_column
+    if column not in dataset.column_names:
+        raise DataError(
+            f"{path!r} has no column `{column}`. Its columns: {', '.join(dataset.column_names)}. Name the one that "
+            "holds the prompts in `prompt_column`."
+        )
     if "tools" in dataset.column_names:
         raise DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
     rows = []
     for number, row in enumerate(dataset):
-        if problem := prompt_problem(row["prompt"]):
-            raise DataError(f"{path!r} row {number}, column `prompt`: {problem}")
-        if isinstance(row["prompt"], list):  # datasets fills in keys that only other messages have
-            row["prompt"] = [{k: v for k, v in message.items() if v is not None} for message in row["prompt"]]
-        rows.append({"prompt_id": prompt_id(row["prompt"])} | _jsonable(row, path, number))
+        prompt = row.pop(column)
+        if problem := prompt_problem(prompt):
+            raise DataError(f"{path!r} row {number}, column `{column}`: {problem}")
+        if isinstance(prompt, list):  # datasets fills in keys that only other messages have
+            prompt = [{k: v for k, v in message.items() if v is not None} for message in prompt]
+        else:
+            if options.prompt_template is not None:
+                prompt = options.prompt_template.replace("{prompt}", prompt)
+            if options.prompts_as_messages:
+                prompt = [{"role": "user", "content": prompt}]
+        row.pop("prompt", None)  # of another form, where it is not the column asked for
+        rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt} | _jsonable(row, path, number))
     return rows
 
 

@@ -49,6 +49,7 @@ from .errors import DataError, LarPOError
 from .evaluation import evaluate_rows
 from .files import read_candidate_rows
 from .generation import encode_prompt, end_token_ids, generate_completions
+from .pairrm import PairRM
 from .reward_models import RewardModel
 from .rewards import Reward, load_rewards, reward_id, score_rows
 from .run_folder import RunFolder
@@ -138,7 +139,9 @@ class Stages:
                     else random_prompts(ids, self.folder.training.seed, iteration)
                 )
                 for row, other in zip(sampled, others, strict=True):
-                    for completion, description in own[other][: options.num_negatives]:
+                    # Those that can be trained on first
+                    usable = sorted(own[other], key=lambda x: not (x[1]["finished"] and completion_text(x[0]).strip()))
+                    for completion, description in usable[: options.num_negatives]:
                         row["completions"].append(_in_form_of(row["prompt"], completion))
                         row["candidates"].append(description | {"source": name, "of_prompt": ids[other]})
         GrowingFile(path).finish(sampled)
@@ -325,8 +328,8 @@ class Stages:
         if self._rewards is None:
             options = self.options
 
-            def load_model(path: str) -> RewardModel:
-                return RewardModel(
+            def load_model(path: str, pairwise: bool) -> RewardModel | PairRM:
+                return (PairRM if pairwise else RewardModel)(
                     path,
                     batch_size=options.reward_batch_size,
                     max_length=options.reward_max_length,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from transformers import AutoTokenizer
 from trl import ModelConfig
@@ -11,19 +12,19 @@ from .candidates import build_lists, candidates_of
 from .errors import ConfigError, DataError
 from .files import read_candidate_rows
 from .rewards import load_rewards
-from .run_config import GenerationOptions, RewardOptions, SelectionOptions, option
+from .run_config import GenerationOptions, PromptOptions, RewardOptions, SelectionOptions, option
 from .run_folder import load_prompts
 from .servers import check_url
 from .stages import Stages
 from .storage import GrowingFile, write_jsonl
 
+Row = dict[str, Any]
+
 
 @dataclass
-class GenerateConfig(GenerationOptions):
+class GenerateConfig(PromptOptions, GenerationOptions):
     """Options of `larpo generate`."""
 
-    prompts: str | None = option(None, "Prompts: a JSONL, JSON, Parquet or CSV file, a folder, or a hub id.")
-    prompts_split: str = option("train", "Split of the prompts.")
     output: str | None = option(None, "JSONL file to write. A run that was killed goes on from what it saved.")
     seed: int = option(0, "Seed of the sampling.")
     use_cpu: bool = option(False, "Do not use a GPU.")
@@ -52,28 +53,63 @@ class SelectConfig(SelectionOptions):
 
 def generate(options: GenerateConfig, model: ModelConfig) -> None:
     """Samples completions of all prompts."""
-    prompts, output = _path(options, "prompts"), Path(_path(options, "output"))
+    output = Path(_path(options, "output"))
+    _check_sampling(options, model)
+    kinds = [("policy", options.temperature[0])] * options.num_samples
+    rows = sample_file(options, model, prompts_of(options), kinds, output)
+    if rows:
+        print(f"{sum(len(row['completions']) for row in rows)} completions of {len(rows)} prompts in {output}")
+
+
+def _check_sampling(options: GenerateConfig, model: ModelConfig) -> None:
+    options.check_prompts()
     if not model.model_name_or_path:
         raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
     options.check_generation()
+
+
+def prompts_of(options: PromptOptions) -> list[Row]:
+    """All prompts, each once."""
+    rows = [
+        row
+        for path in options.prompts
+        for row in load_prompts(path, options, options.prompts_config, options.prompts_split)
+    ]
+    return list({row["prompt_id"]: row for row in rows}.values())
+
+
+def sample_file(
+    options: GenerateConfig, model: ModelConfig, rows: list[Row], kinds: list[tuple[str, float]], output: Path
+) -> list[Row]:
+    """
+    Samples completions into a JSONL file. Killed and called again, it goes on from what it saved.
+
+    Args:
+        options: How to sample; of `num_samples` and `temperature` only `kinds` counts.
+        model: The model.
+        rows: Prompts, with `prompt_id` and `prompt`.
+        kinds: A name and the temperature of each completion of a prompt.
+        output: The file.
+
+    Returns:
+        The rows with `completions` and `candidates` added. On processes but the first nothing.
+    """
     for url in options.server_urls or []:
         check_url(url, options.server_api_key_variable)
-    rows = list({row["prompt_id"]: row for row in load_prompts(prompts, None, options.prompts_split)}.values())
     AutoTokenizer.from_pretrained(model.model_name_or_path)
     training = SimpleNamespace(seed=options.seed, use_cpu=options.use_cpu)
-    stages = Stages(
-        SimpleNamespace(
-            options=options,
-            training=training,
-            model=model,
-            path=output.parent,
-            model_path=lambda _: model.model_name_or_path,
-        )
+    folder = SimpleNamespace(
+        options=options,
+        training=training,
+        model=model,
+        path=output.parent,
+        model_path=lambda _: model.model_name_or_path,
     )
+    stages = Stages(folder)
     try:
         sampled = stages.sample(
             rows,
-            [("policy", options.temperature[0])] * options.num_samples,
+            kinds,
             output,
             model_path=model.model_name_or_path,
             iteration=1,
@@ -84,7 +120,7 @@ def generate(options: GenerateConfig, model: ModelConfig) -> None:
         stages.close()
     if sampled:
         GrowingFile(output).finish(sampled)
-        print(f"{sum(len(row['completions']) for row in sampled)} completions of {len(sampled)} prompts in {output}")
+    return sampled
 
 
 def reward(options: RewardConfig) -> None:
@@ -92,14 +128,34 @@ def reward(options: RewardConfig) -> None:
     samples, output = _path(options, "samples"), Path(_path(options, "output"))
     options.check_rewards()
     load_rewards(options.reward_funcs, options.reward_weights)
-    rows = read_candidate_rows(samples)
+    scored = reward_file(options, read_candidate_rows(samples), output, use_cpu=options.use_cpu)
+    if scored:
+        print(f"Rewards of {len(scored)} prompts in {output}")
+
+
+def reward_file(
+    options: RewardOptions, rows: list[Row], output: Path, *, use_cpu: bool = False, description: str = "Rewarding"
+) -> list[Row]:
+    """
+    Rewards completions into a JSONL file. Killed and called again, it goes on from what it saved.
+
+    Args:
+        options: Who judges.
+        rows: With `prompt_id`, `prompt`, `completions`, `candidates`.
+        output: The file.
+        use_cpu: Do not use a GPU.
+        description: What the progress bar says.
+
+    Returns:
+        The rows with `rewards`. On processes but the first nothing.
+    """
     for row in rows:
         row["rewards"], row["known"] = [None] * len(row["completions"]), [False] * len(row["completions"])
-    stages = Stages(SimpleNamespace(options=options, training=SimpleNamespace(use_cpu=options.use_cpu)))
-    scored = stages.score(rows, output, "Rewarding")
+    stages = Stages(SimpleNamespace(options=options, training=SimpleNamespace(use_cpu=use_cpu)))
+    scored = stages.score(rows, output, description)
     if scored:
         GrowingFile(output).finish(scored)
-        print(f"Rewards of {len(scored)} prompts in {output}")
+    return scored
 
 
 def select(options: SelectConfig) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, LarPOError
+from .errors import ConfigError, DataError, LarPOError
 
 try:
     import fcntl
@@ -66,6 +66,31 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Writes the value as JSON that a person can read, or nothing."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def keep_settings(path: Path, settings: dict[str, Any], output: str) -> None:
+    """
+    Writes how the files beside `path` are made, or compares with how they were made.
+
+    Args:
+        path: A JSON file.
+        settings: By name.
+        output: The option that names the folder.
+
+    Raises:
+        ConfigError: If a setting has changed, so that what is there must not be taken for what is asked for.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"`{name}` is {value!r}, but {str(path.parent)!r} was made with {before.get(name)!r}. Undo the change, "
+                f"or take another {output}."
+            )
 
 
 def write_text(path: Path, text: str) -> None:

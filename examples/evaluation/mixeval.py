@@ -1,0 +1,132 @@
+"""
+MixEval and MixEval-Hard of a model: greedy answers in the form that `mix_eval.compute_metrics` scores.
+
+    git clone https://github.com/Psycoy/MixEval && pip install -e MixEval
+    python examples/evaluation/mixeval.py --model_name_or_path outputs/recipes/table2/mistral_instruct_lambdarank_fsfairx/iteration_3/model --data MixEval/mix_eval/data/mixeval-2024-06-01 --output outputs/mixeval/mistral_instruct_lambdarank_fsfairx --recipe examples/recipes/table2/mistral_instruct_lambdarank_fsfairx.yaml
+
+`--data` is a folder of the benchmark's version, with mixeval/ and mixeval-hard/ in it. Interrupted and called again, it
+goes on. Where mix_eval is installed it is called with `--judge`, else its command is printed.
+"""  # noqa: E501
+
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from answers import add_options, answer, paper_figures, run
+
+from trl_larpo import DataError, LarPOError
+from trl_larpo.storage import write_jsonl
+
+BENCHMARKS = {"mixeval": "mixeval", "mixeval_hard": "mixeval-hard"}
+"""Name of a benchmark and of its folder."""
+
+PARTS = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
+"""Name of a file of questions, and what a file of responses is called after it."""
+
+STEP_BY_STEP = ("BBH", "GSM8k", "MATH")
+"""Benchmarks whose questions are answered at length."""
+
+
+def main() -> None:
+    arguments = parse()
+    version = arguments.version or version_of(arguments.data)
+    # Everything is read before anything is answered
+    questions = {
+        (benchmark, part): read_questions(arguments.data / BENCHMARKS[benchmark] / f"{part}.json", part)
+        for benchmark in arguments.benchmarks
+        for part in PARTS
+    }
+    for (benchmark, part), entries in questions.items():
+        folder = arguments.output / arguments.name / benchmark / version
+        print(f"{benchmark}, {part}: {len(entries)} questions")
+        inputs = [format_input(entry) for entry in entries.values()]
+        responses = answer(arguments, inputs, arguments.output / "answers" / f"{benchmark}_{part}.jsonl", 0.0)
+        rows = [
+            entry | {"id": name, "formated_input": text, "response": response}
+            for (name, entry), text, response in zip(entries.items(), inputs, responses, strict=True)
+        ]
+        suffix = "_hard" if benchmark == "mixeval_hard" else ""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / f"{arguments.name}_{PARTS[part]}{suffix}.jsonl", rows)
+    score(arguments, version)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    add_options(parser, max_new_tokens=512)
+    parser.set_defaults(name="local_chat")  # which mix_eval's registry of models has
+    parser.add_argument("--data", type=Path, required=True, help="folder of a version, e.g. .../mixeval-2024-06-01")
+    parser.add_argument("--version", help="2024-06-01 or 2024-08-11 (default: as the folder's name says)")
+    parser.add_argument(
+        "--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="which (default: both)"
+    )
+    parser.add_argument("--judge", action="store_true", help="score with mix_eval, where it is installed")
+    parser.add_argument(
+        "--judge_arguments", default="", help="further arguments of mix_eval.compute_metrics, e.g. for another parser"
+    )
+    parser.add_argument("--recipe", type=Path, help="recipe whose figures in the paper are printed beside the result")
+    return parser.parse_args()
+
+
+def version_of(folder: Path) -> str:
+    found = re.search(r"\d{4}-\d{2}-\d{2}$", folder.resolve().name)
+    if not found:
+        raise DataError(f"The folder {str(folder)!r} does not end in a version such as 2024-06-01; give --version.")
+    return found.group()
+
+
+def read_questions(path: Path, part: str) -> dict[str, dict]:
+    """The entries of a file of the benchmark by their ids, in its order."""
+    if not path.is_file():
+        raise DataError(f"There is no file {str(path)!r}. --data is the folder of a version, with mixeval/ in it.")
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    needed = ("prompt", "target", "benchmark_name", *(("options",) if part == "multiple-choice" else ()))
+    for name, entry in entries.items():
+        missing = [key for key in needed if key not in entry]
+        if missing:
+            raise DataError(f"{path} entry {name!r} has no {', '.join(missing)}.")
+    return entries
+
+
+def format_input(entry: dict) -> str:
+    """The benchmark's fixed prompt for a question."""
+    context = f"{entry['context']}\n" if entry.get("context") else ""
+    if "options" in entry:
+        options = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(entry["options"]))
+        ending = "Answer with the option letter from the given choices directly."
+        return f"{context}{entry['prompt']}\n{options}\n{ending}"
+    if entry["benchmark_name"] in STEP_BY_STEP:
+        ending = "Answer the question. \nLet's think step by step."
+    else:
+        ending = "Answer the question shortly."
+    return f"Question: {context}{entry['prompt']}\n{ending}"
+
+
+def score(arguments: argparse.Namespace, version: str) -> None:
+    """Calls mix_eval, or prints how."""
+    common = ["--version", version, "--model_response_dir", str(arguments.output), "--models_to_eval", arguments.name]
+    common += shlex.split(arguments.judge_arguments)
+    commands = [
+        [sys.executable, "-m", "mix_eval.compute_metrics", "--benchmark", benchmark, *common]
+        for benchmark in arguments.benchmarks
+    ]
+    installed = importlib.util.find_spec("mix_eval") is not None
+    if arguments.judge and not installed:
+        print("mix_eval is not installed: git clone https://github.com/Psycoy/MixEval && pip install -e MixEval")
+    for command in commands:
+        if arguments.judge and installed:
+            if subprocess.run(command).returncode != 0:
+                raise LarPOError("mix_eval failed; its message is above. The responses are kept.")
+        else:
+            print("To score:", shlex.join(["python", *command[1:]]))
+    if arguments.recipe is not None:
+        print(f"The paper: {paper_figures(arguments.recipe)}")
+
+
+if __name__ == "__main__":
+    run(main)

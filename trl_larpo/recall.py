@@ -1,0 +1,350 @@
+"""
+`larpo recall`: how good a language model is as a retriever, and what a reranker makes of it.
+
+Recall@N is the share of prompts that at least one of N samples solves (paper: figures 2 and 5, table 6). On the same
+samples the strategies of inference are compared that the paper lists in its table 5: greedy decoding is the retriever
+alone; best-of-N is the retriever with a reward model as reranker; majority vote is the retriever with the majority as
+reranker. Recall@N is what the best possible reranker would reach.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from trl import ModelConfig
+
+from .candidates import completion_text
+from .errors import ConfigError, DataError
+from .files import read_candidate_rows
+from .generation import check_sampling
+from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
+from .rewards import boxed_answer, final_number, import_function, load_rewards, reward_id
+from .run_config import NEGATIVES, GenerationOptions, PromptOptions, RewardOptions, option
+from .steps import prompts_of, reward_file, sample_file
+from .storage import keep_settings, only_process, read_jsonl, saving_to, write_json
+
+Row = dict[str, Any]
+
+NS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+ANSWERS: dict[str, Callable[[str], Any]] = {"gsm8k": final_number, "math": boxed_answer}
+"""What a completion answers, for the majority vote: name → function of its text."""
+
+GREEDY = "greedy"
+
+
+@dataclass
+class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
+    """Options of `larpo recall`."""
+
+    candidates: list[str] | None = option(
+        None,
+        "Instead of sampling: files of completions, or folders of `larpo run`, of which the samples on held-out "
+        "prompts are read. With `reward_funcs` they are rewarded anew.",
+    )
+    output: str | None = option(
+        None, "Folder for samples.jsonl, rewarded.jsonl, recall.json and recall.png. It goes on where it stood."
+    )
+    temperature: list[float] = option([0.7], "Sampling temperatures; each gives a curve (paper: 0.7).")
+    num_samples: int = option(100, "Completions sampled for each prompt at each temperature (N; paper: up to 100).")
+    greedy: bool = option(True, "Decode each prompt greedily, too.")
+    threshold: float = option(1.0, "A completion is correct if its reward is at least this much.")
+    best_of_n_reward: str | None = option(
+        None, "Reward that chooses the best of N samples, as in `reward_funcs`. Its choice is then checked."
+    )
+    answer: str | None = option(
+        None,
+        "What a completion answers, for the majority vote: 'gsm8k', 'math' or 'package.module:function' of a text. "
+        "None: as `reward_funcs`, where it is one of these.",
+    )
+    num_bootstrap: int = option(1000, "Resamples of the prompts for the 95 % intervals.")
+    seed: int = option(0, "Seed of the sampling and of the resamples.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+
+    def check_recall(self, model: ModelConfig) -> None:
+        """
+        Raises:
+            ConfigError: Names the option and the mend.
+        """
+        if not self.output:
+            raise ConfigError("`output` is missing: the folder for the results.")
+        if self.candidates and (self.prompts or model.model_name_or_path):
+            raise ConfigError(
+                "`candidates` holds samples already; leave out `prompts` and `model_name_or_path`, or `candidates`."
+            )
+        if not self.candidates:
+            self.check_prompts()
+            if not model.model_name_or_path:
+                raise ConfigError(
+                    "No model: give `model_name_or_path`, a folder or a hub id, or samples in `candidates`."
+                )
+            for value in self.temperature:
+                check_sampling(self.num_samples, value, self.top_p, self.max_new_tokens)
+        if self.reward_funcs or not self.candidates:
+            self.check_rewards()
+            load_rewards(self.reward_funcs, self.reward_weights)
+        if self.best_of_n_reward:
+            load_rewards([self.best_of_n_reward])
+        if self.num_bootstrap < 1:
+            raise ConfigError(f"`num_bootstrap` is {self.num_bootstrap}; it must be at least 1.")
+
+    @property
+    def answer_function(self) -> Callable[[str], Any] | None:
+        if self.answer is None:
+            named = [ANSWERS[name] for name in self.reward_funcs if name in ANSWERS]
+            return named[0] if named else None
+        return ANSWERS[self.answer] if self.answer in ANSWERS else import_function(self.answer, "answer")
+
+
+@dataclass
+class Samples:
+    """
+    Samples of some prompts under one name.
+
+    Attributes:
+        label: E.g. the temperature.
+        correct: Whether each sample solves its prompt, bool `(num_samples,)` for each prompt.
+        judged: What the best-of-N reward says of each, or `None`.
+        answers: Their answers, or `None`.
+        greedy: Whether the greedy completion solves each prompt, or `None`.
+    """
+
+    label: str
+    correct: list[np.ndarray]
+    judged: list[np.ndarray] | None = None
+    answers: list[list[Any]] | None = None
+    greedy: list[bool] | None = None
+
+
+def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
+    """
+    Samples where there are none yet, checks them, and writes recall.json and recall.png.
+
+    Returns:
+        What is in recall.json: `curves`, see [`curve`], and the settings.
+
+    Raises:
+        LarPOError: If something in the input must be mended; nothing computed is lost.
+    """
+    options.check_recall(model)
+    answer_of = options.answer_function
+    folder = Path(options.output)
+    with only_process(folder):
+        _keep_settings(options, model, folder)
+        sources = _sampled(options, model, folder) if not options.candidates else _read(options, folder)
+        groups = [
+            samples for name, rows, judged in sources for samples in _groups(name, rows, judged, answer_of, options)
+        ]
+        if not groups:
+            raise DataError("There is no completion with a reward. Give `reward_funcs`.")
+        result = {
+            "model": model.model_name_or_path,
+            "candidates": options.candidates,
+            "rewards": options.reward_funcs,
+            "threshold": options.threshold,
+            "best_of_n_reward": options.best_of_n_reward,
+            "curves": [curve(samples, options.num_bootstrap, options.seed) for samples in groups],
+        }
+        write_json(folder / "recall.json", result)
+        with saving_to(folder / "recall.png"):
+            draw(result["curves"], folder / "recall.png")
+    print(as_table(result["curves"]))
+    print(f"\nIn {folder}: recall.json, recall.png")
+    return result
+
+
+def curve(samples: Samples, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """
+    Recall@N and the strategies of inference, with 95 % intervals over prompts.
+
+    Returns:
+        `label`, `prompts`, `samples` (the fewest of a prompt), `n`, and for each strategy that the samples allow
+        (`recall`, `best_of_n`, `majority`: one number for each N; `greedy`: one) `mean`, `low` and `high`.
+    """
+    fewest = min(map(len, samples.correct))
+    ns = [n for n in NS if n <= fewest]
+    ns += [fewest] if ns[-1] != fewest else []
+    counts = np.array([len(x) for x in samples.correct]), np.array([int(x.sum()) for x in samples.correct])
+
+    def summary(by_prompt: list[np.ndarray]) -> dict[str, list[float]]:
+        intervals = [bootstrap_interval(values, num_bootstrap, seed=seed) for values in by_prompt]
+        return {
+            "mean": [float(np.mean(values)) for values in by_prompt],
+            "low": [low for low, _ in intervals],
+            "high": [high for _, high in intervals],
+        }
+
+    result = {"label": samples.label, "prompts": len(samples.correct), "samples": fewest, "n": ns}
+    result["recall"] = summary([recall_at_n(*counts, n) for n in ns])
+    if samples.judged is not None:
+        pairs = list(zip(samples.judged, samples.correct, strict=True))
+        result["best_of_n"] = summary([np.array([best_of_n_accuracy(j, c, n) for j, c in pairs]) for n in ns])
+    if samples.answers is not None:
+        pairs = list(zip(samples.answers, samples.correct, strict=True))
+        result["majority"] = summary([np.array([majority_accuracy(a, c, n) for a, c in pairs]) for n in ns])
+    if samples.greedy is not None:
+        result["greedy"] = {key: value[0] for key, value in summary([np.array(samples.greedy, float)]).items()}
+    return result
+
+
+STRATEGIES = {
+    "recall": "Recall@N (the best possible reranker)",
+    "best_of_n": "best-of-N (reward model as reranker)",
+    "majority": "majority vote (majority as reranker)",
+    "greedy": "greedy (retriever alone)",
+}
+
+
+def as_table(curves: list[dict[str, Any]]) -> str:
+    """The numbers for a terminal: a line for each strategy, a column for each N."""
+    lines = []
+    for one in curves:
+        lines.append(f"\n{one['label']}: {one['prompts']} prompts × {one['samples']} samples")
+        lines.append(f"  {'N':<38}" + "".join(f"{n:>22}" for n in one["n"]))
+        for name, text in STRATEGIES.items():
+            if name in one and name != GREEDY:
+                cells = zip(one[name]["mean"], one[name]["low"], one[name]["high"], strict=True)
+                lines.append(f"  {text:<38}" + "".join(f"{_with_interval(*cell):>22}" for cell in cells))
+        if GREEDY in one:
+            value = one[GREEDY]
+            lines.append(f"  {STRATEGIES[GREEDY]:<38}{_with_interval(value['mean'], value['low'], value['high']):>22}")
+    return "\n".join(lines).strip("\n")
+
+
+def _with_interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def draw(curves: list[dict[str, Any]], path: Path) -> None:
+    """One panel for the Recall@N of all curves, and one for the strategies of each curve that has several."""
+    several = [one for one in curves if "best_of_n" in one or "majority" in one]
+    columns = min(3, 1 + len(several))
+    rows = math.ceil((1 + len(several)) / columns)
+    figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for number, one in enumerate(curves):
+        _line(panels[0], one, "recall", f"C{number}", one["label"], GREEDY in one)
+    panels[0].set_title("Recall@N")
+    for panel, one in zip(panels[1:], several, strict=False):
+        for number, name in enumerate(name for name in STRATEGIES if name in one and name != GREEDY):
+            _line(panel, one, name, f"C{number}", STRATEGIES[name].split(" (")[0], number == 0 and GREEDY in one)
+        panel.set_title(one["label"])
+    for panel in panels[1 + len(several) :]:
+        panel.remove()
+    for panel in panels[: 1 + len(several)]:
+        panel.set(xscale="log", xlabel="N", ylabel="share of prompts solved", ylim=(0, 1))
+        ticks = sorted({n for one in curves for n in one["n"]})
+        panel.set_xticks(ticks, list(map(str, ticks)))
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _line(panel, one: dict[str, Any], name: str, color: str, label: str, with_greedy: bool) -> None:
+    values = one[name]
+    panel.plot(one["n"], values["mean"], "o-", color=color, label=label, markersize=4)
+    panel.fill_between(one["n"], values["low"], values["high"], color=color, alpha=0.15, linewidth=0)
+    if with_greedy:
+        panel.axhline(one[GREEDY]["mean"], color=color, linestyle="--", linewidth=1, label=f"{label}: greedy")
+
+
+def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[tuple[str, list[Row], list | None]]:
+    samples, rewarded = folder / "samples.jsonl", folder / "rewarded.jsonl"
+    kinds = [("policy", value) for value in options.temperature for _ in range(options.num_samples)]
+    kinds += [(GREEDY, 0.0)] if options.greedy and 0.0 not in options.temperature else []
+    rows = read_jsonl(samples) if samples.exists() else sample_file(options, model, prompts_of(options), kinds, samples)
+    rows = read_jsonl(rewarded) if rewarded.exists() else reward_file(options, rows, rewarded, use_cpu=options.use_cpu)
+    return [("", rows, _judge(options, rows, folder / "judged.jsonl"))]
+
+
+def _read(options: RecallConfig, folder: Path) -> list[tuple[str, list[Row], list | None]]:
+    """Rows of files and of the iterations of runs, each under its name."""
+    sources = []
+    for path in map(Path, options.candidates):
+        if path.is_dir() and (path / "run.yaml").exists():
+            found = sorted(path.glob("iteration_*/held_out.jsonl"), key=lambda p: int(p.parent.name.split("_")[1]))
+            if not found:
+                raise DataError(f"The run in {str(path)!r} has no samples on held-out prompts yet.")
+            run = f"{path.name}, " if len(options.candidates) > 1 else ""
+            sources += [(f"{run}{file.parent.name.replace('_', ' ')}", file) for file in found]
+        else:
+            sources.append((path.stem if len(options.candidates) > 1 else "", path))
+    result = []
+    for number, (name, path) in enumerate(sources):
+        rows = read_candidate_rows(str(path))
+        if options.reward_funcs:
+            rewarded = folder / f"rewarded_{number}.jsonl"
+            description = f"Rewarding {name or path}"
+            rows = (
+                read_jsonl(rewarded)
+                if rewarded.exists()
+                else reward_file(options, rows, rewarded, use_cpu=options.use_cpu, description=description)
+            )
+        result.append((name, rows, _judge(options, rows, folder / f"judged_{number}.jsonl")))
+    return result
+
+
+def _judge(options: RecallConfig, rows: list[Row], path: Path) -> list[list[float | None]] | None:
+    """What the best-of-N reward says of all completions."""
+    if options.best_of_n_reward is None:
+        return None
+    judge = dataclasses.replace(options, reward_funcs=[options.best_of_n_reward], reward_weights=None)
+    judged = (
+        read_jsonl(path)
+        if path.exists()
+        else reward_file(judge, [dict(row) for row in rows], path, use_cpu=options.use_cpu, description="Judging")
+    )
+    return [row["rewards"] for row in judged]
+
+
+def _groups(
+    name: str,
+    rows: list[Row],
+    judged: list[list[float | None]] | None,
+    answer_of: Callable[[str], Any] | None,
+    options: RecallConfig,
+) -> list[Samples]:
+    """Samples by temperature. What is no sample of the policy (hard negatives, earlier iterations) is left out."""
+    by_temperature: dict[float | None, Samples] = {}
+    greedy: list[bool | None] = []
+    for number, row in enumerate(rows):
+        if all(reward is None for reward in row["rewards"]):
+            continue
+        correct = [reward is not None and reward >= options.threshold for reward in row["rewards"]]
+        own = max(about["iteration"] for about in row["candidates"])
+        places: dict[float | None, list[int]] = {}
+        greedy.append(None)
+        for place, about in enumerate(row["candidates"]):
+            if about["temperature"] == 0.0:
+                greedy[-1] = correct[place]
+            elif about["source"] not in NEGATIVES and about["iteration"] == own:
+                places.setdefault(about["temperature"], []).append(place)
+        for temperature, of_row in places.items():
+            label = ", ".join(filter(None, [name, "" if temperature is None else f"temperature {temperature:g}"]))
+            empty = Samples(label or "samples", [], [] if judged else None, [] if answer_of else None)
+            samples = by_temperature.setdefault(temperature, empty)
+            samples.correct.append(np.array([correct[i] for i in of_row]))
+            if judged is not None:
+                values = [judged[number][i] for i in of_row]
+                samples.judged.append(np.array([-math.inf if value is None else value for value in values]))
+            if answer_of is not None:
+                samples.answers.append([answer_of(completion_text(row["completions"][i])) for i in of_row])
+    for samples in by_temperature.values():
+        samples.greedy = None if None in greedy else greedy
+    return list(by_temperature.values())
+
+
+def _keep_settings(options: RecallConfig, model: ModelConfig, folder: Path) -> None:
+    """Numbers of other settings must not be taken for those asked for."""
+    names = ("prompts", "prompts_config", "prompts_split", "prompt_column", "prompt_template", "prompts_as_messages",
+             "candidates", "num_samples", "temperature", "top_p", "max_new_tokens", "greedy", "seed",
+             "reward_funcs", "best_of_n_reward")  # fmt: skip
+    now = {name: getattr(options, name) for name in names} | {"model_name_or_path": model.model_name_or_path}
+    now["rewards"] = reward_id(options.reward_funcs, options.reward_weights, **options.settings)
+    keep_settings(folder / "settings.json", now, "`output`")
