@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from trl_larpo import LarPOConfig, LarPOTrainer
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from more
+gc.freeze()  # what the libraries made is not looked through at each of the many collections
 
 
 @pytest.fixture(scope="session")

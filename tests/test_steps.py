@@ -74,6 +74,28 @@ def test_rewards_of_files_made_elsewhere(project):
     assert larpo("select", "--candidates", "rlhflow.jsonl", "r.jsonl", "--output", "lists.jsonl") == 2
 
 
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_whole_lists_of_simpo_and_ultrafeedback(project, as_messages):
+    simpo = {"prompt": "p", "all_generated_responses": ["a", "b", "c"], "all_rm_scores": [0.1, 0.3, 0.2],
+             "chosen": [{"role": "user", "content": "p"}], "rejected": []}  # fmt: skip
+    feedback = {
+        "instruction": "q",
+        "completions": [{"response": "x", "overall_score": "4"}, {"response": "y", "overall_score": 8.5}],
+    }
+    (project / "candidates.jsonl").write_text(f"{json.dumps(simpo)}\n{json.dumps(feedback)}\n")
+    flags = ["--as_messages"] if as_messages else []
+    assert larpo("select", "--candidates", "candidates.jsonl", "--output", "lists.jsonl", *flags) == 0
+    first, second = rows_of(project / "lists.jsonl")
+
+    def wrapped(text, role):
+        return [{"role": role, "content": text}] if as_messages else text
+
+    assert (first["prompt"], first["rewards"]) == (wrapped("p", "user"), [0.3, 0.2, 0.1])
+    assert first["completions"] == [wrapped(text, "assistant") for text in "bca"]
+    assert first["candidates"][0]["source"] == "simpo" and second["candidates"][0]["source"] == "ultrafeedback"
+    assert (second["completions"][0], second["rewards"]) == (wrapped("y", "assistant"), [8.5, 4.0])
+
+
 BAD = {
     "no prompts": (["generate", "--output", "x.jsonl"], "`prompts` is missing"),
     "no output": (["generate", "--prompts", "prompts.jsonl"], "`output` is missing"),

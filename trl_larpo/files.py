@@ -1,4 +1,4 @@
-"""Reads files of candidates: this package's own, RLHFlow's and UltraFeedback's."""
+"""Reads files of candidates: this package's own, RLHFlow's, SimPO's and UltraFeedback's."""
 
 import math
 from numbers import Real
@@ -14,15 +14,22 @@ Row = dict[str, Any]
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
 
+_COMPLETION_COLUMNS = {"completions": "file", "responses": "rlhflow", "all_generated_responses": "simpo"}
+"""Column of the completions: where it comes from."""
 
-def read_candidate_rows(path: str) -> list[Row]:
+_REWARD_COLUMNS = ("rewards", "all_rm_scores")
+
+
+def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
     """
     Rows of completions, whichever of the known shapes they come in.
 
     Args:
         path: A JSONL, JSON or Parquet file, a folder, or a hub id. Known shapes of a row: `prompt` and `completions`
             (with `rewards` and `candidates`, if they are there); RLHFlow's `prompt`, `responses`, `rewards`;
-            UltraFeedback's `instruction` and `completions`, each with `response` and `overall_score`.
+            UltraFeedback's `instruction` and `completions`, each with `response` and `overall_score`; SimPO's `prompt`,
+            `all_generated_responses`, `all_rm_scores`.
+        as_messages: Makes text prompts and their completions the messages of a conversation.
 
     Returns:
         Rows with `prompt_id`, `prompt`, `completions` (texts or messages), `rewards` (one for each, `None` where
@@ -37,38 +44,40 @@ def read_candidate_rows(path: str) -> list[Row]:
         raw = [dict(row) for row in next(iter(load_splits(path).values()))]
     if not raw:
         raise DataError(f"{path!r} is empty.")
-    return [_canonical(row, f"{path!r} row {number}") for number, row in enumerate(raw)]
+    return [_canonical(row, f"{path!r} row {number}", as_messages) for number, row in enumerate(raw)]
 
 
-def _canonical(row: Row, where: str) -> Row:
+def _canonical(row: Row, where: str, as_messages: bool) -> Row:
     name = next((name for name in _PROMPT_COLUMNS if name in row), None)
     if name is None:
         raise DataError(f"{where} has no column `prompt`. Its columns: {', '.join(row)}.")
     prompt = row[name]
     if problem := prompt_problem(prompt):
         raise DataError(f"{where}, column `{name}`: {problem}")
-    column = "completions" if "completions" in row else "responses"
+    column = next((column for column in _COMPLETION_COLUMNS if column in row), None)
     completions = row.get(column)
     if not isinstance(completions, list) or not completions:
         raise DataError(f"{where} has no list of completions; give a column `completions` or `responses`.")
-    rewards = row.get("rewards")
-    source = "file"
+    reward_column = next((column for column in _REWARD_COLUMNS if column in row), "rewards")
+    rewards, source = row.get(reward_column), _COMPLETION_COLUMNS[column]
     if all(isinstance(completion, dict) and "response" in completion for completion in completions):
         source = "ultrafeedback"
         rewards = [_score(completion, where) for completion in completions] if rewards is None else rewards
         completions = [completion["response"] for completion in completions]
-    elif column == "responses":
-        source = "rlhflow"
     for position, completion in enumerate(completions):
         if not isinstance(completion, str | list):
             raise DataError(f"{where}, column `{column}`: entry {position} is {type(completion).__name__}, not a text.")
     if rewards is None:
         rewards = [None] * len(completions)
     if len(rewards) != len(completions):
-        raise DataError(f"{where}, column `rewards`: has {len(rewards)} numbers for {len(completions)} completions.")
+        raise DataError(
+            f"{where}, column `{reward_column}`: has {len(rewards)} numbers for {len(completions)} completions."
+        )
     for position, reward in enumerate(rewards):
         if reward is not None and not (isinstance(reward, Real) and math.isfinite(reward)):
-            raise DataError(f"{where}, column `rewards`: entry {position} is {reward!r}, not a finite number.")
+            raise DataError(f"{where}, column `{reward_column}`: entry {position} is {reward!r}, not a finite number.")
+    if as_messages and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
         completions = [
             [{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions
@@ -81,7 +90,7 @@ def _canonical(row: Row, where: str) -> Row:
         raise DataError(
             f"{where}, column `candidates`: has {len(candidates)} entries for {len(completions)} completions."
         )
-    others = {k: v for k, v in row.items() if k not in (name, column)}
+    others = {k: v for k, v in row.items() if k not in (name, column, reward_column)}
     return others | {
         "prompt_id": prompt_id(prompt),
         "prompt": prompt,

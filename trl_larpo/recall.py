@@ -228,30 +228,38 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for number, one in enumerate(curves):
-        _line(panels[0], one, "recall", f"C{number}", one["label"], GREEDY in one)
+        _line(panels[0], one, "recall", f"C{number}", one["label"])
+    _greedy(panels[0], curves)
     panels[0].set_title("Recall@N")
     for panel, one in zip(panels[1:], several, strict=False):
         for number, name in enumerate(name for name in STRATEGIES if name in one and name != GREEDY):
-            _line(panel, one, name, f"C{number}", STRATEGIES[name].split(" (")[0], number == 0 and GREEDY in one)
+            _line(panel, one, name, f"C{number}", STRATEGIES[name].split(" (")[0])
+        _greedy(panel, [one])
         panel.set_title(one["label"])
     for panel in panels[1 + len(several) :]:
         panel.remove()
+    top = max(max(one[name]["high"]) for one in curves for name in STRATEGIES if name in one and name != GREEDY)
     for panel in panels[: 1 + len(several)]:
-        panel.set(xscale="log", xlabel="N", ylabel="share of prompts solved", ylim=(0, 1))
+        panel.set(xscale="log", xlabel="N", ylabel="share of prompts solved", ylim=(0, min(1.0, 1.2 * top) or 1.0))
         ticks = sorted({n for one in curves for n in one["n"]})
         panel.set_xticks(ticks, list(map(str, ticks)))
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper left", frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def _line(panel, one: dict[str, Any], name: str, color: str, label: str, with_greedy: bool) -> None:
+def _line(panel, one: dict[str, Any], name: str, color: str, label: str) -> None:
     values = one[name]
     panel.plot(one["n"], values["mean"], "o-", color=color, label=label, markersize=4)
     panel.fill_between(one["n"], values["low"], values["high"], color=color, alpha=0.15, linewidth=0)
-    if with_greedy:
-        panel.axhline(one[GREEDY]["mean"], color=color, linestyle="--", linewidth=1, label=f"{label}: greedy")
+
+
+def _greedy(panel, curves: list[dict[str, Any]]) -> None:
+    """A line for each greedy accuracy; all temperatures of a model have the same."""
+    known = sorted({one[GREEDY]["mean"] for one in curves if GREEDY in one})
+    for number, mean in enumerate(known):
+        panel.axhline(mean, color="0.4", linestyle="--", linewidth=1, label=None if number else GREEDY)
 
 
 def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[tuple[str, list[Row], list | None]]:

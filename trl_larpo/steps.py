@@ -20,6 +20,11 @@ from .storage import GrowingFile, write_jsonl
 
 Row = dict[str, Any]
 
+_AS_MESSAGES = (
+    "Make text prompts and their completions the messages of a conversation, so that the chat template is applied: for "
+    "chat models and files that hold bare texts."
+)
+
 
 @dataclass
 class GenerateConfig(PromptOptions, GenerationOptions):
@@ -35,8 +40,9 @@ class RewardConfig(RewardOptions):
     """Options of `larpo reward`."""
 
     samples: str | None = option(
-        None, "Completions: a file of `larpo generate`, or one in RLHFlow's or UltraFeedback's form."
+        None, "Completions: a file of `larpo generate`, or one in RLHFlow's, SimPO's or UltraFeedback's form."
     )
+    as_messages: bool = option(False, _AS_MESSAGES)
     output: str | None = option(None, "JSONL file to write.")
     use_cpu: bool = option(False, "Do not use a GPU.")
 
@@ -48,6 +54,7 @@ class SelectConfig(SelectionOptions):
     candidates: list[str] | None = option(
         None, "Files of rewarded completions, the latest first. Those of one prompt are merged."
     )
+    as_messages: bool = option(False, _AS_MESSAGES)
     output: str | None = option(None, "JSONL file to write, for `larpo train --dataset_name`.")
 
 
@@ -128,7 +135,7 @@ def reward(options: RewardConfig) -> None:
     samples, output = _path(options, "samples"), Path(_path(options, "output"))
     options.check_rewards()
     load_rewards(options.reward_funcs, options.reward_weights)
-    scored = reward_file(options, read_candidate_rows(samples), output, use_cpu=options.use_cpu)
+    scored = reward_file(options, read_candidate_rows(samples, options.as_messages), output, use_cpu=options.use_cpu)
     if scored:
         print(f"Rewards of {len(scored)} prompts in {output}")
 
@@ -164,7 +171,7 @@ def select(options: SelectConfig) -> None:
     pools: dict[str, tuple[dict, list]] = {}
     judges: dict[str | None, str] = {}
     for path in paths:
-        for row in read_candidate_rows(path):
+        for row in read_candidate_rows(path, options.as_messages):
             judges.setdefault(row.get("reward_id"), path)
             if all(reward is None for reward in row["rewards"]):
                 raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
