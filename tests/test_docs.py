@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from trl_larpo import cli
 from trl_larpo.small import save_small_model
@@ -106,10 +107,18 @@ def checkout(tmp_path_factory):
     prompts = folder / "examples" / "quickstart" / "prompts.jsonl"
     lines = prompts.read_text(encoding="utf-8").splitlines(keepends=True)
     prompts.write_text("".join(lines[::2]), encoding="utf-8")
-    save_small_model(folder / "outputs" / "SmolLM2-135M-Instruct")
+    save_model(folder / "outputs" / "SmolLM2-135M-Instruct")
     rows = [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in range(80)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def save_model(folder: Path) -> None:
+    """The tiny stand-in, made to say some more words before it ends."""
+    save_small_model(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[model.config.eos_token_id, 0] *= 0.6
+    model.save_pretrained(folder)
 
 
 HELPFULNESS = """

@@ -125,6 +125,8 @@ def test_from_prompts_to_curves(sums, capsys):
         assert one["greedy"]["mean"] == pytest.approx(np.mean([row["rewards"][-1] for row in rows]))
     assert result["curves"][0]["recall"]["mean"][-1] > 0 and "majority vote" in output and "best-of-N" in output
     assert (sums / "recall" / "recall.png").stat().st_size > 10_000
+    report = (sums / "recall" / "recall.md").read_text()
+    assert "# Recall@N: model" in report and "temperature 1.2: 8 prompts × 12 samples" in report
 
 
 def test_it_goes_on_where_it_stood_and_refuses_other_settings(sums, capsys):

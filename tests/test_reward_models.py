@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from trl_larpo import ConfigError, DataError
 from trl_larpo.reward_models import RewardModel
+from trl_larpo.small import save_small_reward_model
 
 
 def save_reward_model(folder, model_type="llama", num_labels=1, chat_template=True, pad_is_eos=False, **config):
@@ -61,6 +62,21 @@ def test_conversations_go_through_its_own_template_with_one_bos(tmp_path):
     assert model.tokenizer.decode(model._encode(prompt, completion)) == text
     model.tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
     assert model.tokenizer.decode(model._encode(prompt, completion)) == "<|im_start|>hi"
+
+
+def test_fsfairx_reads_llama_3s_format_with_one_bos(tmp_path):
+    """FsfairX-LLaMA3-RM: its card renders the conversation, takes the BOS out and lets the tokenizer add it again."""
+    model = RewardModel(save_small_reward_model(tmp_path), device="cpu")
+    prompt = [{"role": "user", "content": "hi "}]
+    ids = model._encode(prompt, [{"role": "assistant", "content": " no\n"}])
+    assert model.tokenizer.decode(ids) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nno<|eot_id|>"
+    )
+    with torch.no_grad():
+        expected = model.model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits.item()
+    [reward, _] = model([prompt, prompt], [[{"role": "assistant", "content": t}] for t in (" no\n", "yes and longer")])
+    assert reward == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_model_whose_rewards_depend_on_padding_is_refused(tmp_path):

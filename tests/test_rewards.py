@@ -5,13 +5,16 @@ import sys
 
 import pytest
 
+import trl_larpo.rewards as rewards_module
 from trl_larpo import ConfigError, DataError
 from trl_larpo.rewards import (
     INSTRUCTIONS,
     Reward,
+    boxed_answer,
     final_number,
     gsm8k_reward,
     load_rewards,
+    math_reward,
     reward_id,
     score_rows,
     sentences,
@@ -169,6 +172,35 @@ def test_pairwise_rankers_become_mean_win_rates():
     for matrix in ([[1.0]], [[0.0, 1.0, 1.0]] * 2, [[0.0, math.nan, 0.0]] * 3, [[0.0, None, 0.0]] * 3):
         with pytest.raises(DataError, match=r"The (ranker|reward) mine returned"):
             rewards_of(lambda *_, matrix=matrix: matrix, rows, pairwise=True)
+
+
+def test_math_compares_answers_and_not_texts():
+    pytest.importorskip("math_verify", reason="needs the extra [eval]")
+    solution = r"So the answer is $\boxed{\frac{1}{2}}$."
+    completions = [r"It is $\boxed{0.5}$", r"$\boxed{\frac{2}{4}}$", r"$\boxed{\frac{1}{3}}$", "no idea"]
+    rewards = math_reward(["p"] * 4, completions, solution=[solution] * 4)
+    assert rewards == [1.0, 1.0, 0.0, 0.0]
+    as_messages = [[{"role": "assistant", "content": text}] for text in completions]
+    assert math_reward(["p"] * 4, as_messages, solution=[solution] * 4) == rewards
+
+
+def test_math_says_which_package_is_missing(monkeypatch):
+    monkeypatch.setattr(rewards_module, "is_math_verify_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'trl-larpo\[eval\]'"):
+        math_reward(["p"], ["c"], solution=["1"])
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{3}", "3"),
+        (r"\boxed{1} or \boxed{ \frac{1}{2} }.", r"\frac{1}{2}"),
+        ("no box", None),
+        (r"\boxed{never closed", None),
+    ],
+)
+def test_boxed_answers(text, answer):
+    assert boxed_answer(text) == answer
 
 
 def test_rewards_are_found_by_name(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, 
 from .rewards import boxed_answer, final_number, import_function, load_rewards, reward_id
 from .run_config import NEGATIVES, GenerationOptions, PromptOptions, RewardOptions, option
 from .steps import prompts_of, reward_file, sample_file
-from .storage import keep_settings, only_process, read_jsonl, saving_to, write_json
+from .storage import keep_settings, only_process, read_jsonl, saving_to, write_json, write_text
 
 Row = dict[str, Any]
 
@@ -48,7 +48,7 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
         "prompts are read. With `reward_funcs` they are rewarded anew.",
     )
     output: str | None = option(
-        None, "Folder for samples.jsonl, rewarded.jsonl, recall.json and recall.png. It goes on where it stood."
+        None, "Folder for samples, rewards and the report recall.md. It goes on where it stood."
     )
     temperature: list[float] = option([0.7], "Sampling temperatures; each gives a curve (paper: 0.7).")
     num_samples: int = option(100, "Completions sampled for each prompt at each temperature (N; paper: up to 100).")
@@ -123,7 +123,7 @@ class Samples:
 
 def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
     """
-    Samples where there are none yet, checks them, and writes recall.json and recall.png.
+    Samples where there are none yet, checks them, and writes recall.json, recall.png and recall.md.
 
     Returns:
         What is in recall.json: `curves`, see [`curve`], and the settings.
@@ -153,9 +153,29 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
         write_json(folder / "recall.json", result)
         with saving_to(folder / "recall.png"):
             draw(result["curves"], folder / "recall.png")
-    print(as_table(result["curves"]))
-    print(f"\nIn {folder}: recall.json, recall.png")
+        table = as_table(result["curves"])
+        write_text(folder / "recall.md", _PAGE.format(what=_title(options, model), table=table))
+    print(table)
+    print(f"\nIn {folder}: recall.md (the report), recall.png, recall.json")
     return result
+
+
+_PAGE = """# {what}
+
+![Recall@N](recall.png)
+
+```text
+{table}
+```
+
+Shares of prompts solved, with 95 % bootstrap intervals over prompts. Seen as retrieval: greedy decoding is the retriever
+alone, best-of-N and the majority vote put a reranker behind it, and Recall@N is what the best possible reranker would
+reach.
+"""
+
+
+def _title(options: RecallConfig, model: ModelConfig) -> str:
+    return f"Recall@N: {model.model_name_or_path or ', '.join(options.candidates)}"
 
 
 def curve(samples: Samples, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
