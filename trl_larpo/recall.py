@@ -168,9 +168,9 @@ _PAGE = """# {what}
 {table}
 ```
 
-Shares of prompts solved, with 95 % bootstrap intervals over prompts. Seen as retrieval: greedy decoding is the retriever
-alone, best-of-N and the majority vote put a reranker behind it, and Recall@N is what the best possible reranker would
-reach.
+Shares of prompts solved, with 95 % bootstrap intervals over prompts. Seen as retrieval: greedy decoding is the
+retriever alone, best-of-N and the majority vote put a reranker behind it, and Recall@N is what the best possible
+reranker would reach.
 """
 
 
