@@ -83,6 +83,7 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
                 raise ConfigError(
                     "No model: give `model_name_or_path`, a folder or a hub id, or samples in `candidates`."
                 )
+            self.check_sampler()
             for value in self.temperature:
                 check_sampling(self.num_samples, value, self.top_p, self.max_new_tokens)
         if self.reward_funcs or not self.candidates:

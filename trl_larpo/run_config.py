@@ -117,6 +117,10 @@ class GenerationOptions(_Checked):
             )
         for value in self.temperature:
             check_sampling(self.num_samples, value, self.top_p, self.max_new_tokens)
+        self.check_sampler()
+
+    def check_sampler(self) -> None:
+        """Everything but how many samples there are and at which temperature."""
         if self.generation_batch_size < 1:
             raise ConfigError(f"`generation_batch_size` is {self.generation_batch_size}; it must be at least 1.")
         _check_choice("generation_dtype", self.generation_dtype, DTYPES)
@@ -153,7 +157,9 @@ class RewardOptions(_Checked):
     )
     reward_batch_size: int = option(16, "Completions that a reward model scores at the same time.")
     reward_max_length: int | None = option(
-        None, "Longest prompt plus completion for a reward model, in tokens; the start of longer ones is cut off."
+        None,
+        "Longest prompt plus completion for a reward model, in tokens; the start of longer ones is cut off. Of PairRM, "
+        "which cuts off ends: prompt plus two completions; None: 2048.",
     )
     reward_dtype: str = option(
         "auto", "Arithmetic of reward models. 'auto': bfloat16 on a GPU, float32 on a CPU.", choices=[*DTYPES]

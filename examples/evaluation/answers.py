@@ -61,6 +61,7 @@ def answer(arguments: argparse.Namespace, texts: list[str], path: Path, temperat
         seed=arguments.seed,
         use_cpu=arguments.use_cpu,
     )
+    options.check_sampler()
     model = ModelConfig(model_name_or_path=arguments.model_name_or_path)
     answered = read_jsonl(path) if path.exists() else sample_file(options, model, rows, [("policy", temperature)], path)
     cut = sum(not row["candidates"][0]["finished"] for row in answered)
