@@ -5,21 +5,16 @@ import sys
 
 import pytest
 
-import trl_larpo.rewards as rewards_module
-from trl_larpo import ConfigError, DataError
-from trl_larpo.rewards import (
+from trl_larpo import ConfigError, DataError, verifiers
+from trl_larpo.rewards import Reward, load_rewards, reward_id, score_rows, win_rates
+from trl_larpo.verifiers import (
     INSTRUCTIONS,
-    Reward,
     boxed_answer,
     final_number,
     gsm8k_reward,
-    load_rewards,
     math_reward,
-    reward_id,
-    score_rows,
     sentences,
     verifiable_instruction_reward,
-    win_rates,
     words,
 )
 
@@ -185,7 +180,7 @@ def test_math_compares_answers_and_not_texts():
 
 
 def test_math_says_which_package_is_missing(monkeypatch):
-    monkeypatch.setattr(rewards_module, "is_math_verify_available", lambda: False)
+    monkeypatch.setattr(verifiers, "is_math_verify_available", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install 'trl-larpo\[eval\]'"):
         math_reward(["p"], ["c"], solution=["1"])
 

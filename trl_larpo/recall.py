@@ -23,10 +23,11 @@ from .errors import ConfigError, DataError
 from .files import read_candidate_rows
 from .generation import check_sampling
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
-from .rewards import boxed_answer, final_number, import_function, load_rewards, reward_id
+from .rewards import import_function, load_rewards, reward_id
 from .run_config import NEGATIVES, GenerationOptions, PromptOptions, RewardOptions, option
 from .steps import prompts_of, reward_file, sample_file
 from .storage import keep_settings, only_process, read_jsonl, saving_to, write_json, write_text
+from .verifiers import boxed_answer, final_number
 
 Row = dict[str, Any]
 

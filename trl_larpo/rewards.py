@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import os
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from trl.import_utils import is_math_verify_available
-
-from .candidates import completion_text, prompt_text
+from .candidates import prompt_text
 from .errors import ConfigError, DataError, LarPOError
+from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward
 
 Prompt = str | list[dict[str, Any]]
 Row = dict[str, Any]
@@ -31,143 +29,6 @@ RewardFunction = Callable[..., list[float | None]]
 
 PAIRWISE = "pairwise:"
 """In front of the name of a ranker that compares the completions of a prompt with each other."""
-
-MIN_WORDS = 5
-"""Shorter answers earn nothing: an instruction such as "at most 20 words" must not be met by saying nothing."""
-
-INSTRUCTIONS: dict[str, Callable[[str, Any], bool]] = {
-    "no_commas": lambda text, _: "," not in text,
-    "lowercase": lambda text, _: text == text.lower(),
-    "max_words": lambda text, limit: len(words(text)) <= int(limit),
-    "min_words": lambda text, limit: len(words(text)) >= int(limit),
-    "includes": lambda text, word: word.lower() in [w.lower() for w in words(text)],
-    "excludes": lambda text, word: word.lower() not in [w.lower() for w in words(text)],
-    "starts_with": lambda text, start: text.strip().lower().startswith(start.lower()),
-    "ends_with": lambda text, end: text.strip().endswith(end),
-    "num_sentences": lambda text, count: len(sentences(text)) == int(count),
-}
-"""Instructions that can be verified: name → function of the answer and the instruction's value."""
-
-
-def words(text: str) -> list[str]:
-    """Words of a text, without punctuation."""
-    return re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text)
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences of a text: stretches of words that end in `.`, `!` or `?` before a space, or with the text."""
-    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if words(part)]
-
-
-def verifiable_instruction_reward(
-    prompts: list[Prompt],
-    completions: list[Any],
-    *,
-    instruction: list[str],
-    value: list[Any],
-    finished: list[bool],
-    **columns: list[Any],
-) -> list[float]:
-    """
-    1 for an answer that follows its prompt's instruction, ends by itself and has at least five words, else 0.
-
-    Args:
-        prompts: Prompt of each completion (not looked at).
-        completions: Text of each completion, or its list of messages.
-        instruction: Name of each completion's instruction, one of [`INSTRUCTIONS`].
-        value: The instruction's value, e.g. the number of words; `None` where it takes none.
-        finished: Whether each completion ended by itself.
-        **columns: Not looked at.
-
-    Returns:
-        0.0 or 1.0 for each completion.
-
-    Raises:
-        DataError: If an instruction is unknown.
-    """
-    rewards = []
-    for completion, name, setting, ended in zip(completions, instruction, value, finished, strict=True):
-        if name not in INSTRUCTIONS:
-            raise DataError(f"Unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTIONS))}.")
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        rewards.append(float(ended and len(words(text)) >= MIN_WORDS and INSTRUCTIONS[name](text, setting)))
-    return rewards
-
-
-def gsm8k_reward(
-    prompts: list[Prompt], completions: list[Any], *, answer: list[str], **columns: list[Any]
-) -> list[float]:
-    """
-    1 where the last number of the completion is the number at the end of the answer, else 0.
-
-    Args:
-        prompts: Not looked at.
-        completions: Text of each completion, or its list of messages. A number after `####` or in `\\boxed{}` counts
-            before the last number.
-        answer: The right answer in GSM8K's form, a number or a text that ends in `#### number`.
-        **columns: Not looked at.
-
-    Raises:
-        DataError: If an answer has no number.
-    """
-    rewards = []
-    for completion, solution in zip(completions, answer, strict=True):
-        expected = final_number(str(solution))
-        if expected is None:
-            raise DataError(f"The answer {_shorten(str(solution))!r} has no number to compare with.")
-        found = final_number(completion_text(completion))
-        rewards.append(float(found is not None and math.isclose(found, expected, rel_tol=1e-9)))
-    return rewards
-
-
-def final_number(text: str) -> float | None:
-    """The number a solution ends in: after `####`, else in the last `\\boxed{}`, else the last in the text."""
-    for pattern in (r"####\s*\$?(-?[\d,]*\.?\d+)", r"\\boxed\{\s*\$?(-?[\d,]*\.?\d+)", r"(-?\d[\d,]*\.?\d*|-?\.\d+)"):
-        found = re.findall(pattern, text)
-        if found:
-            number = found[-1].replace(",", "").rstrip(".")
-            return float(number)
-    return None
-
-
-def math_reward(
-    prompts: list[Prompt], completions: list[Any], *, solution: list[str], **columns: list[Any]
-) -> list[float | None]:
-    r"""
-    1 where the completion ends in the answer of the solution, as math-verify compares them (TRL's `accuracy_reward`).
-
-    Args:
-        prompts: Not looked at.
-        completions: Text of each completion, or its list of messages; the answer stands in `\\boxed{}` or in LaTeX.
-        solution: The right answer in LaTeX, e.g. MATH's column `solution`, which ends in `\\boxed{}`.
-        **columns: Not looked at.
-
-    Returns:
-        0.0 or 1.0 for each completion; `None` where the solution has no answer that can be read.
-
-    Raises:
-        ConfigError: If the package math-verify is missing.
-    """
-    if not is_math_verify_available():
-        raise ConfigError("The reward 'math' needs the package math-verify: pip install 'trl-larpo[eval]'.")
-    from trl.rewards import accuracy_reward
-
-    texts = [[{"role": "assistant", "content": completion_text(completion)}] for completion in completions]
-    return accuracy_reward(texts, solution)
-
-
-def boxed_answer(text: str) -> str | None:
-    r"""What stands in the last `\\boxed{}` of a text, braces inside it included, without spaces."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed")
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return re.sub(r"\s", "", text[begin + 1 : place])
-    return None
-
 
 BUILT_IN: dict[str, RewardFunction] = {
     "verifiable_instruction": verifiable_instruction_reward,
