@@ -1,0 +1,56 @@
+"""`larpo run --small`: what stays, what is replaced, and what it says when it cannot."""
+
+import json
+
+import pytest
+import yaml
+from small_run import CONFIG, rows_of
+
+from trl_larpo import cli
+from trl_larpo.small import shrink
+
+
+def test_functions_and_files_of_the_users_stay(project):
+    options = {"reward_funcs": ["run_rewards:vowels", "ORG/REWARD", "pairwise:ORG/RANKER"], "output_dir": "out"}
+    small = shrink(CONFIG | options | {"num_samples": 7, "loss_type": "listmle"}, project / "parts")
+    assert small["reward_funcs"][0] == "run_rewards:vowels"
+    assert small["reward_funcs"][1].endswith("parts/reward_model")
+    assert small["reward_funcs"][2] == f"pairwise:{project}/parts/pairrm"
+    assert (small["num_samples"], small["loss_type"], small["memory"]) == (7, "listmle", "all")
+    [prompts] = small["prompts"]
+    assert rows_of(prompts) == rows_of(project / "prompts.jsonl")  # ten of them; of more only the first dozen
+
+
+def test_flags_win(project, talkative_model, capsys):
+    flags = ["--config", "it.yaml", "--small", "--model_name_or_path", talkative_model, "--num_iterations", "1"]
+    assert cli.main(["run", *flags, "--max_new_tokens", "9", "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert f"model      {talkative_model}" in output and "iteration 2" not in output
+    assert yaml.safe_load((project / "out-small-parts" / "small.yaml").read_text())["output_dir"] == "out-small"
+
+
+def test_prompts_come_in_the_form_that_is_expected(tmp_path):
+    as_text = {"prompts": "ORG/A", "prompt_column": "question", "prompts_as_messages": True, "output_dir": "o"}
+    [path] = shrink(as_text, tmp_path)["prompts"]
+    row = rows_of(path)[0]
+    assert isinstance(row["question"], str) and row["answer"].startswith("#### ")
+    several = {"prompts": ["ORG/A", "ORG/B"], "prompt_column": "context_messages", "output_dir": "o"}
+    first, second = (rows_of(path) for path in shrink(several, tmp_path)["prompts"])
+    assert first[0]["context_messages"][0]["role"] == "user"
+    assert not {json.dumps(row) for row in first} & {json.dumps(row) for row in second}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "`--small` makes a small run of a configuration file; give one with `--config`"),
+        (["--config"], "give one with `--config`"),
+        (["--config", "none.yaml"], "there is no file 'none.yaml'"),
+        (["--config", "empty.yaml"], "'empty.yaml' has no `output_dir`"),
+    ],
+)
+def test_what_cannot_be_made_small(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").touch()
+    assert cli.main(["run", "--small", *flags]) == 2
+    assert message in capsys.readouterr().err
