@@ -214,28 +214,23 @@ def curve(samples: Samples, num_bootstrap: int = 1000, seed: int = 0) -> dict[st
     return result
 
 
-STRATEGIES = {
-    "recall": "Recall@N (the best possible reranker)",
-    "best_of_n": "best-of-N (reward model as reranker)",
-    "majority": "majority vote (majority as reranker)",
-    "greedy": "greedy (retriever alone)",
-}
+STRATEGIES = {"recall": "Recall@N", "best_of_n": "best-of-N", "majority": "majority vote"}
+"""Key of a strategy in a curve: what it is called."""
 
 
 def as_table(curves: list[dict[str, Any]]) -> str:
-    """The numbers for a terminal: a line for each strategy, a column for each N."""
+    """The numbers for a terminal: a line for each N, a column for each strategy."""
     lines = []
     for one in curves:
-        lines.append(f"\n{one['label']}: {one['prompts']} prompts × {one['samples']} samples")
-        lines.append(f"  {'N':<38}" + "".join(f"{n:>22}" for n in one["n"]))
-        for name, text in STRATEGIES.items():
-            if name in one and name != GREEDY:
-                cells = zip(one[name]["mean"], one[name]["low"], one[name]["high"], strict=True)
-                lines.append(f"  {text:<38}" + "".join(f"{_with_interval(*cell):>22}" for cell in cells))
+        names = [name for name in STRATEGIES if name in one]
+        lines += ["", f"{one['label']}: {one['prompts']} prompts × {one['samples']} samples"]
+        lines.append("     N" + "".join(f"   {STRATEGIES[name]:<20}" for name in names).rstrip())
+        for place, n in enumerate(one["n"]):
+            cells = [_with_interval(*(one[name][key][place] for key in ("mean", "low", "high"))) for name in names]
+            lines.append(f"{n:>6}   " + "   ".join(cells))
         if GREEDY in one:
-            value = one[GREEDY]
-            lines.append(f"  {STRATEGIES[GREEDY]:<38}{_with_interval(value['mean'], value['low'], value['high']):>22}")
-    return "\n".join(lines).strip("\n")
+            lines.append("greedy   " + _with_interval(*(one[GREEDY][key] for key in ("mean", "low", "high"))))
+    return "\n".join(lines[1:])
 
 
 def _with_interval(mean: float, low: float, high: float) -> str:
@@ -254,13 +249,13 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
     _greedy(panels[0], curves)
     panels[0].set_title("Recall@N")
     for panel, one in zip(panels[1:], several, strict=False):
-        for number, name in enumerate(name for name in STRATEGIES if name in one and name != GREEDY):
-            _line(panel, one, name, f"C{number}", STRATEGIES[name].split(" (")[0])
+        for number, name in enumerate(name for name in STRATEGIES if name in one):
+            _line(panel, one, name, f"C{number}", STRATEGIES[name])
         _greedy(panel, [one])
         panel.set_title(one["label"])
     for panel in panels[1 + len(several) :]:
         panel.remove()
-    top = max(max(one[name]["high"]) for one in curves for name in STRATEGIES if name in one and name != GREEDY)
+    top = max(max(one[name]["high"]) for one in curves for name in STRATEGIES if name in one)
     for panel in panels[: 1 + len(several)]:
         panel.set(xscale="log", xlabel="N", ylabel="share of prompts solved", ylim=(0, min(1.0, 1.2 * top) or 1.0))
         ticks = sorted({n for one in curves for n in one["n"]})
