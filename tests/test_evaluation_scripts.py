@@ -23,10 +23,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(script, *words):
+def run(script, *words, **environment):
     command = [sys.executable, str(SCRIPTS / script), "--model_name_or_path", "model", "--use_cpu", *map(str, words)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    return subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
 
 
 # AlpacaEval 2
@@ -43,9 +43,12 @@ def alpaca_eval(folder):
     ]  # fmt: skip
     (folder / "references.json").write_text(json.dumps(rows))
     flags = ["--temperature", 0.7, "--references", "references.json", "--max_new_tokens", 16, "--output", "out"]
-    return lambda server, *more: run(
-        "alpaca_eval2.py", *flags, "--judge_model", "my/judge-instruct", "--judge_url", server.url, *more
-    )
+
+    def call(server, *more, judge_model="my/judge-instruct", **environment):
+        judge = ["--judge_model", judge_model, "--judge_url", server.url] if judge_model else []
+        return run("alpaca_eval2.py", *flags, *judge, *more, **environment)
+
+    return call
 
 
 @pytest.mark.parametrize("prefers, rate", [("model", 100.0), ("reference", 0.0)])
@@ -66,9 +69,25 @@ def test_a_judge_that_always_prefers_one_side(alpaca_eval, folder, prefers, rate
     assert written["settings"]["alpaca_eval"] and written["settings"]["answers"]["temperature"] == 0.7
     assert f"win rate                    {rate:.2f} %" in result.stdout
     assert "LC win rate 31.1, win rate 32.1" in result.stdout and "judged                      5 of 5" in result.stdout
+
+
+def test_the_leaderboards_judge_leaves_the_package_as_it_is(alpaca_eval, folder):
+    """GPT-4-turbo's configuration, with its endpoint on the loopback."""
     import alpaca_eval as package
 
-    assert not list(Path(package.__file__).parent.glob("evaluators_configs/*/annotations_seed*my_judge*"))
+    def files():
+        return {path for path in Path(package.__file__).parent.rglob("*") if "__pycache__" not in path.parts}
+
+    before = files()
+    with JudgeServer("model") as server:
+        key = {"OPENAI_API_KEY": "EMPTY", "OPENAI_API_BASE": server.url}
+        result = alpaca_eval(server, judge_model=None, **key)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert {asked["model"] for asked in server.requests} == {"gpt-4-1106-preview"}
+        again = alpaca_eval(server, judge_model=None, **key)
+        assert again.returncode == 0 and len(server.requests) == 5
+    assert "win rate                    100.00 %" in again.stdout
+    assert files() == before
 
 
 def test_judgements_that_are_missing_are_said_and_asked_for_again(alpaca_eval, folder):
