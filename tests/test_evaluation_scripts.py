@@ -2,9 +2,10 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from judge_server import REFERENCE, JudgeServer
@@ -18,22 +19,44 @@ RECIPE = Path(__file__).parents[1] / "examples/recipes/table2/mistral_base_listm
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """A folder with a model; the current one. No key of a judge is known."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for name in [name for name in os.environ if name.startswith("OPENAI_")]:
+        monkeypatch.delenv(name)
     save_small_model(tmp_path / "model")
     return tmp_path
 
 
-def run(script, *words, **environment):
-    command = [sys.executable, str(SCRIPTS / script), "--model_name_or_path", "model", "--use_cpu", *map(str, words)]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    return subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
+@pytest.fixture
+def run(folder, monkeypatch, capfd):
+    """Runs a script as `python script ...` does, in this process: importing torch takes longer than the rest."""
+
+    def call(script, *words, **environment):
+        with monkeypatch.context() as patch:
+            argv = [script, "--model_name_or_path", "model", "--use_cpu", *map(str, words)]
+            patch.setattr(sys, "argv", argv)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            capfd.readouterr()
+            try:
+                runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                code = end.code
+        output = capfd.readouterr()
+        if isinstance(code, str):  # the interpreter would print it
+            return SimpleNamespace(returncode=1, stdout=output.out, stderr=output.err + code)
+        return SimpleNamespace(returncode=code, stdout=output.out, stderr=output.err)
+
+    return call
 
 
 # AlpacaEval 2
 
 
 @pytest.fixture
-def alpaca_eval(folder):
+def alpaca_eval(folder, run):
     """Calls the script with a handful of instructions, of which one is `quiet`."""
     pytest.importorskip("alpaca_eval", reason="needs the extra [eval]")
     rows = [
@@ -119,7 +142,7 @@ def test_other_settings_are_refused(alpaca_eval, folder):
         (["--preset", "mistral_base"], "OPENAI_API_KEY|the package alpaca-eval is missing"),
     ],
 )
-def test_bad_options_come_before_any_answer(folder, words, message):
+def test_bad_options_come_before_any_answer(folder, run, words, message):
     result = run("alpaca_eval2.py", "--output", "out", *words)
     assert result.returncode == 2 and not (folder / "out").exists()
     assert any(part in result.stderr for part in message.split("|"))
@@ -170,7 +193,7 @@ def benchmark(folder):
 MIXEVAL = ["--data", "mixeval-2024-08-11", "--output", "out", "--max_new_tokens", 8]
 
 
-def test_every_key_order_and_id_is_kept(benchmark, folder):
+def test_every_key_order_and_id_is_kept(benchmark, folder, run):
     result = run("mixeval.py", *MIXEVAL)
     assert result.returncode == 0, result.stderr[-3000:]
     for name, suffix in (("mixeval", ""), ("mixeval_hard", "_hard")):
@@ -192,7 +215,7 @@ def test_every_key_order_and_id_is_kept(benchmark, folder):
     )
 
 
-def test_an_interrupted_run_goes_on(benchmark, folder):
+def test_an_interrupted_run_goes_on(benchmark, folder, run):
     assert run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval").returncode == 0
     responses = folder / "out" / "local_chat" / "mixeval" / "2024-08-11" / "local_chat_close_freeform.jsonl"
     whole, answers = responses.read_bytes(), folder / "out" / "answers" / "mixeval_free-form.jsonl"
@@ -204,11 +227,12 @@ def test_an_interrupted_run_goes_on(benchmark, folder):
     assert responses.read_bytes() == whole
 
 
-def test_the_scorer_is_called_where_it_is_installed(benchmark, folder, monkeypatch):
+def test_the_scorer_is_called_where_it_is_installed(benchmark, folder, run, monkeypatch):
     (folder / "mix_eval").mkdir()
     (folder / "mix_eval" / "__init__.py").touch()
     (folder / "mix_eval" / "compute_metrics.py").write_text(SCORER)
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
     result = run(
         "mixeval.py", *MIXEVAL, "--benchmarks", "mixeval", "--judge", "--judge_arguments=--free_form_parser rule"
     )
@@ -217,7 +241,7 @@ def test_the_scorer_is_called_where_it_is_installed(benchmark, folder, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["no file", "no version", "no options"])
-def test_what_is_wrong_with_the_data_is_named_before_any_answer(benchmark, folder, kind):
+def test_what_is_wrong_with_the_data_is_named_before_any_answer(benchmark, folder, run, kind):
     words = list(MIXEVAL)
     if kind == "no file":
         (benchmark / "mixeval-hard" / "free-form.json").unlink()

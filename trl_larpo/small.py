@@ -40,7 +40,7 @@ LLAMA_3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-_NUM_PROMPTS = 12
+_NUM_PROMPTS = 8
 _LIKELY = {"1": 4.0, "2": 4.0, "3": 4.0, "4": 4.0, " ": 5.0}
 """Logits by which the policy prefers small numbers: so that some of its answers to sums are right."""
 
