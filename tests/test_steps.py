@@ -97,7 +97,7 @@ def test_whole_lists_of_simpo_and_ultrafeedback(project, as_messages):
 
 
 BAD = {
-    "no prompts": (["generate", "--output", "x.jsonl"], "`prompts` is missing"),
+    "no prompts": (["generate", "--output", "x.jsonl"], "No prompts: give `prompts`"),
     "no output": (["generate", "--prompts", "prompts.jsonl"], "`output` is missing"),
     "no model": (["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl"], "No model: give"),
     "temperature": (

@@ -25,6 +25,7 @@ from .generation import check_sampling
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .rewards import import_function, load_rewards, reward_id
 from .run_config import NEGATIVES, GenerationOptions, PromptOptions, RewardOptions, option
+from .servers import check_servers
 from .steps import prompts_of, reward_file, sample_file
 from .storage import keep_settings, only_process, read_jsonl, saving_to, write_json, write_text
 from .verifiers import boxed_answer, final_number
@@ -85,6 +86,7 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
                     "No model: give `model_name_or_path`, a folder or a hub id, or samples in `candidates`."
                 )
             self.check_sampler()
+            check_servers(self.server_urls, self.server_command, self.server_api_key_variable)
             for value in self.temperature:
                 check_sampling(self.num_samples, value, self.top_p, self.max_new_tokens)
         if self.reward_funcs or not self.candidates:

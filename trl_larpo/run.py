@@ -28,7 +28,7 @@ from .report import write_report
 from .rewards import PAIRWISE, load_rewards
 from .run_config import RunConfig
 from .run_folder import RunFolder
-from .servers import check_url, server_command
+from .servers import check_servers, server_command
 from .stages import SHARDED_STAGES, STAGES, Stages
 from .storage import disk_full_is_said, only_process, read_json, read_jsonl, write_json
 from .tracking import Tracking
@@ -119,13 +119,7 @@ def check(folder: RunFolder) -> None:
         words, _ = server_command(options.server_command, model="model", port=1, index=0)
         if not words or shutil.which(words[0]) is None:
             raise ConfigError(f"`server_command`: there is no program {words[0] if words else ''!r} on this machine.")
-    if options.server_urls or options.server_command:
-        try:
-            import openai  # noqa: F401
-        except ImportError:
-            raise ConfigError("Servers need the package openai: pip install 'trl-larpo[server]'.") from None
-    for url in options.server_urls or []:
-        check_url(url, options.server_api_key_variable)
+    check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     try:
         AutoConfig.from_pretrained(path, revision=model.model_revision)
         AutoTokenizer.from_pretrained(path, revision=model.model_revision)

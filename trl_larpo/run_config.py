@@ -57,7 +57,7 @@ class PromptOptions(_Checked):
     )
 
     def check_prompts(self) -> None:
-        if not self.prompts:
+        if not self.prompts or not all(self.prompts):
             raise ConfigError(
                 f"No prompts: give `prompts`, a file, a folder or a hub id with a column `{self.prompt_column}`."
             )

@@ -347,6 +347,27 @@ def stop_leftovers(record: Path) -> None:
     record.unlink()
 
 
+def check_servers(urls: list[str] | None, command: str | None, api_key_variable: str) -> None:
+    """
+    Looks at what servers need before any time is spent.
+
+    Args:
+        urls: Addresses of running servers, which are asked for their models.
+        command: What starts servers later.
+        api_key_variable: Environment variable with their key.
+
+    Raises:
+        ConfigError: If the package openai is missing, or a server does not answer.
+    """
+    if urls or command:
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise ConfigError("Servers need the package openai: pip install 'trl-larpo[server]'.") from None
+    for url in urls or []:
+        check_url(url, api_key_variable)
+
+
 def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
     """
     Asks a running server for its models.

@@ -14,7 +14,7 @@ from .files import read_candidate_rows
 from .rewards import load_rewards
 from .run_config import GenerationOptions, PromptOptions, RewardOptions, SelectionOptions, option
 from .run_folder import load_prompts
-from .servers import check_url
+from .servers import check_servers
 from .stages import Stages
 from .storage import GrowingFile, write_jsonl
 
@@ -61,18 +61,15 @@ class SelectConfig(SelectionOptions):
 def generate(options: GenerateConfig, model: ModelConfig) -> None:
     """Samples completions of all prompts."""
     output = Path(_path(options, "output"))
-    _check_sampling(options, model)
-    kinds = [("policy", options.temperature[0])] * options.num_samples
-    rows = sample_file(options, model, prompts_of(options), kinds, output)
-    if rows:
-        print(f"{sum(len(row['completions']) for row in rows)} completions of {len(rows)} prompts in {output}")
-
-
-def _check_sampling(options: GenerateConfig, model: ModelConfig) -> None:
     options.check_prompts()
     if not model.model_name_or_path:
         raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
     options.check_generation()
+    check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
+    kinds = [("policy", options.temperature[0])] * options.num_samples
+    rows = sample_file(options, model, prompts_of(options), kinds, output)
+    if rows:
+        print(f"{sum(len(row['completions']) for row in rows)} completions of {len(rows)} prompts in {output}")
 
 
 def prompts_of(options: PromptOptions) -> list[Row]:
@@ -101,8 +98,6 @@ def sample_file(
     Returns:
         The rows with `completions` and `candidates` added. On processes but the first nothing.
     """
-    for url in options.server_urls or []:
-        check_url(url, options.server_api_key_variable)
     AutoTokenizer.from_pretrained(model.model_name_or_path)
     training = SimpleNamespace(seed=options.seed, use_cpu=options.use_cpu)
     folder = SimpleNamespace(

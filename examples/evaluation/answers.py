@@ -9,6 +9,7 @@ from trl import ModelConfig
 
 from trl_larpo import LarPOError
 from trl_larpo.candidates import completion_text, prompt_id
+from trl_larpo.servers import check_servers
 from trl_larpo.steps import GenerateConfig, sample_file
 from trl_larpo.storage import keep_settings, read_jsonl
 
@@ -62,6 +63,7 @@ def answer(arguments: argparse.Namespace, texts: list[str], path: Path, temperat
         use_cpu=arguments.use_cpu,
     )
     options.check_sampler()
+    check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     model = ModelConfig(model_name_or_path=arguments.model_name_or_path)
     answered = read_jsonl(path) if path.exists() else sample_file(options, model, rows, [("policy", temperature)], path)
     cut = sum(not row["candidates"][0]["finished"] for row in answered)
