@@ -6,11 +6,13 @@ a configuration of its (DeepSpeed, FSDP, several machines), else through torchru
 """
 
 import argparse
+import atexit
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from torch import distributed
 from torch.distributed import run as torchrun
@@ -95,6 +97,22 @@ def run_as_worker(function) -> int:
             raise
         sys.stdout.flush()
         os._exit(1)  # not through the end of the process group, which would wait for the others
-    if distributed.is_initialized():  # in order; else one process in many aborts at its exit
-        distributed.destroy_process_group()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave()
     return 0
+
+
+def leave() -> NoReturn:
+    """
+    Ends one of several processes that has done its work.
+
+    The process group is closed, and what libraries have to do at the exit is done (trackers send what they still hold).
+    Then the process ends without the interpreter's last clean-up: in it one process in some hundred aborts, as threads
+    of the communication are still there.
+    """
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from trl_larpo import LarPOConfig, LarPOTrainer
+from trl_larpo.launch import leave
 
 NUM_ROWS = 80  # more than any run here sees: no end of an epoch, where batches are filled up with rows from the start
 
@@ -100,5 +101,4 @@ def distribution(trainer: LarPOTrainer) -> dict:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():  # without, one process in many aborts at exit
-        torch.distributed.destroy_process_group()
+    leave()
