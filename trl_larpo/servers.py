@@ -359,13 +359,13 @@ def check_servers(urls: list[str] | None, command: str | None, api_key_variable:
     Raises:
         ConfigError: If the package openai is missing, or a server does not answer.
     """
+    for url in urls or []:
+        check_url(url, api_key_variable)
     if urls or command:
         try:
             import openai  # noqa: F401
         except ImportError:
             raise ConfigError("Servers need the package openai: pip install 'trl-larpo[server]'.") from None
-    for url in urls or []:
-        check_url(url, api_key_variable)
 
 
 def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
