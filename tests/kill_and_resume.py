@@ -94,9 +94,14 @@ def finish(process: subprocess.Popen) -> None:
 
 def wait_for_new_file(process: subprocess.Popen, folder: Path, rng: random.Random) -> None:
     """Waits until a few more files are there than now, so that kills come near writing."""
-    target = len(list(folder.rglob("*"))) + rng.randint(1, 4)
-    while process.poll() is None and len(list(folder.rglob("*"))) < target:
+    target = count_files(folder) + rng.randint(1, 4)
+    while process.poll() is None and count_files(folder) < target:
         time.sleep(0.002)
+
+
+def count_files(folder: Path) -> int:
+    """Files and folders. Unlike `rglob`, `os.walk` passes over a folder that is removed while it looks."""
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))
 
 
 def state(folder: Path) -> str:
