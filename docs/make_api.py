@@ -25,7 +25,7 @@ PUBLIC = {
     "trl_larpo.reward_models": ["RewardModel"],
     "trl_larpo.pairrm": ["PairRM"],
     "trl_larpo.generation": ["generate_completions", "Sample"],
-    "trl_larpo.recall": ["recall", "curve", "Samples"],
+    "trl_larpo.recall": ["recall", "recall_curve", "CheckedSamples"],
     "trl_larpo.files": ["read_candidate_rows"],
     "trl_larpo.run": ["run"],
     "trl_larpo.report": ["write_report"],

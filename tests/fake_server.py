@@ -45,7 +45,22 @@ class FakeServer(ThreadingHTTPServer):
         self.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class JsonHandler(BaseHTTPRequestHandler):
+    """Answers with JSON, and says nothing on the terminal."""
+
+    def _send(self, status: int, value: dict) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+class _Handler(JsonHandler):
     def do_GET(self):
         if self.path == "/health":
             self._send(503 if self.server.fault == "slow_start" else 200, {})
@@ -80,17 +95,6 @@ class _Handler(BaseHTTPRequestHandler):
         usage = {} if prompt_tokens is None else {"usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 9}}
         kind = "chat.completion" if chat else "text_completion"
         return self._send(200, {"id": "1", "object": kind, "created": 0, "model": "fake", "choices": choices} | usage)
-
-    def _send(self, status: int, value: dict) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
 
 
 def _answer(prompt: str, number: str) -> tuple[str, str]:

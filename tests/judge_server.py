@@ -3,7 +3,9 @@
 import json
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+
+from fake_server import JsonHandler
 
 REFERENCE = "the reference says"
 """Every output of the reference begins like this."""
@@ -32,7 +34,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
@@ -50,15 +52,5 @@ class _Handler(BaseHTTPRequestHandler):
             "logprobs": {"content": [top[0] | {"top_logprobs": top[: asked["top_logprobs"]]}]},
         }  # fmt: skip
         usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
-        body = json.dumps(
-            {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice],
-             "usage": usage}
-        ).encode()  # fmt: skip
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+        about = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"]}
+        self._send(200, about | {"choices": [choice], "usage": usage})

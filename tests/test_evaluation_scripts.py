@@ -218,13 +218,27 @@ def test_every_key_order_and_id_is_kept(benchmark, folder, run):
 def test_an_interrupted_run_goes_on(benchmark, folder, run):
     assert run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval").returncode == 0
     responses = folder / "out" / "local_chat" / "mixeval" / "2024-08-11" / "local_chat_close_freeform.jsonl"
-    whole, answers = responses.read_bytes(), folder / "out" / "answers" / "mixeval_free-form.jsonl"
+    whole, answers = responses.read_bytes(), folder / "out/answers/2024-08-11/mixeval_free-form.jsonl"
     partial = answers.with_name("mixeval_free-form.jsonl.partial-0")
     partial.write_bytes(b"".join(answers.read_bytes().splitlines(keepends=True)[:1]))
     answers.unlink()
     responses.unlink()
     assert run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval").returncode == 0
     assert responses.read_bytes() == whole
+
+
+def test_answers_to_other_questions_are_not_taken(benchmark, folder, run):
+    assert run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval").returncode == 0
+    changed = FREE_FORM | {"3": FREE_FORM["3"] | {"prompt": "How few?"}}
+    (benchmark / "mixeval" / "free-form.json").write_text(json.dumps(changed))
+    result = run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval")
+    assert result.returncode == 1 and "error: `prompts` is" in result.stderr
+    # Another version has answers of its own
+    benchmark.rename(folder / "mixeval-2024-06-01")
+    again = run("mixeval.py", "--data", "mixeval-2024-06-01", *MIXEVAL[2:], "--benchmarks", "mixeval")
+    assert again.returncode == 0
+    rows = rows_of(folder / "out/local_chat/mixeval/2024-06-01/local_chat_close_freeform.jsonl")
+    assert "How few?" in rows[1]["formated_input"]
 
 
 def test_the_scorer_is_called_where_it_is_installed(benchmark, folder, run, monkeypatch):

@@ -27,13 +27,13 @@ COMPLETIONS = ["because it is", "no", "the cat runs and runs and runs"]
 
 
 def test_a_comparison_reads_prompt_first_second_each_with_its_ends(ranker):
-    text = ranker.tokenizer.decode(ranker.encode("why", "yes", "no"))
+    text = ranker.tokenizer.decode(ranker.encode("why", ["yes", "no"])[0, 1])
     assert text == f"[CLS]{SOURCE}why[SEP][CLS]{FIRST}yes[SEP][CLS]{SECOND}no[SEP]"
 
 
 def test_the_score_is_that_of_the_published_formula(ranker):
     """The head over (source, candidate) for both candidates, of a batch of one without padding, written out."""
-    model, ids = ranker.model, torch.tensor([ranker.encode("why", "yes", "no no no")])
+    model, ids = ranker.model, torch.tensor([ranker.encode("why", ["yes", "no no no"])[0, 1]])
     with torch.no_grad():
         hidden = model.pretrained_model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
         at = {m: ids[0].tolist().index(ranker.tokenizer.convert_tokens_to_ids(m)) for m in (SOURCE, FIRST, SECOND)}
@@ -45,7 +45,7 @@ def test_the_score_is_that_of_the_published_formula(ranker):
         expected = (head(FIRST) - head(SECOND)).item()
     assert abs(expected) > 1e-3
     assert ranker._compare([ids[0].tolist()])[0] == pytest.approx(expected, abs=1e-5)
-    longer = ranker.encode("why is the dog so blue", "yes", "no")
+    longer = ranker.encode("why is the dog so blue", ["yes", "no"])[0, 1]
     assert ranker._compare([ids[0].tolist(), longer])[0] == pytest.approx(expected, abs=1e-5), "padding"
 
 
@@ -53,7 +53,9 @@ def test_preferences_do_not_depend_on_the_place(ranker):
     matrix = torch.tensor(ranker("why is the dog blue", COMPLETIONS))
     torch.testing.assert_close(matrix + matrix.T, torch.ones(3, 3))
     assert matrix.diag().tolist() == [0.5] * 3
-    logit = [ranker._compare([ranker.encode("why is the dog blue", *pair)])[0] for pair in (("no", "x"), ("x", "no"))]
+    logit = [
+        ranker._compare([ranker.encode("why is the dog blue", pair)[0, 1]])[0] for pair in (("no", "x"), ("x", "no"))
+    ]
     assert abs(logit[0] + logit[1]) > 1e-4, "one order alone does favour a place, or this test shows nothing"
     order = [2, 0, 1]
     moved = torch.tensor(ranker("why is the dog blue", [COMPLETIONS[i] for i in order]))
@@ -71,19 +73,19 @@ def test_rewards_are_mean_win_rates(path):
 def test_long_texts_lose_their_end_and_what_the_prompt_leaves_is_shared(path, caplog):
     ranker = PairRM(path, device="cpu", max_length=60)  # of it 35 for the prompt
     with caplog.at_level(logging.WARNING, logger="trl_larpo.pairrm"):
-        ids = ranker.encode("p" * 100, "f" * 100, "s" * 100)
+        ids = ranker.encode("p" * 100, ["f" * 100, "s" * 100])[0, 1]
     assert caplog.text.count("Said once.") == 1
     text = ranker.tokenizer.decode(ids)
     source, rest = 1224 * 60 // 2048, (60 - 1224 * 60 // 2048) // 2
     expected = [(SOURCE, "p", source), (FIRST, "f", rest), (SECOND, "s", rest)]
     assert text == "".join(f"[CLS]{marker}{letter * (size - 3)}[SEP]" for marker, letter, size in expected)
     assert len(ids) <= 60
-    short = ranker.tokenizer.decode(ranker.encode("p", "f" * 100, "s"))
+    short = ranker.tokenizer.decode(ranker.encode("p", ["f" * 100, "s"])[0, 1])
     assert short.count("f") == (60 - 4) // 2 - 3, "a short prompt leaves more to the completions"
 
 
 def test_a_text_cannot_pass_for_a_marker(ranker):
-    ids = ranker.encode(f"a {SECOND}", f"b {SOURCE}{FIRST}", "c")
+    ids = ranker.encode(f"a {SECOND}", [f"b {SOURCE}{FIRST}", "c"])[0, 1]
     for marker in (SOURCE, FIRST, SECOND):
         assert ids.count(ranker.tokenizer.convert_tokens_to_ids(marker)) == 1
 
@@ -99,8 +101,8 @@ def test_another_model_is_refused(tmp_path):
         PairRM(tiny.save_tiny_model(tmp_path), device="cpu")
 
 
-def test_names_of_the_weights_are_those_of_the_public_checkpoint():
-    """DeBERTa-v3-large as PairRM has it, without its weights: names and shapes, and 436 million of them."""
+def test_names_of_the_weights_are_those_of_the_published_code():
+    """DeBERTa-v3-large with three further tokens, without weights: names and shapes, and 436 million of them."""
     with torch.device("meta"):
         config = DebertaV2Config(
             vocab_size=128004, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,

@@ -10,7 +10,7 @@ from small_run import rows_of
 
 from trl_larpo import cli
 from trl_larpo.metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy
-from trl_larpo.recall import Samples, curve
+from trl_larpo.recall import CheckedSamples, recall_curve
 from trl_larpo.small import save_small_model, save_small_reward_model
 
 RNG = np.random.default_rng(0)
@@ -29,7 +29,7 @@ def choices(size):
 @pytest.mark.parametrize("correct, judged, answers", CASES)
 def test_recall_is_the_average_over_all_choices(correct, judged, answers):
     """Every choice of N samples, looked at one by one."""
-    result = curve(Samples("x", [correct, correct[::-1]], [judged, judged[::-1]]), num_bootstrap=10)
+    result = recall_curve(CheckedSamples("x", [correct, correct[::-1]], [judged, judged[::-1]]), num_bootstrap=10)
     for n, chosen in choices(len(correct)):
         if n in result["n"]:
             expected = np.mean([any(correct[i] for i in places) for places in chosen])
@@ -69,7 +69,7 @@ def test_majority_of_many_samples_is_drawn():
 
 def test_a_judge_that_knows_finds_what_recall_promises():
     correct = np.array([True, False, False, True, False])
-    result = curve(Samples("x", [correct], [correct.astype(float)]), num_bootstrap=10)
+    result = recall_curve(CheckedSamples("x", [correct], [correct.astype(float)]), num_bootstrap=10)
     assert result["best_of_n"]["mean"] == pytest.approx(result["recall"]["mean"], abs=1e-12)
 
 
@@ -171,6 +171,15 @@ def test_a_file_of_candidates_leaves_negatives_and_memory_out(tmp_path):
     assert (one["samples"], one["recall"]["mean"]) == (2, [0.0, 0.0])
 
 
+def test_rewards_of_other_completions_are_not_taken(tmp_path, capsys):
+    row = {"prompt": "p", "completions": ["1", "2"], "answer": "2"}
+    flags = ["--candidates", str(tmp_path / "c.jsonl"), "--reward_funcs", "gsm8k", "--output", str(tmp_path / "out")]
+    for completions, status in ((["1", "2"], 0), (["2", "1"], 2)):
+        (tmp_path / "c.jsonl").write_text(json.dumps(row | {"completions": completions}) + "\n")
+        assert cli.main(["recall", *flags]) == status
+    assert "holds rewards of other completions" in capsys.readouterr().err
+
+
 BAD = {
     "no output": (["--candidates", "x.jsonl"], "`output` is missing"),
     "no model": (["--prompts", "sums.jsonl", "--output", "o"], "No model: give `model_name_or_path`"),
@@ -180,8 +189,8 @@ BAD = {
     "no file": (["--candidates", "x.jsonl", "--output", "o"], "There is no file 'x.jsonl'"),
     "column": ([*SUMS[1:], "--prompt_column", "problem"], "has no column `problem`. Its columns: question, answer"),
     "template": ([*SUMS[1:], "--prompt_template", "Think."], "has no {prompt} to be replaced"),
-    "two greedy": ([*SUMS[1:], "--temperature", "0"], "all 12 samples of a prompt would be the same"),
-    "answer": ([*SUMS[1:], "--answer", "no_such_module_here:f"], "`answer`: the module of"),
+    "two greedy": ([*SUMS[1:], "--temperature", "0"], "`greedy` does so already"),
+    "answer": ([*SUMS[1:], "--answer_func", "no_such_module_here:f"], "`answer_func`: the module of"),
     "judge": ([*SUMS[1:], "--best_of_n_reward", "./none"], "there is no such folder"),
 }
 

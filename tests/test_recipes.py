@@ -16,7 +16,7 @@ FOLDER = ROOT / "examples" / "recipes"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 RECIPES = {str(path.relative_to(FOLDER)): yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*/*.yaml"))}
 
-# The paper's settings (sections 5 and appendix), written down once more and independently of the recipes:
+# The paper's settings, and our choices where it is silent (OURS), written down independently of the recipes:
 # file: (responses k, selection best + worst, temperature, memory, loss)
 PAPER = {}
 for _model, _temperature in (("mistral_base", 1.0), ("mistral_instruct", 0.8)):
@@ -38,6 +38,22 @@ for _figure in ("figure4b/mistral_instruct", "figure6/gemma"):
         PAPER[f"{_figure}_temperature_{_temperature}.yaml"] = (2, 1, 1, _temperature, "none", "pairwise")
 for _k in (4, 6, 8, 10):
     PAPER[f"figure4c/mistral_instruct_{_k}_responses.yaml"] = (_k, 1, _k - 1, 1.0, "none", "contrastive")
+
+# What is our choice in all recipes, and beyond that in those of a row
+OURS = ("beta", "num_held_out", "num_eval_samples", "max_new_tokens", "gradient_checkpointing", "save_steps")
+OURS_TOO = {
+    "table2/mistral_base_iterative": ("num_samples", "num_best", "temperature", "reward_funcs", "memory"),
+    "table2/mistral_instruct_iterative": ("num_samples", "num_best", "temperature", "reward_funcs", "memory"),
+    "table2": ("memory",),
+    "table3": ("temperature", "reward_funcs", "memory"),
+    "table4": ("temperature", "reward_funcs"),
+    "figure4a/mathstral_easi": ("num_samples", "memory", "temperature"),
+    "figure4a/mathstral_easy": ("num_samples", "memory", "temperature"),
+    "figure4a": ("num_samples", "memory"),
+    "figure4b": ("num_samples", "num_best", "reward_funcs", "memory"),
+    "figure6": ("num_samples", "num_best", "reward_funcs", "memory"),
+    "figure4c": ("reward_funcs", "memory"),
+}
 
 MODELS = {
     "mistral_base": "alignment-handbook/zephyr-7b-sft-full",
@@ -111,8 +127,10 @@ def test_settings_are_the_papers(name):
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_what_the_paper_does_not_say_is_marked(name):
     text = (FOLDER / name).read_text()
-    for option in ("beta", "num_held_out", "max_new_tokens", "gradient_checkpointing", "save_steps"):
-        assert re.search(rf"^{option}: .*# our choice", text, re.MULTILINE), option
+    too = next(options for start, options in OURS_TOO.items() if name.startswith(start))
+    for option in ("num_samples", "num_best", "temperature", "reward_funcs", "memory", "learning_rate", *OURS):
+        marked = re.search(rf"^{option}: .*# our choice", text, re.MULTILINE) is not None
+        assert marked == (option in (*OURS, *too)), option
     assert f"larpo run --config examples/recipes/{name}\n" in re.sub(r" +#[^\n]*", "", text)
 
 

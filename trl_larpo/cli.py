@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"larpo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nlarpo: interrupted. What was computed is kept; run the same command again to go on.", file=sys.stderr)
+        goes_on = argv[0] in ("generate", "reward", "recall")
+        print("\nlarpo: interrupted." + " Run the same command again to go on." * goes_on, file=sys.stderr)
         return 130
 
 

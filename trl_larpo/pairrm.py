@@ -102,22 +102,27 @@ class PairRM:
     @torch.no_grad()
     def __call__(self, prompt: Prompt, completions: list[Any]) -> list[list[float]]:
         """Entry `[i][j]` is the probability that completion i is better than j; 0.5 on the diagonal."""
-        count, texts = len(completions), [completion_text(completion) for completion in completions]
-        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
-        encoded = [self.encode(source_text(prompt), texts[i], texts[j]) for i, j in pairs]
+        count = len(completions)
+        encoded = self.encode(source_text(prompt), [completion_text(completion) for completion in completions])
         logits = torch.zeros(count, count, dtype=torch.float64)
-        order = sorted(range(len(pairs)), key=lambda k: -len(encoded[k]))  # similar lengths together
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for k, logit in zip(batch, self._compare([encoded[k] for k in batch]), strict=True):
-                logits[pairs[k]] = logit
+        pairs = sorted(encoded, key=lambda pair: -len(encoded[pair]))  # similar lengths together
+        for start in range(0, len(pairs), self.batch_size):
+            batch = pairs[start : start + self.batch_size]
+            for pair, logit in zip(batch, self._compare([encoded[pair] for pair in batch]), strict=True):
+                logits[pair] = logit
         return torch.sigmoid((logits - logits.T) / 2).tolist()
 
-    def encode(self, source: str, first: str, second: str) -> list[int]:
-        """Token ids of one comparison, cut as in PairRM's training."""
+    def encode(self, source: str, completions: list[str]) -> dict[tuple[int, int], list[int]]:
+        """Token ids of each comparison, by the numbers of its first and second completion; cut as in training."""
         source_ids = self._marked(SOURCE, source, MAX_SOURCE_LENGTH * self.max_length // MAX_LENGTH)
         rest = (self.max_length - len(source_ids)) // 2
-        return source_ids + self._marked(FIRST, first, rest) + self._marked(SECOND, second, rest)
+        firsts, seconds = ([self._marked(marker, text, rest) for text in completions] for marker in (FIRST, SECOND))
+        return {
+            (i, j): source_ids + first + second
+            for i, first in enumerate(firsts)
+            for j, second in enumerate(seconds)
+            if i != j
+        }
 
     def _marked(self, marker: str, text: str, max_length: int) -> list[int]:
         for other in (SOURCE, FIRST, SECOND):  # a text shall not pass for a marker

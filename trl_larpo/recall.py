@@ -32,7 +32,7 @@ from .verifiers import boxed_answer, final_number
 
 Row = dict[str, Any]
 
-NS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+N_VALUES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 ANSWERS: dict[str, Callable[[str], Any]] = {"gsm8k": final_number, "math": boxed_answer}
 """What a completion answers, for the majority vote: name → function of its text."""
@@ -59,7 +59,7 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
     best_of_n_reward: str | None = option(
         None, "Reward that chooses the best of N samples, as in `reward_funcs`. Its choice is then checked."
     )
-    answer: str | None = option(
+    answer_func: str | None = option(
         None,
         "What a completion answers, for the majority vote: 'gsm8k', 'math' or 'package.module:function' of a text. "
         "None: as `reward_funcs`, where it is one of these.",
@@ -87,6 +87,8 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
                 )
             self.check_sampler()
             check_servers(self.server_urls, self.server_command, self.server_api_key_variable)
+            if 0.0 in self.temperature:
+                raise ConfigError("`temperature` has 0, which decodes greedily; `greedy` does so already. Drop it.")
             for value in self.temperature:
                 check_sampling(self.num_samples, value, self.top_p, self.max_new_tokens)
         if self.reward_funcs or not self.candidates:
@@ -97,16 +99,17 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
         if self.num_bootstrap < 1:
             raise ConfigError(f"`num_bootstrap` is {self.num_bootstrap}; it must be at least 1.")
 
-    @property
-    def answer_function(self) -> Callable[[str], Any] | None:
-        if self.answer is None:
-            named = [ANSWERS[name] for name in self.reward_funcs if name in ANSWERS]
-            return named[0] if named else None
-        return ANSWERS[self.answer] if self.answer in ANSWERS else import_function(self.answer, "answer")
+    def load_answer_func(self) -> Callable[[str], Any] | None:
+        """What tells the answer of a completion, if anything does."""
+        names = self.reward_funcs if self.answer_func is None else [self.answer_func]
+        named = [ANSWERS[name] for name in names if name in ANSWERS]
+        if self.answer_func is not None and not named:
+            return import_function(self.answer_func, "answer_func")
+        return named[0] if named else None
 
 
 @dataclass
-class Samples:
+class CheckedSamples:
     """
     Samples of some prompts under one name.
 
@@ -130,13 +133,13 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
     Samples where there are none yet, checks them, and writes recall.json, recall.png and recall.md.
 
     Returns:
-        What is in recall.json: `curves`, see [`curve`], and the settings.
+        What is in recall.json: `curves`, see [`recall_curve`], and the settings.
 
     Raises:
         LarPOError: If something in the input must be mended; nothing computed is lost.
     """
     options.check_recall(model)
-    answer_of = options.answer_function
+    answer_of = options.load_answer_func()
     folder = Path(options.output)
     with only_process(folder):
         _keep_settings(options, model, folder)
@@ -152,7 +155,7 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
             "rewards": options.reward_funcs,
             "threshold": options.threshold,
             "best_of_n_reward": options.best_of_n_reward,
-            "curves": [curve(samples, options.num_bootstrap, options.seed) for samples in groups],
+            "curves": [recall_curve(samples, options.num_bootstrap, options.seed) for samples in groups],
         }
         write_json(folder / "recall.json", result)
         with saving_to(folder / "recall.png"):
@@ -182,7 +185,7 @@ def _title(options: RecallConfig, model: ModelConfig) -> str:
     return f"Recall@N: {model.model_name_or_path or ', '.join(options.candidates)}"
 
 
-def curve(samples: Samples, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+def recall_curve(samples: CheckedSamples, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """
     Recall@N and the strategies of inference, with 95 % intervals over prompts.
 
@@ -191,7 +194,7 @@ def curve(samples: Samples, num_bootstrap: int = 1000, seed: int = 0) -> dict[st
         (`recall`, `best_of_n`, `majority`: one number for each N; `greedy`: one) `mean`, `low` and `high`.
     """
     fewest = min(map(len, samples.correct))
-    ns = [n for n in NS if n <= fewest]
+    ns = [n for n in N_VALUES if n <= fewest]
     ns += [fewest] if ns[-1] != fewest else []
     counts = np.array([len(x) for x in samples.correct]), np.array([int(x.sum()) for x in samples.correct])
 
@@ -284,10 +287,10 @@ def _greedy(panel, curves: list[dict[str, Any]]) -> None:
 def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[tuple[str, list[Row], list | None]]:
     samples, rewarded = folder / "samples.jsonl", folder / "rewarded.jsonl"
     kinds = [("policy", value) for value in options.temperature for _ in range(options.num_samples)]
-    kinds += [(GREEDY, 0.0)] if options.greedy and 0.0 not in options.temperature else []
+    kinds += [(GREEDY, 0.0)] if options.greedy else []
     rows = read_jsonl(samples) if samples.exists() else sample_file(options, model, prompts_of(options), kinds, samples)
-    rows = read_jsonl(rewarded) if rewarded.exists() else reward_file(options, rows, rewarded, use_cpu=options.use_cpu)
-    return [("", rows, _judge(options, rows, folder / "judged.jsonl"))]
+    rows = _rewarded(options, rows, rewarded, "Rewarding")
+    return [("", rows, _judged(options, rows, folder / "judged.jsonl"))]
 
 
 def _read(options: RecallConfig, folder: Path) -> list[tuple[str, list[Row], list | None]]:
@@ -306,28 +309,27 @@ def _read(options: RecallConfig, folder: Path) -> list[tuple[str, list[Row], lis
     for number, (name, path) in enumerate(sources):
         rows = read_candidate_rows(str(path))
         if options.reward_funcs:
-            rewarded = folder / f"rewarded_{number}.jsonl"
-            description = f"Rewarding {name or path}"
-            rows = (
-                read_jsonl(rewarded)
-                if rewarded.exists()
-                else reward_file(options, rows, rewarded, use_cpu=options.use_cpu, description=description)
-            )
-        result.append((name, rows, _judge(options, rows, folder / f"judged_{number}.jsonl")))
+            rows = _rewarded(options, rows, folder / f"rewarded_{number}.jsonl", f"Rewarding {name or path}")
+        result.append((name, rows, _judged(options, rows, folder / f"judged_{number}.jsonl")))
     return result
 
 
-def _judge(options: RecallConfig, rows: list[Row], path: Path) -> list[list[float | None]] | None:
+def _rewarded(options: RecallConfig, rows: list[Row], path: Path, description: str) -> list[Row]:
+    """Rewards as they are kept in the file, or computed into it."""
+    if not path.exists():
+        return reward_file(options, [dict(row) for row in rows], path, use_cpu=options.use_cpu, description=description)
+    kept = read_jsonl(path)
+    if [row["completions"] for row in kept] != [row["completions"] for row in rows]:
+        raise ConfigError(f"{path} holds rewards of other completions. Take another `output`.")
+    return kept
+
+
+def _judged(options: RecallConfig, rows: list[Row], path: Path) -> list[list[float | None]] | None:
     """What the best-of-N reward says of all completions."""
     if options.best_of_n_reward is None:
         return None
     judge = dataclasses.replace(options, reward_funcs=[options.best_of_n_reward], reward_weights=None)
-    judged = (
-        read_jsonl(path)
-        if path.exists()
-        else reward_file(judge, [dict(row) for row in rows], path, use_cpu=options.use_cpu, description="Judging")
-    )
-    return [row["rewards"] for row in judged]
+    return [row["rewards"] for row in _rewarded(judge, rows, path, "Judging")]
 
 
 def _groups(
@@ -336,9 +338,9 @@ def _groups(
     judged: list[list[float | None]] | None,
     answer_of: Callable[[str], Any] | None,
     options: RecallConfig,
-) -> list[Samples]:
+) -> list[CheckedSamples]:
     """Samples by temperature. What is no sample of the policy (hard negatives, earlier iterations) is left out."""
-    by_temperature: dict[float | None, Samples] = {}
+    by_temperature: dict[float | None, CheckedSamples] = {}
     greedy: list[bool | None] = []
     for number, row in enumerate(rows):
         if all(reward is None for reward in row["rewards"]):
@@ -354,7 +356,7 @@ def _groups(
                 places.setdefault(about["temperature"], []).append(place)
         for temperature, of_row in places.items():
             label = ", ".join(filter(None, [name, "" if temperature is None else f"temperature {temperature:g}"]))
-            empty = Samples(label or "samples", [], [] if judged else None, [] if answer_of else None)
+            empty = CheckedSamples(label or "samples", [], [] if judged else None, [] if answer_of else None)
             samples = by_temperature.setdefault(temperature, empty)
             samples.correct.append(np.array([correct[i] for i in of_row]))
             if judged is not None:

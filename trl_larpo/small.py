@@ -141,13 +141,13 @@ def _prompts(path: str, target: Path, config: dict[str, Any], seed: int) -> str:
         write_jsonl(target, map(json.loads, lines))
         return str(target)
     rng, rows = random.Random(seed), []
-    while len(rows) < _NUM_PROMPTS:
+    for _ in range(_NUM_PROMPTS):
         first, second, third = (rng.randint(0, 200) for _ in range(3))
         answer = rng.randint(1, 4)
         text = f"{first} birds sit on a roof, {second} leave, {third} come: {first - second + third} + {answer}?"
         prompt = text if config.get("prompts_as_messages") else [{"role": "user", "content": text}]
-        row = {config.get("prompt_column", "prompt"): prompt, "answer": f"#### {answer}", "solution": f"${answer}$"}
-        rows.append(row)
+        column = config.get("prompt_column", "prompt")
+        rows.append({column: prompt, "answer": f"#### {answer}", "solution": f"${answer}$"})
     write_jsonl(target, rows)
     return str(target)
 

@@ -119,8 +119,8 @@ def math_reward(
 
     Args:
         prompts: Not looked at.
-        completions: Text of each completion, or its list of messages; the answer stands in `\\boxed{}` or in LaTeX.
-        solution: The right answer in LaTeX, e.g. MATH's column `solution`, which ends in `\\boxed{}`.
+        completions: Text of each completion, or its list of messages; the answer stands in `\boxed{}` or in LaTeX.
+        solution: The right answer in LaTeX, e.g. MATH's column `solution`, which ends in `\boxed{}`.
         **columns: Not looked at.
 
     Returns:
@@ -138,7 +138,7 @@ def math_reward(
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What stands in the last `\\boxed{}` of a text, braces inside it included, without spaces."""
+    r"""What stands in the last `\boxed{}` of a text, braces inside it included, without spaces."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

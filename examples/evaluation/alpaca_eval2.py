@@ -130,7 +130,8 @@ def judge(arguments, outputs: Path, folder: Path, name: str, length_controlled: 
     if judgements.exists():
         # The package keeps -1 for an answer that it could not read, and would never ask again
         kept = [row for row in read_json(judgements) if 1 <= (row["preference"] or 0) <= 2]
-        if len(kept) == len(read_json(outputs)) and any(folder.glob("**/leaderboard.csv")):
+        wanted = "length_controlled_winrate" if length_controlled else "win_rate"
+        if len(kept) == len(read_json(outputs)) and wanted in (leaderboard_row(folder, name) or {}):
             print("All judgements are there.")
             return
         write_json(judgements, kept)
@@ -164,10 +165,8 @@ def write_judge(folder: Path, model: str) -> str:
 
 def report(arguments, references: list[dict], folder: Path, name: str, length_controlled: bool) -> None:
     """What came out, how it was made, and what is missing."""
-    found = sorted(folder.glob("**/leaderboard.csv"), key=lambda path: path.stat().st_mtime)
-    with open(found[-1], encoding="utf-8", newline="") as file:
-        [row] = [row for row in csv.DictReader(file) if row[""] == name]
-    annotations = read_json(found[-1].with_name("annotations.json"))
+    row = leaderboard_row(folder, name)
+    annotations = read_json(leaderboard(folder).with_name("annotations.json"))
     judged = {a["instruction"] for a in annotations if a.get("preference") is not None}
     missing = [number for number, reference in enumerate(references) if reference["instruction"] not in judged]
     result = {
@@ -199,6 +198,19 @@ def report(arguments, references: list[dict], folder: Path, name: str, length_co
     if len(references) != NUM_INSTRUCTIONS:
         print(f"  NOTE: AlpacaEval 2 has {NUM_INSTRUCTIONS} instructions; this result cannot be compared with others.")
     print(f"  everything is in {folder}")
+
+
+def leaderboard(folder: Path) -> Path | None:
+    """The package's table; for judges of its own it is in a folder of their name."""
+    return next(folder.glob("**/leaderboard.csv"), None)
+
+
+def leaderboard_row(folder: Path, name: str) -> dict[str, str] | None:
+    path = leaderboard(folder)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        return next((row for row in csv.DictReader(file) if row[""] == name), None)
 
 
 def slug(name: str) -> str:

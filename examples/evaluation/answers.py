@@ -1,6 +1,8 @@
 """What the evaluation scripts share: answers of a model, in files that an interrupted run goes on with."""
 
 import argparse
+import hashlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -43,7 +45,7 @@ def answer(arguments: argparse.Namespace, texts: list[str], path: Path, temperat
     """
     settings = {
         "model": arguments.model_name_or_path,
-        "prompts": len(texts),
+        "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
         "temperature": temperature,
         "max_new_tokens": arguments.max_new_tokens,
         "dtype": arguments.dtype,

@@ -45,7 +45,7 @@ def main() -> None:
         folder = arguments.output / arguments.name / benchmark / version
         print(f"{benchmark}, {part}: {len(entries)} questions")
         inputs = [format_input(entry) for entry in entries.values()]
-        responses = answer(arguments, inputs, arguments.output / "answers" / f"{benchmark}_{part}.jsonl", 0.0)
+        responses = answer(arguments, inputs, arguments.output / "answers" / version / f"{benchmark}_{part}.jsonl", 0.0)
         rows = [
             entry | {"id": name, "formated_input": text, "response": response}
             for (name, entry), text, response in zip(entries.items(), inputs, responses, strict=True)

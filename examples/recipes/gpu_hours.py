@@ -21,6 +21,7 @@ PARAMETERS = {  # in billions
     "pairwise:llm-blender/PairRM-hf": 0.44,
     "gsm8k": 0.0,
 }
+# Rows of the data sets as their pages say; that of the second third is taken to be that of the first
 PROMPTS = {"RLHFlow/ultrafeedback_iter1": 20000, "RLHFlow/ultrafeedback_iter2": 20000,
            "RLHFlow/ultrafeedback_iter3": 19569, "openai/gsm8k": 7473}  # fmt: skip
 
