@@ -22,17 +22,27 @@ from trl_larpo.candidates import (
 def oracle(candidates, selection):
     """Texts and rewards of the list, by the rules as they are written in the documentation; None if there is no "
     "list."""
-    seen = []
+    mode, seen, cut_off = selection.truncated_completions, [], []
     for c in candidates:
-        usable = c.finished and c.completion.strip() != "" and c.reward is not None
-        if usable and c.completion not in [text for text, _ in seen]:
-            seen.append((c.completion, c.reward))
+        if c.completion.strip() == "":
+            continue
+        key = (c.completion, c.finished)
+        if mode == "rank_last" and not c.finished:
+            cut_off += [] if c.completion in [text for text, _ in cut_off] else [(c.completion, c.reward)]
+        elif c.reward is not None and (c.finished or mode == "by_reward"):
+            seen += [] if key in [other for other, _ in seen] else [(key, c.reward)]
     ranked = []
-    for item in seen:  # insertion: behind all that are at least as good
-        place = len([1 for other in ranked if other[1] >= item[1]])
-        ranked.insert(place, item)
-    if len(ranked) < 2 or ranked[0][1] == ranked[-1][1] or ranked[0][1] - ranked[-1][1] < selection.min_reward_gap:
+    for (text, _), reward in seen:  # insertion: behind all that are at least as good
+        place = len([1 for other in ranked if other[1] >= reward])
+        ranked.insert(place, (text, reward))
+    if selection.num_worst is not None:  # half of the worst, rounded up
+        cut_off = cut_off[: (selection.num_worst + 1) // 2]
+    if len(ranked) + len(cut_off) < 2 or not ranked:
         return None
+    gap = ranked[0][1] - ranked[-1][1]
+    if not cut_off and (gap == 0 or gap < selection.min_reward_gap):
+        return None
+    ranked += cut_off
     a, b = selection.num_best, selection.num_worst
     if a is not None:
         return [item for i, item in enumerate(ranked) if i < a or i >= len(ranked) - b]
@@ -54,6 +64,9 @@ SELECTIONS = [
     Selection(max_list_size=7),
     Selection(min_reward_gap=1.5),
     Selection(2, 2, min_reward_gap=2.0),
+]
+SELECTIONS += [
+    replace(selection, truncated_completions=mode) for selection in SELECTIONS for mode in ("by_reward", "drop")
 ]
 
 
@@ -101,11 +114,12 @@ def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
         Candidate("unjudged", None),
     ]
     other = [Candidate("x", 1.0), Candidate("y", 1.0)]
-    rows, counts = build_lists([({"prompt": "p"}, pool), ({"prompt": "q"}, other)], Selection(1, 1))
+    selection = Selection(1, 1, truncated_completions="drop")
+    rows, counts = build_lists([({"prompt": "p"}, pool), ({"prompt": "q"}, other)], selection)
     assert rows[0]["completions"] == ["best", "worst"] and rows[0]["rewards"] == [3.0, 1.0]
     assert rows[0]["candidates"][0] == {
-        "iteration": 2, "source": "policy", "temperature": 0.8, "finished": True, "num_tokens": None, "count": 1,
-        "rank": 1, "of_prompt": None,
+        "iteration": 2, "source": "policy", "temperature": 0.8, "finished": True, "num_tokens": None,
+        "token_ids": None, "count": 1, "rank": 1, "of_prompt": None,
     }  # fmt: skip
     assert {x["completion"]: x["why"] for x in rows[0]["left_out"]} == {
         "cut": "cut off", "middle": "not selected", " ": "empty", "unjudged": "no reward",
@@ -117,6 +131,46 @@ def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
         "without "
         "a reward, 1 not selected."
     )
+
+
+CUT_OFF = [Candidate(f"cut {i}", reward, finished=False) for i, reward in enumerate([9.0, None, 5.0, 4.0])]
+ENDED = [Candidate("good", 3.0), Candidate("fair", 2.0), Candidate("poor", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "selection, expected",
+    [
+        (Selection(), "good fair poor cut-0 cut-1 cut-2 cut-3"),
+        (Selection(truncated_completions="by_reward"), "cut-0 cut-2 cut-3 good fair poor"),
+        (Selection(truncated_completions="drop"), "good fair poor"),
+        # Of the worst at most half, rounded up
+        (Selection(1, 1), "good cut-0"),
+        (Selection(2, 2), "good fair poor cut-0"),
+        (Selection(1, 3), "good poor cut-0 cut-1"),
+        (Selection(1, 4), "good fair poor cut-0 cut-1"),
+        (Selection(1, 3, truncated_completions="by_reward"), "cut-0 good fair poor"),
+    ],
+)
+def test_what_becomes_of_completions_that_were_cut_off(selection, expected):
+    made = build_list([CUT_OFF[0], *ENDED, *CUT_OFF[1:]], selection)
+    assert " ".join(c.completion.replace(" ", "-") for c in made.selected) == expected
+    [row], counts = build_lists([({}, [*CUT_OFF, *ENDED])], selection)
+    assert row["finished"] == [c.finished for c in made.selected]
+    assert counts.truncated == row["finished"].count(False)
+
+
+def test_ending_alone_makes_a_list():
+    tied = [Candidate("a", 1.0), Candidate("b", 1.0)]
+    assert build_list(tied, Selection()).problem == "tied"
+    assert build_list([*tied, CUT_OFF[0]], Selection(min_reward_gap=5.0)).problem is None
+    assert build_list(CUT_OFF, Selection()).problem == "tied"
+
+
+def test_a_cut_off_completion_keeps_its_tokens():
+    pool = [Candidate("a", 1.0), Candidate("b\ufffd", None, finished=False, token_ids=[5, 6])]
+    [row], _ = build_lists([({}, pool)], Selection())
+    assert row["completion_ids"] == [None, [5, 6]]
+    assert candidates_of(row)[1].token_ids == [5, 6]
 
 
 def test_short_lists_are_kept_and_counted():
@@ -139,6 +193,7 @@ def test_memory_names_the_iterations():
         ({"num_best": 0, "num_worst": 2}, "at least 1"),
         ({"num_best": 1, "num_worst": 1, "max_list_size": 4}, "`max_list_size` has no effect"),
         ({"max_list_size": 1}, "`max_list_size` is 1"),
+        ({"truncated_completions": "keep"}, "`truncated_completions` is 'keep'; it must be one of rank_last"),
         ({"min_reward_gap": -1.0}, "`min_reward_gap` is -1"),
         ({"min_reward_gap": float("nan")}, "`min_reward_gap` is nan"),
     ],

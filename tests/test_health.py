@@ -5,9 +5,9 @@ import pytest
 from trl_larpo.health import CHECKS, check_iteration
 
 
-def evaluation(tokens=40.0, finished=0.95, reward=0.5, kl=5.0):
+def evaluation(tokens=40.0, finished=0.95, change=0.1, kl=5.0):
     return {
-        "tokens": tokens, "finished": finished, "reward": {"mean": reward, "standard_error": 0.02},
+        "prompts": 64, "tokens": tokens, "finished": finished, "change": {"mean": change, "standard_error": 0.02},
         "kl_from_initial": {"mean": kl},
     }  # fmt: skip
 
@@ -24,7 +24,7 @@ WELL = {
     "selection": SELECTION,
     "training_log": LOG,
     "start": evaluation(),
-    "evaluations": [evaluation(reward=0.6)],
+    "evaluations": [evaluation()],
 }
 
 
@@ -47,8 +47,9 @@ def test_a_good_run_raises_nothing():
         ("tied_lists", {"selection": SELECTION | {"prompts_tied": 11}}),
         ("truncated", {"samples": samples(finished=False)}),
         ("truncated", {"evaluations": [evaluation(finished=0.6)]}),
-        ("held_out_reward", {"evaluations": [evaluation(reward=0.4)]}),
-        ("held_out_reward", {"evaluations": [evaluation(reward=0.9), evaluation(reward=0.8)]}),  # than the one before
+        ("held_out_reward", {"evaluations": [evaluation(change=-0.05)]}),
+        ("held_out_reward", {"evaluations": [evaluation(), evaluation(change=-0.05)]}),
+        ("held_out_reward", {"monitor": {"stopped_at": 5, "points": [{"change": {"mean": -0.2}}]}}),
         ("margins", {"training_log": [{"rewards/margins": 21.0}]}),
         ("kl", {"evaluations": [evaluation(kl=51.0)]}),
     ],
@@ -57,11 +58,11 @@ def test_each_sign_is_seen_alone(name, changes):
     assert failing(**changes) == {name}
 
 
-def test_a_held_out_reward_that_falls_with_that_of_the_chosen_is_not_gamed():
-    falling = {"evaluations": [evaluation(reward=0.4)], "training_log": [{"rewards/chosen": -0.5}]}
-    assert failing(**falling) == set()
+def test_a_fall_that_may_be_chance_is_no_alarm():
+    assert failing(evaluations=[evaluation(change=-0.039)]) == set()
+    assert failing(evaluations=[evaluation(change=-0.5) | {"prompts": 7}]) == set()
 
 
 def test_what_is_unknown_is_no_alarm():
-    unknown = evaluation(tokens=None) | {"kl_from_initial": None, "reward": {"mean": None, "standard_error": None}}
+    unknown = evaluation(tokens=None) | {"kl_from_initial": None, "change": {"mean": None, "standard_error": None}}
     assert failing(evaluations=[unknown], training_log=[], start=unknown) == set()

@@ -216,7 +216,11 @@ def test_rewards_are_found_by_name(tmp_path, monkeypatch):
         (["no_such_module_here:f"], None, "cannot be imported: ModuleNotFoundError"),
         (["math:no_such_function"], None, "has no function 'no_such_function'"),
         (["math:pi"], None, "has no function 'pi'"),
-        (["gsm9k"], None, "'gsm9k', which is neither one of verifiable_instruction, gsm8k, math nor a folder"),
+        (
+            ["gsm9k"],
+            None,
+            "'gsm9k', which is neither one of verifiable_instruction, verifiable_instructions, gsm8k, math nor",
+        ),
         (["./none"], None, "names the folder './none', and there is no such folder"),
         (["pairwise:gsm8k"], None, "'gsm8k', which is neither"),
         (["pairwise:./none"], None, "names the folder './none', and there is no such folder"),

@@ -33,9 +33,11 @@ def test_from_prompts_to_a_trained_model(project, talkative_model, generate, cap
     output = capsys.readouterr().out
     assert "40 completions of 10 prompts in samples.jsonl" in output
     assert "Rewards of 10 prompts in rewarded.jsonl" in output
-    assert re.search(r"\d+ lists of \d+ candidates; left out: .*not selected", output)
+    assert re.search(r"\d+ lists of \d+ candidates \(\d+ cut off\); left out: .*not selected", output)
     lists = rows_of(project / "lists.jsonl")
-    assert lists and all(len(row["completions"]) == 2 and row["rewards"][0] > row["rewards"][1] for row in lists)
+    assert lists and all(len(row["completions"]) == 2 for row in lists)
+    assert all(row["rewards"][0] > row["rewards"][1] for row in lists if all(row["finished"]))
+    assert all(row["finished"][0] for row in lists)
     AutoModelForCausalLM.from_pretrained(project / "aligned")
 
 

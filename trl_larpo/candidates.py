@@ -23,6 +23,12 @@ Row = dict[str, Any]
 
 MEMORIES = ("none", "previous", "all")
 
+TRUNCATED_COMPLETIONS = ("rank_last", "by_reward", "drop")
+"""What becomes of completions that `max_new_tokens` cut off. Those that stay are trained on without an end token."""
+
+MAX_TRUNCATED_SHARE = 0.5
+"""Largest share of `num_worst` that cut-off completions may take, rounded up to whole completions."""
+
 _PROMPTS_AT_A_TIME = 256
 
 
@@ -38,8 +44,10 @@ class Candidate:
         source: `"policy"`, `"low_temperature"`, `"high_temperature"`, `"related_prompt"`, `"random_prompt"`, or a name
             that came with a file.
         temperature: Sampling temperature; `None` where unknown.
-        finished: Whether the model ended it by itself.
+        finished: Whether the model ended it on its own; `False` where `max_new_tokens` cut it off.
         num_tokens: Its tokens; `None` where unknown.
+        token_ids: Its tokens as they were sampled, where its text alone does not give them back: kept for cut-off
+            completions that were sampled in this process. `None` otherwise.
         count: How many times it was sampled.
         rank: Its place among all distinct usable completions of its prompt, 1 for the best; `None` where it has none.
         of_prompt: Name of the prompt that it answers, where that is another one.
@@ -52,6 +60,7 @@ class Candidate:
     temperature: float | None = None
     finished: bool = True
     num_tokens: int | None = None
+    token_ids: list[int] | None = None
     count: int = 1
     rank: int | None = None
     of_prompt: str | None = None
@@ -83,14 +92,20 @@ class Selection:
             reward.
         max_list_size: Longest list if all are taken: candidates are then spread evenly over the ranks, best and worst
             among them. `None`: no limit.
+        truncated_completions: One of [`TRUNCATED_COMPLETIONS`]. `"rank_last"`: completions that were cut off rank below
+            all that ended, whatever their rewards, and tie with each other. Of the `num_worst` they take at most half,
+            rounded up, so that a list does not teach ending alone. `"by_reward"`: they rank by their rewards.
+            `"drop"`: they are left out.
     """
 
     num_best: int | None = None
     num_worst: int | None = None
     min_reward_gap: float = 0.0
     max_list_size: int | None = None
+    truncated_completions: str = "rank_last"
 
     def __post_init__(self):
+        check_truncated_completions(self.truncated_completions)
         if (self.num_best is None) != (self.num_worst is None):
             raise ConfigError("`num_best` and `num_worst` go together: give both, or neither to take all candidates.")
         if self.num_best is not None and (self.num_best < 1 or self.num_worst < 1):
@@ -103,6 +118,13 @@ class Selection:
             raise ConfigError(f"`max_list_size` is {self.max_list_size}; a list has at least 2 candidates.")
         if not self.min_reward_gap >= 0:
             raise ConfigError(f"`min_reward_gap` is {self.min_reward_gap}; it must be 0 or more.")
+
+    @property
+    def max_truncated(self) -> float:
+        """Largest number of cut-off candidates in a list: a share of `num_worst`, no limit where all are taken."""
+        if self.truncated_completions != "rank_last" or self.num_worst is None:
+            return math.inf
+        return math.ceil(MAX_TRUNCATED_SHARE * self.num_worst)
 
     def places(self, num_candidates: int) -> list[int]:
         """Which of so many ranked candidates make the list, as ascending indices."""
@@ -124,8 +146,9 @@ class SelectionCounts:
         candidates: Candidates in them.
         not_selected: Usable candidates that the selection passed over.
         duplicates: Completions that the same prompt had already, word for word.
-        unfinished: Completions that were cut off. Training ends each completion with an end token; to push down one
-            that never had it would teach the model not to end there.
+        truncated: Cut-off candidates in the lists, trained on without an end token.
+        unfinished: Cut-off completions that were left out: all with `truncated_completions="drop"`, else those beyond
+            their share of `num_worst`.
         empty: Completions without any text.
         unrewarded: Completions to which the reward did not apply.
         prompts_too_few: Prompts with fewer than two usable candidates.
@@ -136,6 +159,7 @@ class SelectionCounts:
 
     lists: int = 0
     candidates: int = 0
+    truncated: int = 0
     not_selected: int = 0
     duplicates: int = 0
     unfinished: int = 0
@@ -159,8 +183,12 @@ class SelectionCounts:
             "not selected": self.not_selected,
         }
         parts = [f"{count} {what}" for what, count in left_out.items() if count]
+        truncated = f" ({self.truncated} cut off)" if self.truncated else ""
         short = f" {self.prompts_short} lists are shorter than asked for." if self.prompts_short else ""
-        return f"{self.lists} lists of {self.candidates} candidates; left out: {', '.join(parts) or 'nothing'}.{short}"
+        return (
+            f"{self.lists} lists of {self.candidates} candidates{truncated}; left out: "
+            f"{', '.join(parts) or 'nothing'}.{short}"
+        )
 
 
 @dataclass
@@ -194,26 +222,39 @@ def build_list(candidates: Iterable[Candidate], selection: Selection) -> Candida
         The list; without anything selected where it would not be of use.
     """
     result, distinct = CandidateList(), {}
+
+    def ranks_last(candidate: Candidate) -> bool:
+        return selection.truncated_completions == "rank_last" and not candidate.finished
+
     for candidate in candidates:
-        if not candidate.finished:
+        key = candidate.text, candidate.finished
+        if not candidate.finished and selection.truncated_completions == "drop":
             result.left_out.append((candidate, "cut off"))
         elif not candidate.text.strip():
             result.left_out.append((candidate, "empty"))
-        elif candidate.reward is None:
+        elif candidate.reward is None and not ranks_last(candidate):
             result.left_out.append((candidate, "no reward"))
-        elif candidate.text in distinct:
-            first = distinct[candidate.text]
-            distinct[candidate.text] = replace(first, count=first.count + candidate.count)
+        elif key in distinct:
+            first = distinct[key]
+            distinct[key] = replace(first, count=first.count + candidate.count)
             result.num_duplicates += candidate.count
         else:
-            distinct[candidate.text] = candidate
-    ranked = sorted(distinct.values(), key=lambda candidate: -candidate.reward)
+            distinct[key] = candidate
+
+    last = [candidate for candidate in distinct.values() if ranks_last(candidate)]
+    num_last = min(len(last), selection.max_truncated)
+    result.left_out += [(candidate, "cut off") for candidate in last[num_last:]]
+    rewarded = [candidate for candidate in distinct.values() if not ranks_last(candidate)]
+    rewarded.sort(key=lambda candidate: -candidate.reward)
+    gap = rewarded[0].reward - rewarded[-1].reward if rewarded else 0.0
+    comparable = gap > 0 or (bool(rewarded) and num_last > 0)  # what was cut off is below by any gap
+    ranked = rewarded + last[:num_last]
     ranked = [replace(candidate, rank=rank) for rank, candidate in enumerate(ranked, start=1)]
     if len(ranked) < 2:
         result.problem = "too_few"
-    elif ranked[0].reward == ranked[-1].reward:
+    elif not comparable:
         result.problem = "tied"
-    elif ranked[0].reward - ranked[-1].reward < selection.min_reward_gap:
+    elif num_last == 0 and gap < selection.min_reward_gap:
         result.problem = "small_gap"
     places = set() if result.problem else set(selection.places(len(ranked)))
     for place, candidate in enumerate(ranked):
@@ -233,9 +274,9 @@ def build_lists(pools: list[tuple[Row, list[Candidate]]], selection: Selection) 
         selection: What to take.
 
     Returns:
-        Rows with the columns of the prompt and `completions`, `rewards` (best first; empty where there is no list),
-        `candidates` (source, iteration, temperature, rank, ... of each), `left_out` (the other candidates, and why) and
-        `problem`; and the counts.
+        Rows with the columns of the prompt and `completions`, `rewards`, `finished`, `completion_ids` (best first;
+        empty where there is no list), `candidates` (source, iteration, temperature, rank, ... of each), `left_out` (the
+        other candidates, and why) and `problem`; and the counts.
     """
     rows, counts = [], SelectionCounts()
     for prompt_row, candidates in pools:
@@ -252,6 +293,7 @@ def build_lists(pools: list[tuple[Row, list[Candidate]]], selection: Selection) 
         else:
             counts.lists += 1
             counts.candidates += len(made.selected)
+            counts.truncated += sum(not candidate.finished for candidate in made.selected)
             wanted = 0 if selection.num_best is None else selection.num_best + selection.num_worst
             counts.prompts_short += len(made.selected) < wanted
         rows.append(
@@ -259,6 +301,8 @@ def build_lists(pools: list[tuple[Row, list[Candidate]]], selection: Selection) 
             | {
                 "completions": [candidate.completion for candidate in made.selected],
                 "rewards": [candidate.reward for candidate in made.selected],
+                "finished": [candidate.finished for candidate in made.selected],
+                "completion_ids": [candidate.token_ids for candidate in made.selected],
                 "candidates": [candidate.description() for candidate in made.selected],
                 "left_out": [
                     {"completion": c.completion, "reward": c.reward, "why": reason} | c.description()
@@ -277,6 +321,17 @@ def candidates_of(row: Row) -> list[Candidate]:
         Candidate.from_row(completion, reward, description)
         for completion, reward, description in zip(row["completions"], row["rewards"], descriptions, strict=True)
     ]
+
+
+def check_truncated_completions(value: str) -> None:
+    """
+    Raises:
+        ConfigError: If there is no such way to treat cut-off completions.
+    """
+    if value not in TRUNCATED_COMPLETIONS:
+        raise ConfigError(
+            f"`truncated_completions` is {value!r}; it must be one of {', '.join(TRUNCATED_COMPLETIONS)}."
+        )
 
 
 def earlier_iterations(memory: str, iteration: int) -> list[int]:

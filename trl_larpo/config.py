@@ -7,6 +7,7 @@ from functools import partial
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
+from .candidates import TRUNCATED_COMPLETIONS, check_truncated_completions
 from .errors import ConfigError
 from .losses import RANKING_LOSSES, RankingLoss, ndcg_lambda_weight
 
@@ -48,6 +49,13 @@ class LarPOConfig(DPOConfig):
         listnet_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the soft targets of the `'listnet'` loss, softmax(rewards / temperature), in units of the
             reward.
+        per_token_scores (`bool`, *optional*, defaults to `False`):
+            Whether the log-ratio of a completion is divided by its number of tokens, as TRL's `'sigmoid_norm'` does on
+            pairs. Scores then do not depend on length; `beta` should be larger, about 2.
+        truncated_completions (`str`, *optional*, defaults to `"rank_last"`):
+            What becomes of completions that the column `finished` calls cut off. `"rank_last"`: they rank below all
+            that ended, and tie with each other; `"by_reward"`: they rank by their rewards; `"drop"`: they are left out.
+            In the first two they are trained on without an end token, so that a model learns to end its answers.
         shared_prompt (`str`, *optional*, defaults to `"auto"`):
             Whether the completions of a list share one pass over their prompt, in one row. `"auto"`: where the model
             allows it; `"on"`: an error where it does not; `"off"`: a row for each completion, with the prompt in each.
@@ -79,6 +87,21 @@ class LarPOConfig(DPOConfig):
         metadata={
             "help": "Temperature of the soft targets of the 'listnet' loss, softmax(rewards / temperature), in units "
             "of the reward."
+        },
+    )
+    per_token_scores: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the log-ratio of a completion by its number of tokens, as TRL's 'sigmoid_norm' does on "
+            "pairs. `beta` should then be larger, about 2."
+        },
+    )
+    truncated_completions: str = field(
+        default="rank_last",
+        metadata={
+            "help": "Cut-off completions: 'rank_last' (below all that ended), 'by_reward', or 'drop'. They are trained "
+            "on without an end token, so that a model learns to end its answers.",
+            "choices": [*TRUNCATED_COMPLETIONS],
         },
     )
     shared_prompt: str = field(
@@ -118,6 +141,7 @@ class LarPOConfig(DPOConfig):
                 f"`listnet_temperature={self.listnet_temperature}` belongs to the 'listnet' loss, but `loss_type` is "
                 f"{self.loss_type}. Add 'listnet' to `loss_type` or remove `listnet_temperature`."
             )
+        check_truncated_completions(self.truncated_completions)
         if isinstance(self.shared_prompt, bool):  # what YAML makes of on and off
             self.shared_prompt = "on" if self.shared_prompt else "off"
         if self.shared_prompt not in SHARED_PROMPT:

@@ -3,13 +3,14 @@ From a user's dataset rows to tokenised candidate lists.
 
 Rows come as ranked lists (`prompt`, `completions` and, unless the completions stand best first, `rewards`) or as TRL's
 preference pairs (`chosen`, `rejected`, with or without `prompt`), in standard (strings) or conversational (messages)
-form. [`check_dataset`] looks at every row of a map-style dataset before a model is loaded; [`tokenize_dataset`] turns
-rows of any of these forms into one: `prompt_ids`, `completion_ids`, `relevance`.
+form. A column `finished` tells which completions of a list were cut off: those are trained on without an end token.
+[`check_dataset`] validates every row of a map-style dataset before a model is loaded; [`tokenize_dataset`] turns rows
+of any of these forms into one: `prompt_ids`, `completion_ids`, `relevance`.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -23,7 +24,7 @@ from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import extract_prompt
-from trl.data_utils import _tokenize, common_prefix_length
+from trl.data_utils import _tokenize, common_prefix_length, prepare_multimodal_messages
 
 from .errors import DataError
 
@@ -47,6 +48,10 @@ _OTHER_NAMES = (
 
 _FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
+_OPTIONAL_COLUMNS = ("rewards", "finished", "completion_ids", "ref_logps")
+
+_END_OF_CONTENT = "LARPOENDOFCONTENT"  # stands where a completion ends while its chat template is rendered
+
 _NUM_PEEKED_ROWS = 16  # of a stream, which cannot be read twice cheaply
 _NUM_ROWS_NAMED = 4  # bad rows named in one error
 
@@ -61,17 +66,20 @@ class ListSummary:
         num_candidates: Completions in all of them.
         num_tied: Lists whose rewards are all equal: kept, but without any effect on training.
         num_conflicting: Lists in which the same completion occurs with different rewards.
+        num_truncated: Completions that were cut off.
     """
 
     num_lists: int = 0
     num_candidates: int = 0
     num_tied: int = 0
     num_conflicting: int = 0
+    num_truncated: int = 0
 
     def add(self, row: Row) -> None:
         self.num_lists += 1
         self.num_candidates += len(row["completions"])
-        self.num_tied += min(row["relevance"]) == max(row["relevance"])
+        self.num_truncated += row["finished"].count(False)
+        self.num_tied += len(set(row["relevance"])) < 2
         rewards_of: dict[str, set[float]] = {}
         for completion, reward in zip(row["completions"], row["relevance"], strict=True):
             key = completion if isinstance(completion, str) else json.dumps(completion, sort_keys=True, default=str)
@@ -175,13 +183,16 @@ def has_images(dataset: Dataset | IterableDataset) -> bool:
     return not {"image", "images"}.isdisjoint(column_names(dataset))
 
 
-def check_dataset(dataset: Dataset | IterableDataset, where: str) -> ListSummary:
+def check_dataset(
+    dataset: Dataset | IterableDataset, where: str, truncated_completions: str = "rank_last"
+) -> ListSummary:
     """
     Looks at every list of a dataset (at the first few of a stream) and refuses it if one of them is unusable.
 
     Args:
         dataset: Raw dataset in list format.
         where: Name of the dataset in messages, e.g. `"train_dataset"`.
+        truncated_completions: As in [`canonical_row`].
 
     Returns:
         Counts of what was seen; also logged, as a warning where it asks for attention.
@@ -192,7 +203,7 @@ def check_dataset(dataset: Dataset | IterableDataset, where: str) -> ListSummary
     summary, first_error, further = ListSummary(), None, []
     for index, row in _rows(dataset, where):
         try:
-            summary.add(canonical_row(row, index, where))
+            summary.add(canonical_row(row, index, where, truncated_completions))
         except DataError as error:
             if first_error is None:
                 first_error = error
@@ -203,6 +214,11 @@ def check_dataset(dataset: Dataset | IterableDataset, where: str) -> ListSummary
     if first_error is not None:
         also = f" (Bad as well: row{'s' * (len(further) > 1)} {', '.join(further)}.)" if further else ""
         raise DataError(f"{first_error}{also}") from None
+    if summary.num_truncated:
+        logger.info(
+            f"{where}: {summary.num_truncated} completions were cut off (truncated_completions="
+            f"{truncated_completions!r})."
+        )
     if summary.num_tied:
         logger.warning(
             f"{where}: in {summary.num_tied} of {summary.num_lists} lists all rewards are equal. They are kept and "
@@ -216,18 +232,28 @@ def check_dataset(dataset: Dataset | IterableDataset, where: str) -> ListSummary
     return summary
 
 
-def canonical_row(row: Row, index: int, where: str) -> Row:
+def canonical_row(row: Row, index: int, where: str, truncated_completions: str = "rank_last") -> Row:
     """
     One list in the only form the rest of the package knows, or an error that says what is wrong with it.
 
     Args:
-        row: Row with `prompt`, `completions` and perhaps `rewards`, or with `chosen`, `rejected` and perhaps `prompt`.
+        row: Row with `prompt`, `completions` and perhaps `rewards`, `finished`, `completion_ids`, `ref_logps`; or with
+            `chosen`, `rejected` and perhaps `prompt`.
         index: Its number, for the error message.
         where: Name of the dataset, for the error message.
+        truncated_completions: `"rank_last"`: completions with `finished` false get one relevance below all others, and
+            may have no reward; `"by_reward"`: their relevance is their reward; `"drop"`: they are taken out.
 
     Returns:
-        `{"prompt": str or messages, "completions": list of str or of messages, "relevance": list of float}`. Relevance
-        is the rewards where given, else it falls from m - 1 for the first completion to 0 for the last.
+        A row with these entries, each list with an element for each completion that stays:
+
+        - `prompt`: str or messages;
+        - `completions`: str or messages;
+        - `relevance`: float. The rewards where given; else it falls from m - 1 for the first completion to 0 for the
+          last;
+        - `finished`: bool, all true without such a column;
+        - `completion_ids`: list of int, or `None` where unknown;
+        - `ref_logps`: float, if the row has them.
 
     Raises:
         DataError: If the row cannot be used.
@@ -238,7 +264,8 @@ def canonical_row(row: Row, index: int, where: str) -> Row:
 
     if "completions" not in row:
         _check_ref_logps(row, 2, fail)
-        return _canonical_pair(row, fail)
+        ref_logps = {"ref_logps": row["ref_logps"]} if "ref_logps" in row else {}
+        return _canonical_pair(row, fail) | {"finished": [True, True], "completion_ids": [None, None]} | ref_logps
     prompt = row.get("prompt")
     conversational = isinstance(prompt, list)
     if problem := prompt_problem(prompt):
@@ -256,23 +283,59 @@ def canonical_row(row: Row, index: int, where: str) -> Row:
         raise fail("completions", f"has {len(completions)} of the 2 entries a list needs; remove the row.")
     _check_ref_logps(row, len(completions), fail)
 
+    count = len(completions)
+    finished = _finished(row, count, fail)
+    canonical = {
+        "prompt": prompt,
+        "completions": completions,
+        "relevance": _relevance(row, finished, truncated_completions, fail),
+        "finished": finished,
+        "completion_ids": _completion_ids(row, count, fail),
+    }
+    if "ref_logps" in row:
+        canonical["ref_logps"] = _as_list(row["ref_logps"])
+    if truncated_completions == "drop":
+        canonical = {
+            name: values if name == "prompt" else [x for x, ended in zip(values, finished, strict=True) if ended]
+            for name, values in canonical.items()
+        }
+    return canonical
+
+
+def _relevance(row: Row, finished: list[bool], truncated_completions: str, fail) -> list[float]:
+    """
+    What the losses see as ground truth: rewards, or the order of the completions.
+
+    Ranked last, all cut-off completions get one value below the others: lower than the worst by the mean distance of
+    two neighbours among them, by 1 where they do not differ.
+    """
     if "rewards" not in row:
-        return {"prompt": prompt, "completions": completions, "relevance": _relevance_of_order(len(completions))}
-    rewards = _as_list(row["rewards"])
-    if not isinstance(rewards, list):
-        kind = "None" if rewards is None else f"of type {type(rewards).__name__}"
-        raise fail(
-            "rewards",
-            f"is {kind}; give one number per completion (or drop the column if completions stand best first).",
-        )
-    if len(rewards) != len(completions):
-        raise fail("rewards", f"has {len(rewards)} numbers for {len(completions)} completions; give one for each.")
-    for position, reward in enumerate(rewards):
-        if reward is None or not isinstance(reward, Real):
-            raise fail("rewards", f"entry {position} is {reward!r}, not a number; score it or remove the completion.")
-        if not math.isfinite(reward):
-            raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
-    return {"prompt": prompt, "completions": completions, "relevance": [float(reward) for reward in rewards]}
+        relevance = [float(rank) for rank in reversed(range(len(finished)))]
+    else:
+        relevance = _as_list(row["rewards"])
+        if not isinstance(relevance, list):
+            kind = "None" if relevance is None else f"of type {type(relevance).__name__}"
+            raise fail(
+                "rewards",
+                f"is {kind}; give one number per completion (or drop the column if completions stand best first).",
+            )
+        if len(relevance) != len(finished):
+            raise fail("rewards", f"has {len(relevance)} numbers for {len(finished)} completions; give one for each.")
+        for position, (reward, ended) in enumerate(zip(relevance, finished, strict=True)):
+            if reward is None and not ended and truncated_completions != "by_reward":
+                continue
+            if reward is None or not isinstance(reward, Real):
+                problem = f"entry {position} is {reward!r}, not a number; score it or remove the completion."
+                raise fail("rewards", problem)
+            if not math.isfinite(reward):
+                raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
+    if truncated_completions == "rank_last" and not all(finished):
+        of_finished = [float(value) for value, ended in zip(relevance, finished, strict=True) if ended]
+        lowest, spread = (min(of_finished), max(of_finished) - min(of_finished)) if of_finished else (0.0, 0.0)
+        last = lowest - (spread / (len(of_finished) - 1) if spread > 0 else 1.0)
+        last = min(last, math.nextafter(lowest, -math.inf))  # also where rounding swallows the difference
+        relevance = [value if ended else last for value, ended in zip(relevance, finished, strict=True)]
+    return [0.0 if value is None else float(value) for value in relevance]  # None: dropped
 
 
 def tokenize_dataset(
@@ -285,13 +348,17 @@ def tokenize_dataset(
     truncation_mode: str,
     num_proc: int | None = None,
     length_column: str = "length",
+    truncated_completions: str = "rank_last",
 ) -> Dataset | IterableDataset:
     """
     Adds the columns `prompt_ids`, `completion_ids`, `relevance` and a length to a dataset of lists or pairs.
 
     Tokens are those that `DPOTrainer` would see: the chat template for conversations, the end-of-sequence token
-    appended to plain strings. As in TRL, a list whose prompt alone fills `max_length` is dropped when the start is
-    kept; how many were is logged.
+    appended to plain strings. A completion that is not `finished` stops where its text does: no end-of-sequence token,
+    and nothing of what the chat template puts after a message. Where a column `completion_ids` has the tokens that were
+    sampled, those are taken, unless they are another tokenizer's.
+
+    As in TRL, a list whose prompt alone fills `max_length` is dropped when the start is kept; how many were is logged.
 
     Args:
         dataset: Raw dataset.
@@ -303,9 +370,11 @@ def tokenize_dataset(
         num_proc: Processes to use on a map-style dataset.
         length_column: Name of the column for the tokens of a list, its prompt counted once, by which batches can be
             grouped. A column of that name that is there already stays.
+        truncated_completions: As in [`canonical_row`].
 
     Returns:
-        The dataset with four more columns.
+        The dataset with four more columns. With `truncated_completions="drop"`, lists of which fewer than two
+        completions are left are dropped.
 
     Raises:
         DataError: If a row is unusable, or no row is left.
@@ -322,36 +391,64 @@ def tokenize_dataset(
             "eos_token": eos_token,
             "where": where,
             "length_column": length_column,
+            "truncated_completions": truncated_completions,
         },
         **map_kwargs,
     )
+    if truncated_completions == "drop" and "finished" in column_names(dataset):
+        dataset = _drop(dataset, _has_two_candidates, {}, where, "fewer than 2 of their completions are finished")
     if max_length is None or truncation_mode != "keep_start":
         return dataset
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(_prompt_fits, fn_kwargs={"max_length": max_length, "where": where, "announce": True})
-    num_lists = len(dataset)
-    map_kwargs["desc"] = f"Dropping prompts that fill max_length from {where}"
-    dataset = dataset.filter(
-        _prompt_fits, fn_kwargs={"max_length": max_length, "where": where, "announce": False}, **map_kwargs
-    )
-    num_dropped = num_lists - len(dataset)
-    if len(dataset) == 0:
-        raise DataError(
-            f"{where}: no list is left, because every prompt alone has at least `max_length={max_length}` tokens. "
-            "Raise `max_length` or shorten the prompts."
-        )
-    if num_dropped:
-        logger.warning(
-            f"{where}: dropped {num_dropped} of {num_lists} lists, because their prompt alone has at least "
-            f"`max_length={max_length}` tokens."
-        )
-    num_cut, num_candidates = _count_cut_completions(dataset, max_length)
-    if num_cut:
-        logger.warning(
-            f"{where}: {num_cut} of {num_candidates} completions are cut at `max_length={max_length}` tokens and lose "
-            "their end."
-        )
+    reason = f"their prompt alone has at least `max_length={max_length}` tokens"
+    dataset = _drop(dataset, _prompt_fits, {"max_length": max_length}, where, reason)
+    if isinstance(dataset, Dataset):
+        num_cut, num_candidates = _count_cut_completions(dataset, max_length)
+        if num_cut:
+            logger.warning(
+                f"{where}: {num_cut} of {num_candidates} completions are cut at `max_length={max_length}` tokens and "
+                "lose their end."
+            )
     return dataset
+
+
+def _drop(
+    dataset: Dataset | IterableDataset, keeps: Callable[..., bool], arguments: dict[str, Any], where: str, reason: str
+) -> Dataset | IterableDataset:
+    """
+    Drops the lists for which `keeps` is false, and says how many and why.
+
+    Raises:
+        DataError: If no list is left.
+    """
+    if isinstance(dataset, IterableDataset):
+        arguments = {
+            "keeps": keeps,
+            "arguments": arguments,
+            "message": f"{where}: lists are dropped, because {reason}.",
+        }
+        return dataset.filter(_keeps_and_announces, fn_kwargs=arguments)
+    kept = dataset.filter(keeps, fn_kwargs=arguments, desc=f"Filtering {where}")
+    num_dropped = len(dataset) - len(kept)
+    if len(kept) == 0:
+        raise DataError(f"{where}: no list is left, because {reason}. Raise the limit, or take other completions.")
+    if num_dropped:
+        logger.warning(f"{where}: dropped {num_dropped} of {len(dataset)} lists, because {reason}.")
+    return kept
+
+
+def _keeps_and_announces(row: Row, keeps: Callable[..., bool], arguments: dict[str, Any], message: str) -> bool:
+    kept = keeps(row, **arguments)
+    if not kept:
+        logger.warning_once(f"{message} Said once.")
+    return kept
+
+
+def _has_two_candidates(row: Row) -> bool:
+    return len(row["completion_ids"]) >= 2
+
+
+def _prompt_fits(row: Row, max_length: int) -> bool:
+    return len(row["prompt_ids"]) < max_length
 
 
 def _tokenize_row(
@@ -361,23 +458,50 @@ def _tokenize_row(
     eos_token: str,
     where: str,
     length_column: str,
+    truncated_completions: str,
 ) -> Row:
-    ranked = canonical_row(row, index, where)
-    prompt, completions = ranked["prompt"], ranked["completions"]
+    ranked = canonical_row(row, index, where, truncated_completions)
+    prompt = ranked["prompt"]
+    template_kwargs = {}
     if isinstance(prompt, list):
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
         prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
     else:
-        template_kwargs = {}
-        completions = [text if text.endswith(eos_token) else text + eos_token for text in completions]
         prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
-    sequences = [_tokenize(processing_class, prompt + text, **template_kwargs)["input_ids"] for text in completions]
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    sequences = []
+    of_completions = (ranked[name] for name in ("completions", "finished", "completion_ids"))
+    for position, (completion, finished, ids) in enumerate(zip(*of_completions, strict=True)):
+        if ids is not None and not _are_tokens_of(completion, ids, tokenizer):
+            logger.warning_once(
+                f"{where} row {index}, column `completion_ids`: entry {position} are not the tokens of the completion "
+                "with this tokenizer, so its text is tokenised. Said once; other rows may be affected too."
+            )
+            ids = None
+        if ids is not None:
+            sequence = prompt_ids + ids
+        elif isinstance(prompt, str):
+            text = completion.removesuffix(eos_token)
+            sequence = _tokenize(processing_class, prompt + text + eos_token * finished)["input_ids"]
+        elif finished:
+            sequence = _tokenize(processing_class, prompt + completion, **template_kwargs)["input_ids"]
+        else:
+            text = _render_up_to_end_of_content(processing_class, prompt + completion, template_kwargs)
+            if text is None:
+                raise DataError(
+                    f"{where} row {index}, column `finished`: entry {position} is false, but its end cannot be found "
+                    "in the rendered chat template. Give its tokens in a column `completion_ids`, or remove it."
+                )
+            sequence = tokenizer(text, add_special_tokens=False)["input_ids"]
+        while not finished and len(sequence) > len(prompt_ids) + 1 and sequence[-1] == tokenizer.eos_token_id:
+            sequence = sequence[:-1]  # some tokenizers add it on their own
+        sequences.append(sequence)
 
     # A completion starts where prompt and prompt + completion part ways, which can be before the end of the prompt.
     # The candidates of a list share one prompt, so the earliest such place counts.
-    prompt_length = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+    prompt_length = min((common_prefix_length(prompt_ids, x) for x in sequences), default=len(prompt_ids))
     if prompt_length < len(prompt_ids):
         logger.warning_once(
             f"{where} row {index}: the tokenised prompt is not how the tokenised prompt with completion begins. The "
@@ -386,21 +510,46 @@ def _tokenize_row(
             "both, or end the prompt where a token ends. Said once; other rows may be affected too."
         )
     length = prompt_length + sum(len(sequence) - prompt_length for sequence in sequences)
-    return {
+    tokenized = {
         length_column: row.get(length_column, length),
         "prompt_ids": prompt_ids[:prompt_length],
         "completion_ids": [sequence[prompt_length:] for sequence in sequences],
         "relevance": ranked["relevance"],
     }
+    return tokenized | ({"ref_logps": ranked["ref_logps"]} if "ref_logps" in ranked else {})
 
 
-def _prompt_fits(row: Row, max_length: int, where: str, announce: bool) -> bool:
-    fits = len(row["prompt_ids"]) < max_length
-    if announce and not fits:
-        logger.warning_once(
-            f"{where}: lists whose prompt alone has at least `max_length={max_length}` tokens are dropped. Said once."
-        )
-    return fits
+def _are_tokens_of(completion: str | list[Row], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tokens are those of a completion. They are not where another tokenizer made them."""
+    text = completion if isinstance(completion, str) else completion[-1].get("content")
+    return max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def _render_up_to_end_of_content(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, messages: list[Row], template_kwargs: dict[str, Any]
+) -> str | None:
+    """
+    A conversation as text that ends where the content of its last message does.
+
+    What the chat template puts there (an end token, a line break, anything else) is found by a mark at the end of the
+    content, which also keeps blanks that the template would strip. `continue_final_message` of transformers loses them,
+    and refuses templates that change the text.
+
+    Returns:
+        The text; `None` if the last message has no text, or the template does not show its end.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        messages = prepare_multimodal_messages(messages)
+    last = dict(messages[-1])
+    if isinstance(last.get("content"), str):
+        last["content"] += _END_OF_CONTENT
+    elif isinstance(last.get("content"), list) and isinstance((part := last["content"][-1]).get("text"), str):
+        last["content"] = [*last["content"][:-1], part | {"text": part["text"] + _END_OF_CONTENT}]
+    else:
+        return None
+    rendered = processing_class.apply_chat_template([*messages[:-1], last], tokenize=False, **template_kwargs)
+    text, mark, _ = rendered.rpartition(_END_OF_CONTENT)
+    return text if mark else None
 
 
 def _count_cut_completions(dataset: Dataset, max_length: int) -> tuple[int, int]:
@@ -429,7 +578,7 @@ def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int,
     if isinstance(dataset, IterableDataset):
         yield from enumerate(dataset.take(_NUM_PEEKED_ROWS))
         return
-    columns = [name for name in ("prompt", "completions", "rewards", "ref_logps") if name in dataset.column_names]
+    columns = [name for name in ("prompt", "completions", *_OPTIONAL_COLUMNS) if name in dataset.column_names]
     batches = dataset.with_format(None).select_columns(columns).iter(batch_size=1000)
     quiet = not PartialState().is_local_main_process
     with tqdm(total=len(dataset), desc=f"Checking {where}", unit=" lists", delay=2, disable=quiet) as progress:
@@ -444,6 +593,40 @@ def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int,
 def prompt_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt, to be read after its name; `None` if nothing is."""
     return _message_problem(prompt) if isinstance(prompt, list) else _text_problem(prompt)
+
+
+def _finished(row: Row, num_completions: int, fail) -> list[bool]:
+    finished = _as_list(row.get("finished"))
+    if finished is None:  # a file whose rows do not all have the column
+        return [True] * num_completions
+    if not isinstance(finished, list) or len(finished) != num_completions:
+        raise fail(
+            "finished",
+            f"is {finished!r}; give true or false for each of the {num_completions} completions (false: cut off before "
+            "its end), or drop the column.",
+        )
+    for position, value in enumerate(finished):
+        if not isinstance(value, bool):
+            raise fail("finished", f"entry {position} is {value!r}; give true or false.")
+    return finished
+
+
+def _completion_ids(row: Row, num_completions: int, fail) -> list[list[int] | None]:
+    of_completions = _as_list(row.get("completion_ids"))
+    if of_completions is None:
+        return [None] * num_completions
+    if not isinstance(of_completions, list) or len(of_completions) != num_completions:
+        raise fail(
+            "completion_ids",
+            f"does not have an entry for each of the {num_completions} completions; give the tokens of each, or None "
+            "where they are unknown, or drop the column.",
+        )
+    of_completions = [_as_list(ids) for ids in of_completions]
+    for position, ids in enumerate(of_completions):
+        valid = isinstance(ids, list) and ids and all(isinstance(token, int) and token >= 0 for token in ids)
+        if ids is not None and not valid:
+            raise fail("completion_ids", f"entry {position} is {ids!r}; give a list of token ids, or None if unknown.")
+    return of_completions
 
 
 def _check_ref_logps(row: Row, num_completions: int, fail) -> None:
@@ -470,10 +653,6 @@ def _canonical_pair(row: Row, fail) -> Row:
     if row.get("prompt") is None:
         row = extract_prompt(row)
     return {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "relevance": [1.0, 0.0]}
-
-
-def _relevance_of_order(num_completions: int) -> list[float]:
-    return [float(rank) for rank in reversed(range(num_completions))]
 
 
 def _as_list(value: Any) -> Any:

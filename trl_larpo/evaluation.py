@@ -9,6 +9,17 @@ from .candidates import completion_text
 Row = dict[str, Any]
 
 
+MIN_PROMPTS_TO_JUDGE = 8
+"""With fewer prompts a standard error is too uncertain to act on."""
+
+
+def fell(change: dict[str, float | None], num_prompts: int) -> bool:
+    """Whether a reward fell by more than two standard errors. `change` is its mean and error over `num_prompts`."""
+    if num_prompts < MIN_PROMPTS_TO_JUDGE or change["mean"] is None or change["standard_error"] is None:
+        return False
+    return change["mean"] < -2 * change["standard_error"]
+
+
 def evaluate_rows(rows: list[Row], start: list[Row]) -> dict[str, Any]:
     """
     Sums up scored samples of held-out prompts.
@@ -22,8 +33,8 @@ def evaluate_rows(rows: list[Row], start: list[Row]) -> dict[str, Any]:
         the expected best reward of N samples for N from 1 to the number of samples; `tokens`, the mean number of
         tokens; `finished` and `distinct`, shares of the samples; `unrewarded`, samples to which no reward applied.
     """
-    means = {row["prompt_id"]: mean for row in rows if (mean := _mean_reward(row)) is not None}
-    before = {row["prompt_id"]: mean for row in start if (mean := _mean_reward(row)) is not None}
+    means = {row["prompt_id"]: mean for row in rows if (mean := mean_reward(row)) is not None}
+    before = {row["prompt_id"]: mean for row in start if (mean := mean_reward(row)) is not None}
     descriptions = [description for row in rows for description in row["candidates"]]
     lengths = [x["num_tokens"] for x in descriptions if x["num_tokens"] is not None]
     return {
@@ -49,6 +60,14 @@ def mean_and_error(values: list[float]) -> dict[str, float | None]:
     }
 
 
+def with_error(value: dict[str, float | None], sign: str = "") -> str:
+    """Mean and standard error as text; `sign` `"+"` shows the sign of a positive mean."""
+    if value["mean"] is None:
+        return "unknown"
+    error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.3f}"
+    return f"{value['mean']:{sign}.3f}{error}"
+
+
 def best_of_n(rows: list[Row]) -> list[float]:
     """
     Expected best reward among N samples of a prompt, averaged over prompts, for N = 1, 2, ...
@@ -72,6 +91,7 @@ def _expected_best(ascending: list[float], n: int) -> float:
     return math.fsum(math.comb(i, n - 1) / math.comb(count, n) * value for i, value in enumerate(ascending))
 
 
-def _mean_reward(row: Row) -> float | None:
+def mean_reward(row: Row) -> float | None:
+    """Mean reward of a prompt's samples; `None` if none has a reward."""
     known = [reward for reward in row["rewards"] if reward is not None]
     return statistics.fmean(known) if known else None

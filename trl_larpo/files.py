@@ -26,9 +26,9 @@ def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
 
     Args:
         path: A JSONL, JSON or Parquet file, a folder, or a hub id. Known shapes of a row: `prompt` and `completions`
-            (with `rewards` and `candidates`, if they are there); RLHFlow's `prompt`, `responses`, `rewards`;
+            (with `rewards`, `finished`, `candidates`, if they are there); RLHFlow's `prompt`, `responses`, `rewards`;
             UltraFeedback's `instruction` and `completions`, each with `response` and `overall_score`; SimPO's `prompt`,
-            `all_generated_responses`, `all_rm_scores`.
+            `all_generated_responses`, `all_rm_scores`. Without `finished` all completions count as finished.
         as_messages: Makes text prompts and their completions the messages of a conversation.
 
     Returns:
@@ -82,15 +82,20 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
         completions = [
             [{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions
         ]
+    finished = row.get("finished") or [True] * len(completions)
+    if not isinstance(finished, list) or [type(x) for x in finished] != [bool] * len(completions):
+        raise DataError(
+            f"{where}, column `finished`: give true or false for each of the {len(completions)} completions."
+        )
     candidates = row.get("candidates")
     if candidates is None:
-        about = {"iteration": 0, "source": source, "temperature": None, "finished": True, "num_tokens": None}
-        candidates = [dict(about) for _ in completions]
+        about = {"iteration": 0, "source": source, "temperature": None, "num_tokens": None}
+        candidates = [about | {"finished": ended} for ended in finished]
     elif len(candidates) != len(completions):
         raise DataError(
             f"{where}, column `candidates`: has {len(candidates)} entries for {len(completions)} completions."
         )
-    others = {k: v for k, v in row.items() if k not in (name, column, reward_column)}
+    others = {k: v for k, v in row.items() if k not in (name, column, reward_column, "finished", "completion_ids")}
     return others | {
         "prompt_id": prompt_id(prompt),
         "prompt": prompt,

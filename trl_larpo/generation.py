@@ -23,12 +23,15 @@ class Sample:
     Attributes:
         text: The completion, without special tokens.
         num_tokens: Tokens generated, an end token included.
-        finished: Whether the model ended it by itself; `False` where `max_new_tokens` cut it off.
+        finished: Whether the model ended it on its own; `False` where `max_new_tokens` cut it off.
+        token_ids: Tokens of a completion that was cut off, where they are known: its text may end within a word or a
+            character, and would not be tokenised the same way.
     """
 
     text: str
     num_tokens: int
     finished: bool
+    token_ids: list[int] | None = None
 
 
 def generate_completions(
@@ -177,4 +180,4 @@ def _uniform_numbers(seed: int, key: str, num_samples: int, max_new_tokens: int)
 def _as_sample(ids: list[int], end_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
     finished = ids[-1] in end_ids
     text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-    return Sample(text=text, num_tokens=len(ids), finished=finished)
+    return Sample(text=text, num_tokens=len(ids), finished=finished, token_ids=None if finished else ids)

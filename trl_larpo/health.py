@@ -4,6 +4,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from .evaluation import fell
+
 Row = dict[str, Any]
 
 
@@ -46,7 +48,12 @@ MAX_KL = 50.0
 
 
 def check_iteration(
-    samples: list[Row], selection: Row, training_log: list[Row], start: Row, evaluations: list[Row]
+    samples: list[Row],
+    selection: Row,
+    training_log: list[Row],
+    start: Row,
+    evaluations: list[Row],
+    monitor: Row | None = None,
 ) -> list[Check]:
     """
     Looks at one iteration.
@@ -57,11 +64,12 @@ def check_iteration(
         training_log: What the trainer logged.
         start: Evaluation of the initial model.
         evaluations: Those after each iteration so far, this one last.
+        monitor: What was found on held-out prompts during the training, if they were sampled.
 
     Returns:
         One result for each of [`CHECKS`].
     """
-    now, before = evaluations[-1], (evaluations[-2] if len(evaluations) > 1 else start)
+    now = evaluations[-1]
     # Collapse shows in what training starts from and in what it ends with
     lengths = [mean_tokens(samples), now["tokens"]]
     ratios = [length / start["tokens"] for length in lengths if length is not None and start["tokens"]]
@@ -80,10 +88,8 @@ def check_iteration(
     # Samples shrinking to nothing are no fewer for being finished
     truncated = max(1 - now["finished"], 1 - finished_share(samples))
     margins = [entry["rewards/margins"] for entry in training_log if "rewards/margins" in entry]
-    chosen = [entry["rewards/chosen"] for entry in training_log if "rewards/chosen" in entry]
-    fell = (now["reward"]["mean"] or 0.0) - (before["reward"]["mean"] or 0.0)
-    error = max(now["reward"]["standard_error"] or 0.0, before["reward"]["standard_error"] or 0.0)
-    gamed = fell < -error and (not chosen or chosen[-1] > 0)
+    was_stopped = monitor is not None and monitor["stopped_at"] is not None
+    change = monitor["points"][-1]["change"] if was_stopped else now["change"]
     kl = (now["kl_from_initial"] or {}).get("mean")
     return [
         Check(
@@ -112,15 +118,16 @@ def check_iteration(
             truncated,
             f"at most {MAX_TRUNCATED:.0%} of the samples",
             truncated <= MAX_TRUNCATED,
-            "Many answers are cut off and not trained on. Raise `max_new_tokens`, or look whether the model ends at "
-            "all.",
+            "Many answers are cut off. Raise `max_new_tokens`; if the share grows, the model unlearns to end its "
+            "answers: keep `truncated_completions` at 'rank_last'.",
         ),
         Check(
             "held_out_reward",
-            fell,
-            "not down by more than a standard error while that of the chosen goes up",
-            not gamed,
-            "Training goes on and held-out prompts get worse. Lower `learning_rate`, raise `beta`, or stop earlier.",
+            change["mean"],
+            "not down by more than two standard errors in an iteration",
+            not was_stopped and not fell(change, now["prompts"]),
+            "Training makes answers to held-out prompts worse. Lower `learning_rate`, raise `beta`, or add 'sft' to "
+            "`loss_type`, in a new `output_dir`.",
         ),
         Check(
             "margins",

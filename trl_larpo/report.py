@@ -80,7 +80,7 @@ def _read_iterations(run: Path) -> dict[int, Row]:
     number = 0
     while (folder := run / f"iteration_{number}").is_dir():
         found: Row = {}
-        for name in ("evaluation", "selection", "health"):
+        for name in ("evaluation", "selection", "health", "monitor"):
             if (folder / f"{name}.json").exists():
                 found[name] = read_json(folder / f"{name}.json")
         for name in ("samples", "rewarded", "lists", "training_log"):
@@ -304,6 +304,47 @@ def _held_out_reward(axes, iterations: dict[int, Row]) -> None:
     axes.set_title("Held-out reward, ± standard error")
 
 
+def _monitor_points(iterations: dict[int, Row]) -> list[list[tuple[int, Row]]]:
+    """For each iteration, its monitored points and their steps, counted over all iterations."""
+    of_iterations, before = [], 0
+    for found in iterations.values():
+        points = found["monitor"]["points"] if "monitor" in found else []
+        steps = [x["step"] for x in [*points, *found.get("training_log", [])] if "step" in x]
+        of_iterations.append([(before + point["step"], point) for point in points])
+        before += max(steps, default=0)
+    return [points for points in of_iterations if len(points) > 1]
+
+
+def _monitor_reward(axes, iterations: dict[int, Row]):
+    of_iterations = _monitor_points(iterations)
+    for points in of_iterations:
+        known = [(step, x["reward"]) for step, x in points if x["reward"]["mean"] is not None]
+        steps, rewards = [step for step, _ in known], [reward for _, reward in known]
+        errors = [reward["standard_error"] or 0 for reward in rewards]
+        axes.errorbar(steps, [reward["mean"] for reward in rewards], errors, marker="o", capsize=4, color="C0")
+    axes.set_xlabel("training step, over all iterations")
+    axes.set_title("Held-out reward during training, ± standard error")
+    return bool(of_iterations)
+
+
+def _monitor_answers(axes, iterations: dict[int, Row]):
+    of_iterations = _monitor_points(iterations)
+    most = max((x["tokens"] or 0 for points in of_iterations for _, x in points), default=0)
+    for number, points in enumerate(of_iterations):
+        steps = [step for step, _ in points]
+        ending, length = ("end on their own", "tokens, 1 = the most") if number == 0 else (None, None)
+        axes.plot(steps, [x["finished"] for _, x in points], marker="o", color="C0", label=ending)
+        if most:
+            lengths = [math.nan if x["tokens"] is None else x["tokens"] / most for _, x in points]
+            axes.plot(steps, lengths, marker="s", color="C1", label=length)
+    if not of_iterations:
+        return False
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("training step, over all iterations")
+    axes.set_title(f"Held-out answers during training (at most {most:.0f} tokens)")
+    axes.legend(loc="lower left")
+
+
 def _best_of_n(axes, iterations: dict[int, Row]):
     curves = {number: found["evaluation"]["best_of_n"] for number, found in iterations.items()}
     if all(len(curve) < 2 for curve in curves.values()):
@@ -437,6 +478,8 @@ def _cycle():
 
 _PICTURES = {
     "held_out_reward": _held_out_reward,
+    "monitor_reward": _monitor_reward,
+    "monitor_answers": _monitor_answers,
     "best_of_n": _best_of_n,
     "reward_distribution": _reward_distribution,
     "tokens": _lengths,

@@ -21,7 +21,12 @@ from typing import Any
 
 from .candidates import prompt_text
 from .errors import ConfigError, DataError, LarPOError
-from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward
+from .verifiers import (
+    gsm8k_reward,
+    math_reward,
+    verifiable_instruction_reward,
+    verifiable_instructions_reward,
+)
 
 Prompt = str | list[dict[str, Any]]
 Row = dict[str, Any]
@@ -32,6 +37,7 @@ PAIRWISE = "pairwise:"
 
 BUILT_IN: dict[str, RewardFunction] = {
     "verifiable_instruction": verifiable_instruction_reward,
+    "verifiable_instructions": verifiable_instructions_reward,
     "gsm8k": gsm8k_reward,
     "math": math_reward,
 }

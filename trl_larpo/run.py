@@ -22,6 +22,7 @@ from trl import ModelConfig
 
 from .config import LarPOConfig
 from .errors import ConfigError, LarPOError
+from .evaluation import with_error
 from .health import CHECKS, Check, check_iteration
 from .mirror import Mirror
 from .report import write_report
@@ -97,8 +98,10 @@ def check(folder: RunFolder) -> None:
             "`load_in_4bit` and `load_in_8bit` do not go with `larpo run`: each iteration saves whole weights."
         )
     for name in options.stop_on:
-        if name not in (*CHECKS, "any"):
-            raise ConfigError(f"`stop_on` names {name!r}; the health checks are {', '.join(CHECKS)}, or 'any'.")
+        if name not in (*CHECKS, "any", "none"):
+            raise ConfigError(
+                f"`stop_on` names {name!r}; the health checks are {', '.join(CHECKS)}, or 'any' or 'none'."
+            )
     path = model.model_name_or_path
     if not path:
         raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
@@ -160,8 +163,8 @@ def _check_disk(folder: RunFolder) -> None:
         return
     weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     missing = sum(not (folder.iteration(i) / "model").exists() for i in range(1, folder.options.num_iterations + 1))
-    # A model for each iteration, two checkpoints with the optimizer's two moments while one is trained
-    needed = weights * missing + (6 * weights if missing else 0)
+    # A model for each iteration; in a training its best weights, and two checkpoints with the optimizer's two moments
+    needed = weights * missing + (7 * weights if missing else 0)
     existing = folder.path
     while not existing.exists():
         existing = existing.parent
@@ -263,10 +266,12 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
             page = write_report(folder.path)
             _push(mirror)
             bad = [c for c in checks if not c.ok] if iteration else []
-            if any(c.name in options.stop_on or "any" in options.stop_on for c in bad):
+            stops = [c for c in bad if c.name in options.stop_on or "any" in options.stop_on]
+            if stops and "none" not in options.stop_on:
                 raise LarPOError(
-                    f"Stopped after iteration {iteration}, as `stop_on` asks: {bad[0].name}. {bad[0].meaning} See "
-                    f"{page}."
+                    f"Stopped after iteration {iteration}, as `stop_on` asks: {stops[0].name}. {stops[0].meaning} See "
+                    f"{page}. Best model so far: {_best_model(folder, iteration)}. To go on all the same, run the same "
+                    "command with `--stop_on none`."
                 )
     except KeyboardInterrupt:
         raise LarPOError("Interrupted. Run the same command again to go on; nothing is lost.") from None
@@ -275,6 +280,16 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")
     return page
+
+
+def _best_model(folder: RunFolder, iteration: int) -> str:
+    """Path of the model with the highest held-out reward, among those of iterations 0 to `iteration`."""
+
+    def reward(number: int) -> float:
+        mean = read_json(folder.iteration(number) / "evaluation.json")["reward"]["mean"]
+        return -math.inf if mean is None else mean
+
+    return folder.model_path(max(range(iteration + 1), key=reward))
 
 
 def _run_stage(folder: RunFolder, stages: Stages, stage: str, iteration: int) -> None:
@@ -325,6 +340,7 @@ def _check_health(folder: RunFolder, iteration: int) -> list[Check]:
         training_log=read_jsonl(path / "training_log.jsonl"),
         start=read_json(folder.iteration(0) / "evaluation.json"),
         evaluations=[read_json(folder.iteration(i) / "evaluation.json") for i in range(1, iteration + 1)],
+        monitor=read_json(path / "monitor.json") if (path / "monitor.json").exists() else None,
     )
     write_json(path / "health.json", [dataclasses.asdict(check) for check in checks])
     return checks
@@ -334,8 +350,8 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
     """A few lines for a person at the end of an iteration."""
     start, now = (read_json(folder.iteration(i) / "evaluation.json") for i in (0, iteration))
     print(
-        f"\nIteration {iteration}: held-out reward {_with_error(now['reward'])}, at the start "
-        f"{_with_error(start['reward'])}; gain {_with_error(now['gain'], '+')}; {now['tokens']:.0f} tokens, at the "
+        f"\nIteration {iteration}: held-out reward {with_error(now['reward'])}, at the start "
+        f"{with_error(start['reward'])}; gain {with_error(now['gain'], '+')}; {now['tokens']:.0f} tokens, at the "
         "start "
         f"{start['tokens']:.0f}"
     )
@@ -368,13 +384,6 @@ def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:
         tracking.log(iteration, checks)
     except Exception as error:  # of any tracker's, the network's
         print(f"  WARNING tracking: {type(error).__name__}: {error} The same numbers are in {tracking.folder.path}.")
-
-
-def _with_error(value: dict[str, float | None], sign: str = "") -> str:
-    if value["mean"] is None:
-        return "unknown"
-    error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.3f}"
-    return f"{value['mean']:{sign}.3f}{error}"
 
 
 def run_stage_of(path: str, stage: str, iteration: int) -> None:

@@ -73,7 +73,9 @@ class GenerationOptions(_Checked):
     temperature: list[float] = option([1.0], "Sampling temperature: one, or one for each iteration.")
     top_p: float = option(1.0, "Nucleus sampling threshold, in (0, 1].")
     max_new_tokens: int = option(
-        512, "Longest completion in tokens. One that is cut off there is marked and not trained on."
+        512,
+        "Longest completion in tokens. One that is cut off there is marked `finished: false`; `truncated_completions` "
+        "says how it is trained on.",
     )
     generation_batch_size: int = option(64, "Completions sampled at the same time by each process.")
     generation_dtype: str = option(
@@ -199,13 +201,12 @@ class SelectionOptions(_Checked):
         None, "Longest list where all are taken: candidates are then spread evenly over the ranks."
     )
 
-    @property
-    def selection(self) -> Selection:
+    def selection(self, truncated_completions: str = "rank_last") -> Selection:
         """
         Raises:
             ConfigError: If the numbers do not fit together.
         """
-        return Selection(self.num_best, self.num_worst, self.min_reward_gap, self.max_list_size)
+        return Selection(self.num_best, self.num_worst, self.min_reward_gap, self.max_list_size, truncated_completions)
 
 
 @dataclass
@@ -256,8 +257,21 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     )
     num_eval_samples: int = option(4, "Completions sampled for each held-out prompt.")
     eval_temperature: float | None = option(None, "Their temperature. None: that of the first iteration.")
+    monitor_evals: int = option(
+        4,
+        "How many times in a training held-out prompts are sampled, at most; 0: never. It takes at most a tenth of the "
+        "time of the iteration.",
+    )
+    monitor_prompts: int = option(16, "How many held-out prompts are sampled then.")
+    monitor_stop: bool = option(
+        True,
+        "Stop a training once the reward on held-out prompts is lower than at its start by more than two standard "
+        "errors. The best weights seen are kept.",
+    )
     stop_on: list[str] = option(
-        [], "Health checks that stop the run, by name, or 'any'. By default they only warn. See `larpo report`."
+        ["held_out_reward"],
+        "Health checks that stop the run after an iteration, by name, 'any' or 'none'. The others warn. See `larpo "
+        "report`.",
     )
     num_processes: int = option(
         1,
@@ -303,6 +317,8 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
             ("num_held_out", 2),
             ("num_negatives", 1),
             ("num_eval_samples", 1),
+            ("monitor_evals", 0),
+            ("monitor_prompts", 1),
             ("num_processes", 1),
             ("generation_processes", 1),
             ("reward_processes", 1),
@@ -333,7 +349,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
                 "`train_launcher` starts the processes itself; give `accelerate_config` and `train_processes` in its "
                 "command instead."
             )
-        selection, pool = self.selection, self.num_samples + self.num_negatives * len(self.negatives)
+        selection, pool = self.selection(), self.num_samples + self.num_negatives * len(self.negatives)
         if selection.num_best is not None and selection.num_best + selection.num_worst > pool:
             raise ConfigError(
                 f"`num_best` + `num_worst` is {selection.num_best + selection.num_worst}, but a prompt has only {pool} "

@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -34,6 +35,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import get_peft_config
+from trl.models import unwrap_model_for_generation
 
 from .candidates import (
     build_lists,
@@ -48,7 +50,8 @@ from .candidates import (
 from .errors import DataError, LarPOError
 from .evaluation import evaluate_rows
 from .files import read_candidate_rows
-from .generation import encode_prompt, end_token_ids, generate_completions
+from .generation import Sample, encode_prompt, end_token_ids, generate_completions
+from .monitor import TrainingMonitor
 from .pairrm import PairRM
 from .reward_models import RewardModel
 from .rewards import Reward, load_rewards, reward_id, score_rows
@@ -177,21 +180,8 @@ class Stages:
         done = {row["prompt_id"]: row for row in file.rows}
         temperatures = [temperature for _, temperature in kinds]
 
-        def as_row(row: Row, samples: list) -> Row:
-            return {
-                "prompt_id": row["prompt_id"],
-                "completions": [_completion(row["prompt"], sample.text) for sample in samples],
-                "candidates": [
-                    {
-                        "iteration": iteration,
-                        "source": source,
-                        "temperature": temperature,
-                        "finished": sample.finished,
-                        "num_tokens": sample.num_tokens,
-                    }
-                    for (source, temperature), sample in zip(kinds, samples, strict=True)
-                ],
-            }
+        def as_row(row: Row, samples: list[Sample]) -> Row:
+            return {"prompt_id": row["prompt_id"]} | _sampled(row["prompt"], samples, kinds, iteration)
 
         total, found = len(rows) * len(kinds), sum(row["prompt_id"] in done for row in rows) * len(kinds)
         with tqdm(
@@ -473,7 +463,7 @@ class Stages:
         rows = read_jsonl(self.output("reward", iteration))
         columns = ("prompt_id", "prompt")
         pools = [({name: row[name] for name in columns}, candidates_of(row)) for row in rows]
-        lists, counts = build_lists(pools, self.options.selection)
+        lists, counts = build_lists(pools, self.options.selection(self.folder.training.truncated_completions))
         logger.info(f"Iteration {iteration}: {counts.summary()}")
         write_jsonl(path.with_name("lists.jsonl"), lists)
         write_json(path, vars(counts))
@@ -488,7 +478,7 @@ class Stages:
 
     def _lists(self, iteration: int) -> list[Row]:
         rows = read_jsonl(self.folder.iteration(iteration) / "lists.jsonl")
-        names = ("prompt_id", "prompt", "completions", "rewards")
+        names = ("prompt_id", "prompt", "completions", "rewards", "finished", "completion_ids")
         return [{name: row[name] for name in names} for row in rows if row["problem"] is None]
 
     def reference(self, iteration: int, path: Path) -> None:
@@ -545,12 +535,19 @@ class Stages:
             processing_class=AutoTokenizer.from_pretrained(model_path),
             peft_config=get_peft_config(folder.model),
         )
+        monitor = self._monitor(trainer, iteration, path)
+        if monitor is not None:
+            trainer.add_callback(monitor)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
         log = [
             {key: value for key, value in entry.items() if not key.startswith("train_") or key == "train_loss"}
             for entry in trainer.state.log_history
+            if "held_out/finished" not in entry  # in monitor.json; when it is sampled depends on the machine's speed
         ]
-        self._save_model(trainer, model_path, path)
+        kept_step = None if monitor is None else monitor.kept_step
+        if kept_step is not None and PartialState().is_main_process:
+            print(f"Iteration {iteration}: {monitor.explanation()}")
+        self._save_model(trainer, model_path, path, kept_step)
         if PartialState().is_main_process:
             write_jsonl(path.with_name("training_log.jsonl"), log)
             replace_folder(partial_path(path), path)
@@ -568,27 +565,110 @@ class Stages:
         } | (args.model_init_kwargs or {})
         return args
 
-    def _save_model(self, trainer: LarPOTrainer, model_path: str, path: Path) -> None:
-        """Saves a whole model that transformers and servers load, an adapter merged into it."""
-        partial, adapter = partial_path(path), path.with_name("trainer") / "adapter"
+    def _monitor(self, trainer: LarPOTrainer, iteration: int, path: Path) -> TrainingMonitor | None:
+        """What samples held-out prompts during the training; `None` if it is switched off."""
+        options, scratch = self.options, path.with_name("trainer")
+        if options.monitor_evals == 0:
+            return None
+        kinds = [("policy", options.evaluation_temperature)] * options.num_eval_samples
+
+        def sample(rows: list[Row]) -> list[Row]:
+            with (
+                unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+                trainer.accelerator.autocast(),
+                tqdm(disable=True) as silent,
+            ):
+                samples = generate_completions(
+                    model.get_base_model() if is_peft_model(model) else model,
+                    trainer.processing_class,
+                    [row["prompt"] for row in rows],
+                    num_samples=len(kinds),
+                    temperature=[temperature for _, temperature in kinds],
+                    top_p=options.top_p,
+                    max_new_tokens=options.max_new_tokens,
+                    batch_size=options.generation_batch_size,
+                    seed=self.folder.training.seed,
+                    keys=[f"held out/{row['prompt_id']}" for row in rows],  # the same numbers as at the start
+                    progress=silent,
+                )
+            columns = [name for name in rows[0] if name not in ("rewards", "reward_parts", "reward_id")] if rows else []
+            return [
+                {name: row[name] for name in columns} | _sampled(row["prompt"], of_row, kinds, iteration)
+                for row, of_row in zip(rows, samples, strict=True)
+            ]
+
+        def score(rows: list[Row]) -> list[Row]:
+            try:
+                scores = self._score_chunk(rows)
+            finally:
+                if any(isinstance(reward.function, RewardModel | PairRM) for reward in self.rewards):
+                    self._rewards = None  # the training needs the memory
+                    _free_memory()
+            return [row | {"rewards": of_row["rewards"]} for row, of_row in zip(rows, scores, strict=True)]
+
+        def save() -> None:
+            best = scratch / "best"
+            _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
+            trainer.save_model(str(partial_path(best)))
+            if PartialState().is_main_process:
+                replace_folder(partial_path(best), best)
+            PartialState().wait_for_everyone()
+
+        path_of_timings = self.folder.path / "timings.jsonl"
+        timings = read_jsonl(path_of_timings) if path_of_timings.exists() else []
+        seconds = {(x["iteration"], x["stage"]): x["seconds"] for x in timings}
+        start = read_jsonl(self.output("held_out", iteration - 1))
+        return TrainingMonitor(
+            trainer,
+            sample,
+            score,
+            save,
+            start,
+            path.with_name("monitor.json"),
+            num_evals=options.monitor_evals,
+            num_prompts=options.monitor_prompts,
+            stop=options.monitor_stop,
+            seconds_before=sum(spent for (number, _), spent in seconds.items() if number == iteration),
+            seconds_expected=seconds.get((iteration - 1, "held_out"), 0.0)
+            * min(1.0, options.monitor_prompts / len(start)),
+        )
+
+    def _save_model(self, trainer: LarPOTrainer, model_path: str, path: Path, kept_step: int | None = None) -> None:
+        """
+        Saves a whole model that transformers and servers load, an adapter merged into it.
+
+        Args:
+            trainer: The trainer.
+            model_path: The model that it started from.
+            path: Where the model belongs; it is saved beside it.
+            kept_step: The step whose weights to keep: `None` for the last, 0 for the model it started from, else what
+                the monitor saved.
+        """
+        partial, scratch = partial_path(path), path.with_name("trainer")
         use_peft = self.folder.model.use_peft
         if trainer.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
-        trainer.save_model(str(adapter if use_peft else partial))  # gathers what is sharded
+        weights = scratch / "best"
+        if kept_step is None:
+            weights = scratch / "adapter" if use_peft else partial
+            _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
+            trainer.save_model(str(weights))  # gathers what is sharded
         if not trainer.accelerator.is_main_process:
             return
-        if use_peft:
-            from peft import PeftModel
-
+        if use_peft or kept_step == 0:
             # On one device, as what is sharded cannot be merged
             unset_hf_deepspeed_config()
             kwargs = self._with_model_kwargs(trainer.args).model_init_kwargs
             model = AutoModelForCausalLM.from_pretrained(model_path, **kwargs)
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            if kept_step != 0:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, weights).merge_and_unload()
             _sample_by_default(model)
             model.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
+        elif kept_step is not None:
+            shutil.copytree(weights, partial)
         if not any(partial.glob("*.safetensors")):
             raise LarPOError(
                 "The weights are sharded and were not gathered. In accelerate's configuration set "
@@ -628,7 +708,9 @@ class Stages:
         divergence = self._divergence_from_start(rows, iteration) if iteration else None
         if PartialState().is_main_process:
             start = rows if iteration == 0 else read_jsonl(self.output("held_out", 0))
-            write_json(path, evaluate_rows(rows, start) | {"kl_from_initial": divergence})
+            before = read_jsonl(self.output("held_out", iteration - 1)) if iteration else rows
+            change = evaluate_rows(rows, before)["gain"]
+            write_json(path, evaluate_rows(rows, start) | {"change": change, "kl_from_initial": divergence})
 
     def _divergence_from_start(self, rows: list[Row], iteration: int) -> dict[str, float] | None:
         """
@@ -638,19 +720,25 @@ class Stages:
         """
         lists, counts = [], []
         for row in rows[:_MAX_KL_PROMPTS]:
-            usable = [
-                (completion_text(completion), completion)
-                for completion, description in zip(row["completions"], row["candidates"], strict=True)
-                if description["finished"] and completion_text(completion).strip()
+            sampled = [
+                ((completion_text(completion), about["finished"]), (completion, about))
+                for completion, about in zip(row["completions"], row["candidates"], strict=True)
+                if completion_text(completion).strip()
             ]
-            if usable:
-                distinct = dict(usable)
-                counts.append(list(Counter(text for text, _ in usable).values()))
-                # A list has at least two candidates; what fills it up is not looked at
-                filler = [_in_form_of(row["prompt"], f"{text} .") for text in distinct if len(distinct) == 1]
+            if sampled:
+                distinct = list(dict(sampled).values())
+                counts.append(list(Counter(key for key, _ in sampled).values()))
+                if len(distinct) == 1:  # a list has at least two candidates; what fills it up is not looked at
+                    completion, about = distinct[0]
+                    filler = _in_form_of(row["prompt"], f"{completion_text(completion)} .")
+                    distinct.append((filler, about | {"token_ids": None}))
                 lists.append(
                     {name: row[name] for name in ("prompt_id", "prompt")}
-                    | {"completions": [*distinct.values(), *filler]}
+                    | {
+                        "completions": [completion for completion, _ in distinct],
+                        "finished": [about["finished"] for _, about in distinct],
+                        "completion_ids": [about.get("token_ids") for _, about in distinct],
+                    }
                 )
         if not lists:
             return None
@@ -712,6 +800,24 @@ def _end_ids_of(model_path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]
         return end_token_ids(GenerationConfig.from_pretrained(model_path), tokenizer)
     except OSError:  # it has none
         return {tokenizer.eos_token_id} - {None}
+
+
+def _sampled(prompt: Any, samples: list[Sample], kinds: list[tuple[str, float]], iteration: int) -> Row:
+    """The columns `completions` and `candidates` of a prompt. `kinds`: source and temperature of each sample."""
+    return {
+        "completions": [_completion(prompt, sample.text) for sample in samples],
+        "candidates": [
+            {
+                "iteration": iteration,
+                "source": source,
+                "temperature": temperature,
+                "finished": sample.finished,
+                "num_tokens": sample.num_tokens,
+            }
+            | ({} if sample.token_ids is None else {"token_ids": sample.token_ids})
+            for (source, temperature), sample in zip(kinds, samples, strict=True)
+        ],
+    }
 
 
 def _completion(prompt: Any, text: str) -> Any:

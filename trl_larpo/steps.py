@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from .candidates import build_lists, candidates_of
+from .candidates import TRUNCATED_COMPLETIONS, build_lists, candidates_of
 from .errors import ConfigError, DataError
 from .files import read_candidate_rows
 from .rewards import load_rewards
@@ -55,6 +55,12 @@ class SelectConfig(SelectionOptions):
         None, "Files of rewarded completions, the latest first. Those of one prompt are merged."
     )
     as_messages: bool = option(False, _AS_MESSAGES)
+    truncated_completions: str = option(
+        "rank_last",
+        "Cut-off completions: 'rank_last' (below all that ended; of `num_worst` they take at most half, rounded up), "
+        "'by_reward', or 'drop'. Give `larpo train` the same.",
+        choices=[*TRUNCATED_COMPLETIONS],
+    )
     output: str | None = option(None, "JSONL file to write, for `larpo train --dataset_name`.")
 
 
@@ -177,7 +183,7 @@ def select(options: SelectConfig) -> None:
             f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
             "Score all of them anew: larpo reward."
         )
-    rows, counts = build_lists(list(pools.values()), options.selection)
+    rows, counts = build_lists(list(pools.values()), options.selection(options.truncated_completions))
     write_jsonl(output, [row for row in rows if row["problem"] is None])
     print(f"{counts.summary()}\nLists in {output}")
 

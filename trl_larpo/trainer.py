@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -148,6 +148,7 @@ class LarPOTrainer(DPOTrainer):
                     train_dataset,
                     eval_dataset,
                     losses_need_pairs=loss_fn is None and DPO_LOSSES.issuperset(args.loss_type),
+                    truncated_completions=_truncated_completions(args),
                 ),
                 loss_fn=loss_fn,
                 has_images=has_images(train_dataset),
@@ -200,7 +201,7 @@ class LarPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         where = f"{dataset_name} dataset"
         if not self._datasets_are_checked:
-            row_format = _check_dataset(dataset, where, losses_need_pairs=not self._list_mode)
+            row_format = _check_dataset(dataset, where, not self._list_mode, _truncated_completions(args))
             if row_format == "list" and not self._list_mode:
                 raise ConfigError(f"{where} holds lists, but this trainer was built for pairs. Evaluate it on pairs.")
         if not self._list_mode:
@@ -215,6 +216,7 @@ class LarPOTrainer(DPOTrainer):
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
                 length_column=args.length_column_name,
+                truncated_completions=_truncated_completions(args),
             )
 
     def _set_signature_columns_if_needed(self):
@@ -392,7 +394,11 @@ class LarPOTrainer(DPOTrainer):
         else:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         log_ratios = policy.logps - ref_logps
-        scores = self.beta * divergence_scores(log_ratios.float(), self.f_divergence_type, self.f_alpha_divergence_coef)
+        if getattr(self.args, "per_token_scores", False):
+            per_token = log_ratios.float() / policy.tokens["count"].clamp(min=1)
+        else:
+            per_token = log_ratios.float()
+        scores = self.beta * divergence_scores(per_token, self.f_divergence_type, self.f_alpha_divergence_coef)
 
         loss = 0.0
         for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
@@ -568,18 +574,25 @@ def _shares(members: Tensor) -> Tensor:
     return members / members.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool) -> dict[str, str]:
+def _truncated_completions(args: DPOConfig) -> str:
+    return getattr(args, "truncated_completions", "rank_last")
+
+
+def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool, truncated_completions: str) -> dict[str, str]:
     """Looks at all rows that can be looked at. Name of each dataset, the training set first → its format."""
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
     elif eval_dataset is not None:
         datasets["eval_dataset"] = eval_dataset
-    return {where: _check_dataset(dataset, where, losses_need_pairs) for where, dataset in datasets.items()}
+    return {
+        where: _check_dataset(dataset, where, losses_need_pairs, truncated_completions)
+        for where, dataset in datasets.items()
+    }
 
 
-def _check_dataset(dataset, where: str, losses_need_pairs: bool) -> str:
+def _check_dataset(dataset, where: str, losses_need_pairs: bool, truncated_completions: str) -> str:
     row_format = dataset_format(dataset, where, losses_need_pairs)
     if row_format == "list":
-        check_dataset(dataset, where)
+        check_dataset(dataset, where, truncated_completions)
     return row_format

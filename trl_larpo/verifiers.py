@@ -8,6 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from trl.import_utils import is_math_verify_available
@@ -74,6 +75,60 @@ def verifiable_instruction_reward(
             raise DataError(f"Unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTIONS))}.")
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         rewards.append(float(ended and len(words(text)) >= MIN_WORDS and INSTRUCTIONS[name](text, setting)))
+    return rewards
+
+
+def is_repetitive(text: str) -> bool:
+    """
+    Whether a text repeats itself: more than a fifth of its pairs of neighbouring words occur earlier in it, or one word
+    of four letters or more is a quarter of all and occurs at least three times.
+    """
+    found = [word.lower() for word in words(text)]
+    pairs = list(pairwise(found))
+    most_common = max((found.count(word) for word in set(found) if len(word) >= 4), default=0)
+    return len(set(pairs)) < 0.8 * len(pairs) or most_common >= max(3, len(found) / 4)
+
+
+def verifiable_instructions_reward(
+    prompts: list[Any],
+    completions: list[Any],
+    *,
+    instructions: list[list[str]],
+    values: list[list[Any]],
+    finished: list[bool],
+    **columns: list[Any],
+) -> list[float]:
+    """
+    The share of its prompt's instructions that an answer follows; 0 if it is cut off, shorter than five words or
+    repetitive ([`is_repetitive`]).
+
+    Args:
+        prompts: Prompt of each completion (not used).
+        completions: Text of each completion, or its list of messages.
+        instructions: Names of each completion's instructions, of [`INSTRUCTIONS`].
+        values: The value of each instruction, e.g. a number of words; anything where it takes none.
+        finished: Whether each completion ended on its own.
+        **columns: Not used.
+
+    Returns:
+        A number from 0 to 1 for each completion.
+
+    Raises:
+        DataError: If an instruction is unknown, or there is not one value for each.
+    """
+    rewards = []
+    for completion, names, of_names, ended in zip(completions, instructions, values, finished, strict=True):
+        if len(names) != len(of_names) or not names:
+            raise DataError(
+                f"{len(names)} instructions have {len(of_names)} values; give one for each, and at least one."
+            )
+        for name in names:
+            if name not in INSTRUCTIONS:
+                raise DataError(f"Unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTIONS))}.")
+        text = completion_text(completion)
+        usable = ended and len(words(text)) >= MIN_WORDS and not is_repetitive(text)
+        met = [INSTRUCTIONS[name](text, value) for name, value in zip(names, of_names, strict=True)]
+        rewards.append(sum(met) / len(met) if usable else 0.0)
     return rewards
 
 

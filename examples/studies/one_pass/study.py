@@ -1,0 +1,151 @@
+"""
+Does one pass over the model's own samples help? Held-out reward and the share of answers that end, before and after.
+
+    python examples/studies/one_pass/study.py                                # the defaults: three tasks, three seeds
+    python examples/studies/one_pass/study.py --tasks graded --seeds 0 --arms default drop sft_0.3
+    python examples/studies/one_pass/study.py --table                        # prints the table of all results
+
+One iteration of `larpo run` for each task, seed and arm. All arms of a task and seed share their samples and the
+evaluation of the start. A result is one small JSON file in `results/`; a run that was killed goes on where it stood.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+from tasks import TASKS, Task
+from transformers import AutoTokenizer
+from trl import ModelConfig
+
+from trl_larpo import LarPOConfig
+from trl_larpo.evaluation import evaluate_rows, mean_and_error
+from trl_larpo.run_config import RunConfig
+from trl_larpo.run_folder import RunFolder
+from trl_larpo.stages import Stages
+from trl_larpo.storage import read_json, read_jsonl, write_json
+
+HERE = Path(__file__).parent
+MODEL = "outputs/SmolLM2-135M-Instruct"
+
+NUM_PROMPTS, NUM_SAMPLES, NUM_HELD_OUT, NUM_EVAL_SAMPLES = 48, 6, 48, 4
+
+# What a small model and few prompts need; everything else is a default
+SETTINGS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "per_device_train_batch_size": 2,
+            "num_train_epochs": 1, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 4,
+            "save_strategy": "no"}  # fmt: skip
+
+ARMS = {  # options of LarPOConfig beside SETTINGS
+    "default": {},
+    "by_reward": {"truncated_completions": "by_reward"},
+    "drop": {"truncated_completions": "drop"},
+    "sft_0.1": {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.1]},
+    "sft_0.3": {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.3]},
+    "sft_1": {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 1.0]},
+    "drop_sft_0.3": {"truncated_completions": "drop", "loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.3]},
+    "lr_1e-5": {"learning_rate": 1e-5},
+    "lr_5e-5": {"learning_rate": 5e-5},
+    "per_token": {"per_token_scores": True, "beta": 2.0},
+    "per_token_sft_0.3": {
+        "per_token_scores": True,
+        "beta": 2.0,
+        "loss_type": ["lambdarank", "sft"],
+        "loss_weights": [1.0, 0.3],
+    },
+    "pairwise": {"loss_type": ["pairwise"]},
+    "pairwise_drop": {"loss_type": ["pairwise"], "truncated_completions": "drop"},
+    "contrastive": {"loss_type": ["contrastive"]},
+    "listmle": {"loss_type": ["listmle"]},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=["default"], choices=ARMS)
+    parser.add_argument("--output", type=Path, default=Path("outputs/one_pass"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
+    parser.add_argument("--table", action="store_true", help="print the results, run nothing")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        for seed in arguments.seeds:
+            for task in arguments.tasks:
+                for arm in arguments.arms:
+                    path = arguments.results / f"{task}_seed{seed}_{arm}.json"
+                    if not path.exists():
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_json(path, run_arm(task, TASKS[task](), seed, arm, arguments.output))
+    print_table(arguments.results)
+
+
+def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
+    """Runs one iteration. Returns what is compared."""
+    shared, run = output / f"{name}_seed{seed}" / "samples", output / f"{name}_seed{seed}" / arm
+    prompts = [output / f"{name}_{part}.jsonl" for part in ("train", "held_out")]
+    for path, rows in zip(prompts, (task.train[:NUM_PROMPTS], task.held_out[:NUM_HELD_OUT]), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = RunConfig(
+        prompts=[str(prompts[0])],
+        held_out_prompts=str(prompts[1]),
+        num_held_out=NUM_HELD_OUT,
+        num_iterations=1,
+        num_samples=NUM_SAMPLES,
+        temperature=[0.8],
+        max_new_tokens=task.max_new_tokens,
+        generation_batch_size=96,
+        num_eval_samples=NUM_EVAL_SAMPLES,
+        monitor_evals=0,  # so that harm shows
+        reward_funcs=[task.reward],
+    )
+    for folder, stages in ((shared, [(0, "held_out"), (1, "generate"), (1, "reward")]),
+                           (run, [(1, "select"), (1, "reference"), (1, "train"), (1, "held_out")])):  # fmt: skip
+        if folder == run and not (run / "iteration_0").exists():
+            shutil.copytree(shared, run, dirs_exist_ok=True)
+        training = LarPOConfig(str(folder), seed=seed, **SETTINGS | (ARMS[arm] if folder == run else {}))
+        run_folder = RunFolder(options, training, ModelConfig(model_name_or_path=MODEL))
+        run_folder.prepare_prompts(AutoTokenizer.from_pretrained(MODEL))
+        for iteration in (0, 1):
+            run_folder.iteration(iteration).mkdir(parents=True, exist_ok=True)
+        all_stages = Stages(run_folder)
+        for iteration, stage in stages:
+            torch.manual_seed(seed)
+            all_stages.run(stage, iteration)
+        all_stages.close()
+    start, end = (read_jsonl(run / f"iteration_{i}" / "held_out.jsonl") for i in (0, 1))
+    before, after = evaluate_rows(start, start), evaluate_rows(end, start)
+    shutil.rmtree(run / "iteration_1" / "model")
+    return {
+        "task": name, "seed": seed, "arm": arm, "settings": SETTINGS | ARMS[arm], "selection": read_json(run / "iteration_1/selection.json"),
+        "start": {key: before[key] for key in ("reward", "finished", "tokens", "distinct")},
+        "end": {key: after[key] for key in ("reward", "gain", "finished", "tokens", "distinct")},
+    }  # fmt: skip
+
+
+def print_table(results: Path) -> None:
+    """One line for each result, and the mean over the seeds of each task and arm."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    print("| task | arm | seed | reward before → after | gain ± SE | SEs | end before → after | tokens |")
+    print("|---|---|---|---|---|---|---|---|")
+    for key in sorted({(x["task"], x["arm"]) for x in found}):
+        of_key = [x for x in found if (x["task"], x["arm"]) == key]
+        for x in of_key:
+            start, end = x["start"], x["end"]
+            gain, error = end["gain"]["mean"], end["gain"]["standard_error"]
+            print(
+                f"| {key[0]} | {key[1]} | {x['seed']} | {start['reward']['mean']:.3f} → {end['reward']['mean']:.3f} | "
+                f"{gain:+.3f} ± {error:.3f} | {gain / error:+.1f} | {start['finished']:.0%} → {end['finished']:.0%} | "
+                f"{start['tokens']:.0f} → {end['tokens']:.0f} |"
+            )
+        if len(of_key) > 1:
+            gain = mean_and_error([x["end"]["gain"]["mean"] for x in of_key])
+            ends = statistics.fmean(x["end"]["finished"] for x in of_key)
+            print(f"| {key[0]} | {key[1]} | mean of {len(of_key)} | | {gain['mean']:+.3f} ± {gain['standard_error']:.3f} "
+                  f"| | {ends:.0%} | |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

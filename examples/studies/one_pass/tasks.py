@@ -1,0 +1,115 @@
+"""
+The tasks of the study: prompts made here, on topics or numbers that training and held-out prompts do not share, and
+rewards that a rule decides.
+
+    python examples/studies/one_pass/tasks.py outputs/tasks      # writes the prompts of all tasks, to look at
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+TOPICS = [topic.strip() for topic in """
+bees, coffee, rivers, chess, snow, owls, bread, music, volcanoes, bicycles, tea, whales, mountains, clocks, rice, deserts,
+spiders, glass, trains, salt, butterflies, castles, lemons, wolves, paper, the moon, penguins, cotton, bridges, honey,
+foxes, lightning, cheese, turtles, maps, gold, rabbits, islands, kites, potatoes, horses, thunder, soap, forests, camels,
+pianos, ants, rain, cameras, olives, elephants, bamboo, lighthouses, frogs, sugar, comets, eagles, wool, tomatoes,
+dolphins, mirrors, ice, apples, robots, parrots, sand, kings, garlic
+""".split(",")]  # fmt: skip
+NUM_TRAIN_TOPICS = 40
+
+RULES = [  # kind, sentence of the prompt, instruction, its value; rules of one kind exclude each other
+    ("commas", "Do not use any commas.", "no_commas", ""),
+    ("length", "Use at most 15 words.", "max_words", "15"),
+    ("length", "Use at most 20 words.", "max_words", "20"),
+    ("length", "Use at least 18 words.", "min_words", "18"),
+    ("include", 'Include the word "people".', "includes", "people"),
+    ("include", 'Include the word "many".', "includes", "many"),
+    ("avoid", 'Do not use the word "is".', "excludes", "is"),
+    ("avoid", 'Do not use the word "known".', "excludes", "known"),
+    ("sentences", "Write exactly two sentences.", "num_sentences", "2"),
+]
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Prompts of a task and what it needs beside the defaults.
+
+    Attributes:
+        train: Rows to train on: `prompt` (messages) and the columns of the reward.
+        held_out: Rows to evaluate on.
+        reward: Name of the reward.
+        max_new_tokens: Longest answer, in tokens.
+    """
+
+    train: list[dict]
+    held_out: list[dict]
+    reward: str
+    max_new_tokens: int
+
+
+def graded() -> Task:
+    """A short fact under three rules at once: four levels of reward."""
+
+    def of_topic(topic: str) -> list[dict]:
+        rng, rows = random.Random(topic), []
+        for _ in range(3):
+            kinds = rng.sample(["commas", "length", "include", "avoid", "sentences"], 3)
+            rules = [rng.choice([rule for rule in RULES if rule[0] == kind]) for kind in kinds]
+            text = " ".join([f"Tell me a short fact about {topic}.", *(sentence for _, sentence, *_ in rules)])
+            row = _row(text, instructions=[name for *_, name, _ in rules], values=[value for *_, value in rules])
+            rows.append(row)
+        return rows
+
+    return _by_topic(of_topic, "verifiable_instructions", 80)
+
+
+def one_rule() -> Task:
+    """A short fact under one rule: a reward of 0 or 1."""
+
+    def of_topic(topic: str) -> list[dict]:
+        rules = random.Random(topic).sample([rule for rule in RULES if rule[0] != "avoid"], 3)
+        return [
+            _row(f"Tell me a short fact about {topic}. {sentence}", instruction=name, value=value)
+            for _, sentence, name, value in rules
+        ]
+
+    return _by_topic(of_topic, "verifiable_instruction", 64)
+
+
+def addition() -> Task:
+    """The sum of two numbers up to 49: a reward of 0 or 1 for being right."""
+    rng = random.Random(0)
+    pairs = rng.sample([(a, b) for a in range(2, 50) for b in range(2, 50)], 400)
+    rows = [_row(f"What is {a} + {b}? Answer with the number only.", answer=str(a + b)) for a, b in pairs]
+    return Task(rows[:200], rows[200:], "gsm8k", 48)
+
+
+TASKS: dict[str, Callable[[], Task]] = {"graded": graded, "one_rule": one_rule, "addition": addition}
+
+
+def _row(text: str, **columns) -> dict:
+    system = {"role": "system", "content": "Answer briefly."}
+    return {"prompt": [system, {"role": "user", "content": text}]} | columns
+
+
+def _by_topic(of_topic: Callable[[str], list[dict]], reward: str, max_new_tokens: int) -> Task:
+    """Topics take turns, so that any number of the first rows has as many topics as possible."""
+
+    def rows(topics: list[str]) -> list[dict]:
+        return [row for turn in zip(*map(of_topic, topics), strict=True) for row in turn]
+
+    return Task(rows(TOPICS[:NUM_TRAIN_TOPICS]), rows(TOPICS[NUM_TRAIN_TOPICS:]), reward, max_new_tokens)
+
+
+if __name__ == "__main__":
+    for name, task in TASKS.items():
+        for part in ("train", "held_out"):
+            path = Path(sys.argv[1]) / f"{name}_{part}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in getattr(task(), part)))
+            print(path)

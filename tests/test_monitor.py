@@ -1,0 +1,234 @@
+"""Held-out prompts are sampled while a model is trained: what harms it is stopped, and the best weights are kept."""
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from small_run import REWARDS, change_options, larpo_run, write_prompts
+
+from trl_larpo import monitor as monitor_module
+from trl_larpo.monitor import MonitorPoint, TrainingMonitor
+
+TWO_FACED = """
+def two_faced(prompts, completions, **columns):
+    # Pays for saying little in training, and for the opposite on held-out prompts
+    lengths = [float(len(c[-1]["content"])) for c in completions]
+    return [n if "held" in prompt[-1]["content"] else -n for prompt, n in zip(prompts, lengths)]
+"""
+
+
+@pytest.fixture
+def no_hurry(monkeypatch):
+    """Tiny models train so fast that a tenth of the time is nothing."""
+    monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 1e6)
+
+
+@pytest.fixture
+def long_project(project):
+    """Sixteen training prompts and twelve held-out ones."""
+    write_prompts(project, [f"{i} why is the dog blue" for i in range(16)])
+    (project / "prompts.jsonl").rename(project / "train.jsonl")
+    write_prompts(project, [f"held {i} why is the cat red" for i in range(12)])
+    (project / "prompts.jsonl").rename(project / "held_out.jsonl")
+    (project / "run_rewards.py").write_text(REWARDS + TWO_FACED)
+    sys.modules.pop("run_rewards", None)
+    change_options(project, prompts="train.jsonl", held_out_prompts="held_out.jsonl", num_held_out=12,
+                   num_iterations=1)  # fmt: skip
+    return project
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_changes_no_weight_and_shows_every_step_it_samples(long_project, no_hurry, caplog):
+    assert larpo_run("--output_dir", "on", "--logging_steps", 3) == 0
+    assert larpo_run("--output_dir", "off", "--logging_steps", 3, "--monitor_evals", 0) == 0
+    on, off = long_project / "on/iteration_1", long_project / "off/iteration_1"
+    assert equal(weights(on / "model"), weights(off / "model"))
+    logs = [[json.loads(line) for line in (x / "training_log.jsonl").read_text().splitlines()] for x in (on, off)]
+    assert [entry["step"] for entry in logs[0]] == [entry["step"] for entry in logs[1]]
+    assert [entry.get("loss") for entry in logs[0]] == [entry.get("loss") for entry in logs[1]]
+    found = json.loads((on / "monitor.json").read_text())
+    last = logs[0][-1]["step"]
+    assert len(found["points"]) >= 4 and found["points"][-1]["step"] == last and found["stopped_at"] is None
+    assert all(len(point["by_prompt"]) == 12 for point in found["points"])
+    assert not (off / "monitor.json").exists()
+    # The last step's samples are those of the evaluation after it, on the prompts watched
+    rows = [json.loads(line) for line in (on / "held_out.jsonl").read_text().splitlines()]
+    expected = {row["prompt_id"]: sum(row["rewards"]) / 2 for row in rows}
+    assert found["points"][-1]["by_prompt"] == pytest.approx(expected)
+    assert all((long_project / f"on/plots/monitor_{name}.png").exists() for name in ("reward", "answers"))
+    assert not (long_project / "off/plots/monitor_reward.png").exists()
+
+
+HARM = ["--reward_funcs", "run_rewards:two_faced", "--learning_rate", 2e-2, "--lr_scheduler_type", "constant",
+        "--num_train_epochs", 8, "--beta", 0.5, "--max_new_tokens", 48, "--num_eval_samples", 4]  # fmt: skip
+
+
+def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, no_hurry, capsys, talkative_model):
+    assert larpo_run(*HARM) == 2
+    output = capsys.readouterr()
+    assert "Training was stopped at step " in output.out
+    assert "Kept: the model that the training started from." in output.out
+    assert "as `stop_on` asks: held_out_reward. Training makes answers to held-out prompts worse." in output.err
+    assert f"Best model so far: {talkative_model}." in output.err and "--stop_on none" in output.err
+    folder = long_project / "out/iteration_1"
+    assert equal(weights(folder / "model"), load_file(f"{talkative_model}/model.safetensors"))
+    found = json.loads((folder / "monitor.json").read_text())
+    assert found["points"][-1]["step"] == found["stopped_at"]
+    assert found["points"][-1]["change"]["mean"] < 0
+    health = {check["name"]: check for check in json.loads((folder / "health.json").read_text())}
+    assert not health["held_out_reward"]["ok"]
+    assert "held out reward" in (long_project / "out/report.html").read_text()
+    assert larpo_run(*HARM, "--stop_on", "none") == 0  # goes on from what was kept
+
+
+def test_with_lora_too(long_project, no_hurry, talkative_model):
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "down_proj", "--learning_rate", 0.1]
+    assert larpo_run(*HARM, *lora) == 2
+    saved = weights(long_project / "out/iteration_1/model")
+    assert equal(saved, load_file(f"{talkative_model}/model.safetensors"))
+
+
+def test_it_only_watches_where_it_must_not_stop(long_project, no_hurry):
+    assert larpo_run(*HARM, "--monitor_stop", "false", "--stop_on", "none") == 0
+    found = json.loads((long_project / "out/iteration_1/monitor.json").read_text())
+    log = (long_project / "out/iteration_1/training_log.jsonl").read_text().splitlines()
+    assert found["stopped_at"] is None and found["points"][-1]["step"] == json.loads(log[-1])["step"]
+
+
+# The parts, with rewards made up
+
+
+def rows(reward, num_prompts=12):
+    about = {"finished": True, "num_tokens": 5}
+    return [
+        {"prompt_id": str(i), "completions": ["a"], "rewards": [reward + i / 100], "candidates": [about]}
+        for i in range(num_prompts)
+    ]
+
+
+class Training:
+    """Steps of a training, in which the held-out reward is what the test says."""
+
+    def __init__(self, path, rewards, monkeypatch, **options):
+        monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 1e6)
+        monkeypatch.setattr(monitor_module.Trainer, "log", lambda trainer, logs: None)
+        self.rewards, self.saved, self.calls = rewards, [], 0
+        state = SimpleNamespace(global_step=0, max_steps=8)
+        trainer = SimpleNamespace(accelerator=Accelerator(cpu=True), state=state)
+        settings = {"num_evals": 4, "num_prompts": 8} | options
+        self.monitor = TrainingMonitor(
+            trainer,
+            self.sample,
+            lambda rows: rows,
+            lambda: self.saved.append(state.global_step),
+            rows(0.5),
+            path,
+            **settings,
+        )
+        self.state, self.control = state, SimpleNamespace(should_training_stop=False, should_log=False)
+
+    def sample(self, asked):
+        self.calls += 1
+        reward = self.rewards[self.state.global_step]
+        if isinstance(reward, Exception):
+            raise reward
+        offset = {row["prompt_id"]: (-1) ** int(row["prompt_id"]) / 50 for row in asked}
+        return [
+            row | {"rewards": [reward + int(row["prompt_id"]) / 100 + offset[row["prompt_id"]]]}
+            for row in rows(0, len(asked))
+        ]
+
+    def run(self):
+        self.monitor.on_train_begin(None, self.state, self.control)
+        while self.state.global_step < 8 and not self.control.should_training_stop:
+            self.state.global_step += 1
+            self.monitor.on_step_end(None, self.state, self.control)
+        return self.monitor
+
+
+def test_the_best_weights_are_kept(tmp_path, monkeypatch):
+    training = Training(tmp_path / "m.json", {2: 0.6, 4: 0.7, 6: 0.1, 8: 0.9}, monkeypatch)
+    monitor = training.run()
+    assert (monitor.stopped_at, monitor.kept_step, training.saved) == (6, 4, [2, 4])
+    assert "Kept: step 4." in monitor.explanation()
+
+
+def test_an_end_below_the_best_is_not_kept_and_one_above_is(tmp_path, monkeypatch):
+    rise_and_fall = Training(tmp_path / "a.json", {2: 0.6, 4: 0.9, 6: 0.8, 8: 0.6}, monkeypatch).run()
+    assert (rise_and_fall.stopped_at, rise_and_fall.kept_step) == (None, 4)
+    assert "The last step is worse than the best" in rise_and_fall.explanation()
+    rise = Training(tmp_path / "b.json", {2: 0.6, 4: 0.7, 6: 0.8, 8: 0.9}, monkeypatch).run()
+    assert (rise.stopped_at, rise.kept_step) == (None, None)
+
+
+def test_a_fall_on_few_prompts_is_confirmed_on_all(tmp_path, monkeypatch):
+    training = Training(tmp_path / "m.json", {2: 0.1, 4: 0.6, 6: 0.6, 8: 0.6}, monkeypatch)
+    few = training.sample
+    monkeypatch.setattr(training.monitor, "sample", lambda asked: few(asked) if len(asked) == 8 else rows(0.6))
+    assert training.run().stopped_at is None
+
+
+def test_a_failure_never_ends_the_training(tmp_path, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING):
+        training = Training(tmp_path / "m.json", {2: 0.6, 4: RuntimeError("CUDA out of memory")}, monkeypatch)
+        monitor = training.run()
+    assert training.state.global_step == 8 and training.calls == 2 and monitor.kept_step is None
+    assert "not sampled any more in this training, which goes on. RuntimeError: CUDA out of memory" in caplog.text
+
+
+def test_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
+    """Each step takes 10 seconds and each sampling 6: the first may begin when 54 seconds are over."""
+    now = [0.0]
+    training = Training(tmp_path / "m.json", dict.fromkeys(range(1, 101), 0.6), monkeypatch, seconds_expected=6.0)
+    monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 0.1)
+    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now[0])
+    sample = training.sample
+
+    def slow_sample(asked):
+        now[0] += 6.0
+        return sample(asked)
+
+    training.monitor.sample, training.state.max_steps = slow_sample, 100
+    training.monitor.on_train_begin(None, training.state, training.control)
+    for step in range(1, 101):
+        training.state.global_step = step
+        now[0] += 10.0
+        training.monitor.on_step_end(None, training.state, training.control)
+    assert [point.step for point in training.monitor.points] == [0, 25, 50, 75, 100]
+    assert sum(point.seconds for point in training.monitor.points) <= 0.1 * now[0]
+    training.monitor.num_evals, training.monitor.points = 1000, training.monitor.points[:1]
+    now[0] = 0.0
+    training.monitor.on_train_begin(None, training.state, training.control)
+    for step in range(1, 101):
+        training.state.global_step = step
+        now[0] += 10.0
+        training.monitor.on_step_end(None, training.state, training.control)
+    spent = sum(point.seconds for point in training.monitor.points)
+    assert 10 < len(training.monitor.points) < 20 and spent <= 0.1 * now[0]
+
+
+def test_after_a_kill_it_knows_what_it_saw(tmp_path, monkeypatch):
+    before = Training(tmp_path / "m.json", {2: 0.6, 4: 0.7, 6: 0.75, 8: 0.8}, monkeypatch).run()
+    points = json.loads((tmp_path / "m.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(points | {"points": points["points"][:3]}))
+    again = Training(tmp_path / "m.json", {6: 0.75, 8: 0.8}, monkeypatch)  # no rewards for 2 and 4: not asked again
+    assert [p.by_prompt for p in again.run().points] == [p.by_prompt for p in before.points]
+    assert again.calls == 2
+
+
+def test_unknown_rewards_are_no_alarm(tmp_path, monkeypatch):
+    unknown = [row | {"rewards": [None]} for row in rows(0.5)]
+    point = MonitorPoint.of(3, unknown, rows(0.5))
+    assert point.reward["mean"] is None and not point.is_harm and point.finished == 1.0

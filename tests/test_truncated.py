@@ -1,0 +1,179 @@
+"""Completions that were cut off train on exactly what was sampled: no end token, nothing that a template appends."""
+
+import pytest
+import tiny
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+
+from trl_larpo import ConfigError, DataError, LarPOConfig
+from trl_larpo.data import canonical_row, check_dataset, tokenize_dataset
+
+# As the models' own templates write a conversation, reduced to what this is about: what stands after a message
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ '<|begin_of_text|>' }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + '</s>' }}{% endif %}{% endfor %}"
+    ),
+    "gemma": (
+        "{{ '<bos>' }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+        "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+    "text after the end token": (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + ' [rate this answer]\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+    "no end token": (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+}
+USER = [{"role": "user", "content": "why"}]
+PartialState()  # which logging needs
+CUT = "It ends in the mid"
+
+
+def say(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def row(completions, finished, prompt=USER, **columns):
+    return {"prompt": prompt, "completions": completions, "finished": finished} | columns
+
+
+def tokenized(rows, template=None, **options):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    settings = {"where": "rows", "eos_token": tokenizer.eos_token, "max_length": None, "truncation_mode": "keep_start"}
+    dataset = rows if isinstance(rows, IterableDataset) else Dataset.from_list(rows)
+    return list(tokenize_dataset(dataset, tokenizer, **(settings | options))), tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("text", [CUT, CUT + " ", CUT + "\n\n", "m", "assistant", "LARPOENDOFCONTENT x"])
+def test_messages_end_where_the_sample_did(name, text):
+    [found], tokenizer = tokenized([row([say("Yes."), say(text)], [True, False])], TEMPLATES[name])
+    ended, cut = found["completion_ids"]
+    space = " " if name == "mistral" else ""  # stands in the template, in front of the completion
+    assert cut == tokenizer(space + text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.eos_token_id not in cut
+    # A finished one is what it always was
+    whole = tokenizer.apply_chat_template(USER + say("Yes."), tokenize=True, return_dict=True)["input_ids"]
+    assert found["prompt_ids"] + ended == whole
+
+
+@pytest.mark.parametrize("text", [CUT, CUT + tiny.EOS, " " + CUT + " "])
+def test_strings_end_where_the_sample_did(text):
+    [found], tokenizer = tokenized([row([" Yes.", text], [True, False], prompt="why")])
+    assert found["completion_ids"][0] == tokenizer(" Yes." + tiny.EOS)["input_ids"]
+    assert found["completion_ids"][1] == tokenizer(text.removesuffix(tiny.EOS))["input_ids"]
+
+
+def test_tokens_are_those_that_were_sampled():
+    tokenizer = tiny.tiny_tokenizer()
+    half = tokenizer("so é", add_special_tokens=False)["input_ids"][:-1]  # ends within a character
+    text = tokenizer.decode(half, skip_special_tokens=True)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] != half
+    for prompt, wrap in ((USER, say), ("why", str)):
+        rows = [row([wrap("Yes."), wrap(text)], [True, False], prompt, completion_ids=[None, half])]
+        [found], _ = tokenized(rows)
+        assert found["completion_ids"][1] == half
+        [with_end], _ = tokenized([rows[0] | {"completion_ids": [None, [*half, tokenizer.eos_token_id]]}])
+        assert with_end["completion_ids"][1] == half
+
+
+def test_tokens_of_another_tokenizer_are_not_taken(caplog):
+    rows = [row([say("Yes."), say(CUT)], [True, False], completion_ids=[None, [1, 2, 9_999]])]
+    [found], tokenizer = tokenized(rows)
+    assert found["completion_ids"][1] == tokenizer(CUT)["input_ids"]
+    assert "entry 1 are not the tokens of the completion with this tokenizer" in caplog.text
+
+
+def relevance(rewards, finished, mode="rank_last"):
+    completions = [f" {i}" for i in range(len(finished))]
+    ranked = canonical_row(row(completions, finished, "p", rewards=rewards), 0, "rows", mode)
+    return ranked["relevance"]
+
+
+def test_relevance_of_each_mode():
+    assert relevance([1.0, 9.0, 3.0, 5.0], [True, False, True, False]) == [1.0, -1.0, 3.0, -1.0]  # one step below
+    assert relevance([1.0, None, 2.0, 4.0], [True, False, True, True]) == [1.0, -0.5, 2.0, 4.0]
+    assert relevance([2.0, 9.0], [True, False]) == [2.0, 1.0]
+    assert relevance([1.0, 2.0], [False, False]) == [-1.0, -1.0]  # a tie, and so without effect
+    assert relevance([1e30, 9.0], [True, False])[1] < 1e30
+    assert relevance([1.0, 9.0], [True, False], "by_reward") == [1.0, 9.0]
+    assert relevance([1.0, 9.0, 3.0], [True, False, True], "drop") == [1.0, 3.0]
+    best_first = row([" a", " b", " c"], [False, True, True], "p")
+    assert canonical_row(best_first, 0, "rows")["relevance"] == [-1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_dropping_leaves_no_trace_of_them(streamed, caplog):
+    rows = [
+        row([" a", " bb", " c"], [True, False, True], "p", rewards=[1.0, None, 2.0], ref_logps=[-1.0, -2.0, -3.0]),
+        row([" a", " b", " c"], [True, False, False], "q", rewards=[1.0, 2.0, 3.0], ref_logps=[-1.0, -2.0, -3.0]),
+    ]
+    data = IterableDataset.from_generator(lambda: iter(rows)) if streamed else rows
+    [found], _ = tokenized(data, truncated_completions="drop")
+    assert len(found["completion_ids"]) == 2
+    assert found["relevance"] == [1.0, 2.0] and found["ref_logps"] == [-1.0, -3.0]
+    with pytest.raises(DataError, match="no list is left, because fewer than 2 of their completions are finished"):
+        tokenized(rows[1:], truncated_completions="drop")
+
+
+def test_bad_columns_are_named():
+    good = row([" a", " b"], [True, False], "p")
+    for change, message in (
+        ({"finished": [True]}, r"column `finished`: is \[True\]; give true or false for each of the 2"),
+        ({"finished": [True, 1]}, "column `finished`: entry 1 is 1; give true or false"),
+        ({"completion_ids": [[1]]}, "column `completion_ids`: does not have an entry for each of the 2"),
+        ({"completion_ids": [None, []]}, r"column `completion_ids`: entry 1 is \[\]; give a list of token ids"),
+    ):
+        with pytest.raises(DataError, match=message):
+            canonical_row(good | change, 3, "rows")
+    with pytest.raises(DataError, match="entry 1 is None, not a number"):
+        relevance([1.0, None], [True, False], "by_reward")
+    with pytest.raises(DataError, match="the rendered chat template"):
+        tokenized([row([say("a"), say("b")], [True, False])], "{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    with pytest.raises(ConfigError, match="`truncated_completions` is 'keep'"):
+        LarPOConfig("out", truncated_completions="keep", use_cpu=True)
+
+
+def test_they_are_counted():
+    rows = [row([" a", " b", " c"], [True, False, False], "p", rewards=[1.0, 1.0, 1.0])] * 3
+    summary = check_dataset(Dataset.from_list(rows), "rows")
+    assert (summary.num_truncated, summary.num_tied) == (6, 0)
+    assert check_dataset(Dataset.from_list(rows), "rows", "by_reward").num_tied == 3
+
+
+def test_training_raises_the_probability_of_ending(trained, tiny_model):
+    """The same texts, of which the second was cut off: the probability of an end token rises only where it was not."""
+    rows = [row([say("yes yes"), say("no no no")], [True, False], rewards=[1.0, 0.0])] * 8
+    options = {"max_steps": 8, "learning_rate": 1e-2}
+    accuracies = {}
+    for name, dataset in (("cut off", rows), ("as if it had ended", [x | {"finished": [True, True]} for x in rows])):
+        trainer = trained(Dataset.from_list(dataset), options)
+        accuracies[name] = end_probability(trainer)
+    assert accuracies["cut off"] > 2 * accuracies["as if it had ended"]
+
+
+def end_probability(trainer):
+    tokenizer = trainer.processing_class
+    text = tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False) + "no no no"
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        return trainer.model(ids).logits[0, -1].softmax(-1)[tokenizer.eos_token_id].item()
