@@ -35,12 +35,13 @@ def oracle(candidates, selection):
     for (text, _), reward in seen:  # insertion: behind all that are at least as good
         place = len([1 for other in ranked if other[1] >= reward])
         ranked.insert(place, (text, reward))
-    if selection.num_worst is not None:  # half of the worst, rounded up
-        cut_off = cut_off[: (selection.num_worst + 1) // 2]
+    # Half of the worst, rounded up; one for four that ended where all are taken, and at least one
+    share = max(1, len(ranked) // 4) if selection.num_worst is None else (selection.num_worst + 1) // 2
+    cut_off = cut_off[:share]
     if len(ranked) + len(cut_off) < 2 or not ranked:
         return None
     gap = ranked[0][1] - ranked[-1][1]
-    if not cut_off and (gap == 0 or gap < selection.min_reward_gap):
+    if gap == 0 or gap < selection.min_reward_gap:
         return None
     ranked += cut_off
     a, b = selection.num_best, selection.num_worst
@@ -140,7 +141,7 @@ ENDED = [Candidate("good", 3.0), Candidate("fair", 2.0), Candidate("poor", 1.0)]
 @pytest.mark.parametrize(
     "selection, expected",
     [
-        (Selection(), "good fair poor cut-0 cut-1 cut-2 cut-3"),
+        (Selection(), "good fair poor cut-0"),  # one for four that ended, and at least one
         (Selection(truncated_completions="by_reward"), "cut-0 cut-2 cut-3 good fair poor"),
         (Selection(truncated_completions="drop"), "good fair poor"),
         # Of the worst at most half, rounded up
@@ -159,18 +160,19 @@ def test_what_becomes_of_completions_that_were_cut_off(selection, expected):
     assert counts.truncated == row["finished"].count(False)
 
 
-def test_ending_alone_makes_a_list():
+def test_ending_alone_makes_no_list():
     tied = [Candidate("a", 1.0), Candidate("b", 1.0)]
-    assert build_list(tied, Selection()).problem == "tied"
-    assert build_list([*tied, CUT_OFF[0]], Selection(min_reward_gap=5.0)).problem is None
-    assert build_list(CUT_OFF, Selection()).problem == "tied"
+    assert build_list([*tied, CUT_OFF[0]], Selection()).problem == "tied"
+    assert build_list([tied[0], CUT_OFF[0]], Selection()).problem == "tied"
+    assert build_list([*ENDED, CUT_OFF[0]], Selection(min_reward_gap=5.0)).problem == "small_gap"
+    assert build_list(CUT_OFF, Selection()).problem == "too_few"
 
 
 def test_a_cut_off_completion_keeps_its_tokens():
-    pool = [Candidate("a", 1.0), Candidate("b\ufffd", None, finished=False, token_ids=[5, 6])]
+    pool = [Candidate("a", 1.0), Candidate("c", 0.0), Candidate("b\ufffd", None, finished=False, token_ids=[5, 6])]
     [row], _ = build_lists([({}, pool)], Selection())
-    assert row["completion_ids"] == [None, [5, 6]]
-    assert candidates_of(row)[1].token_ids == [5, 6]
+    assert row["completion_ids"] == [None, None, [5, 6]]
+    assert candidates_of(row)[2].token_ids == [5, 6]
 
 
 def test_short_lists_are_kept_and_counted():

@@ -26,9 +26,7 @@ MEMORIES = ("none", "previous", "all")
 TRUNCATED_COMPLETIONS = ("rank_last", "by_reward", "drop")
 """What becomes of completions that `max_new_tokens` cut off. Those that stay are trained on without an end token."""
 
-MAX_TRUNCATED_SHARE = 0.5
-"""Largest share of `num_worst` that cut-off completions may take, rounded up to whole completions."""
-
+_FINISHED_PER_TRUNCATED = 4
 _PROMPTS_AT_A_TIME = 256
 
 
@@ -93,9 +91,9 @@ class Selection:
         max_list_size: Longest list if all are taken: candidates are then spread evenly over the ranks, best and worst
             among them. `None`: no limit.
         truncated_completions: One of [`TRUNCATED_COMPLETIONS`]. `"rank_last"`: completions that were cut off rank below
-            all that ended, whatever their rewards, and tie with each other. Of the `num_worst` they take at most half,
-            rounded up, so that a list does not teach ending alone. `"by_reward"`: they rank by their rewards.
-            `"drop"`: they are left out.
+            all that ended, whatever their rewards, and tie with each other; few of them make the list
+            ([`Selection.max_truncated`]), and only beside completions that ended and differ in reward. `"by_reward"`:
+            they rank by their rewards. `"drop"`: they are left out.
     """
 
     num_best: int | None = None
@@ -119,12 +117,16 @@ class Selection:
         if not self.min_reward_gap >= 0:
             raise ConfigError(f"`min_reward_gap` is {self.min_reward_gap}; it must be 0 or more.")
 
-    @property
-    def max_truncated(self) -> float:
-        """Largest number of cut-off candidates in a list: a share of `num_worst`, no limit where all are taken."""
-        if self.truncated_completions != "rank_last" or self.num_worst is None:
-            return math.inf
-        return math.ceil(MAX_TRUNCATED_SHARE * self.num_worst)
+    def max_truncated(self, num_finished: int) -> int:
+        """
+        Largest number of cut-off candidates in a list that ranks them last.
+
+        Half of `num_worst`, rounded up; where all candidates are taken, one for each four that ended, and at least one.
+        With more of them, ending soon would be what a list teaches.
+        """
+        if self.num_worst is None:
+            return max(1, num_finished // _FINISHED_PER_TRUNCATED)
+        return -(-self.num_worst // 2)
 
     def places(self, num_candidates: int) -> list[int]:
         """Which of so many ranked candidates make the list, as ascending indices."""
@@ -148,7 +150,7 @@ class SelectionCounts:
         duplicates: Completions that the same prompt had already, word for word.
         truncated: Cut-off candidates in the lists, trained on without an end token.
         unfinished: Cut-off completions that were left out: all with `truncated_completions="drop"`, else those beyond
-            their share of `num_worst`.
+            [`Selection.max_truncated`].
         empty: Completions without any text.
         unrewarded: Completions to which the reward did not apply.
         prompts_too_few: Prompts with fewer than two usable candidates.
@@ -241,20 +243,19 @@ def build_list(candidates: Iterable[Candidate], selection: Selection) -> Candida
         else:
             distinct[key] = candidate
 
+    ranked = [candidate for candidate in distinct.values() if not ranks_last(candidate)]
+    ranked.sort(key=lambda candidate: -candidate.reward)
+    gap = ranked[0].reward - ranked[-1].reward if ranked else 0.0
     last = [candidate for candidate in distinct.values() if ranks_last(candidate)]
-    num_last = min(len(last), selection.max_truncated)
+    num_last = selection.max_truncated(len(ranked))
     result.left_out += [(candidate, "cut off") for candidate in last[num_last:]]
-    rewarded = [candidate for candidate in distinct.values() if not ranks_last(candidate)]
-    rewarded.sort(key=lambda candidate: -candidate.reward)
-    gap = rewarded[0].reward - rewarded[-1].reward if rewarded else 0.0
-    comparable = gap > 0 or (bool(rewarded) and num_last > 0)  # what was cut off is below by any gap
-    ranked = rewarded + last[:num_last]
+    ranked += last[:num_last]
     ranked = [replace(candidate, rank=rank) for rank, candidate in enumerate(ranked, start=1)]
     if len(ranked) < 2:
         result.problem = "too_few"
-    elif not comparable:
+    elif gap == 0:  # also where some were cut off: such a list would teach nothing but to end soon
         result.problem = "tied"
-    elif num_last == 0 and gap < selection.min_reward_gap:
+    elif gap < selection.min_reward_gap:
         result.problem = "small_gap"
     places = set() if result.problem else set(selection.places(len(ranked)))
     for place, candidate in enumerate(ranked):

@@ -9,7 +9,7 @@ keeps the best weights it has seen.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ class TrainingMonitor(TrainerCallback):
         if self._agreed(is_best) and not last:
             began = time.monotonic()
             self.save()
-            point = MonitorPoint(**asdict(point) | {"seconds": point.seconds + time.monotonic() - began})
+            point = replace(point, seconds=point.seconds + time.monotonic() - began)
         self.points.append(point)
         if harmful:
             self.stopped_at = state.global_step

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_larpo import LarPOConfig
-from trl_larpo.evaluation import evaluate_rows, mean_and_error
+from trl_larpo.evaluation import evaluate_rows, mean_and_error, with_error
 from trl_larpo.run_config import RunConfig
 from trl_larpo.run_folder import RunFolder
 from trl_larpo.stages import Stages
@@ -118,11 +118,16 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
     start, end = (read_jsonl(run / f"iteration_{i}" / "held_out.jsonl") for i in (0, 1))
     before, after = evaluate_rows(start, start), evaluate_rows(end, start)
     shutil.rmtree(run / "iteration_1" / "model")
+    selection = read_json(run / "iteration_1" / "selection.json")
     return {
-        "task": name, "seed": seed, "arm": arm, "settings": SETTINGS | ARMS[arm], "selection": read_json(run / "iteration_1/selection.json"),
+        "task": name,
+        "seed": seed,
+        "arm": arm,
+        "settings": SETTINGS | ARMS[arm],
+        "lists": {key: selection[key] for key in ("lists", "candidates", "truncated")},
         "start": {key: before[key] for key in ("reward", "finished", "tokens", "distinct")},
         "end": {key: after[key] for key in ("reward", "gain", "finished", "tokens", "distinct")},
-    }  # fmt: skip
+    }
 
 
 def print_table(results: Path) -> None:
@@ -141,10 +146,10 @@ def print_table(results: Path) -> None:
                 f"{start['tokens']:.0f} → {end['tokens']:.0f} |"
             )
         if len(of_key) > 1:
-            gain = mean_and_error([x["end"]["gain"]["mean"] for x in of_key])
+            gain = with_error(mean_and_error([x["end"]["gain"]["mean"] for x in of_key]), "+")
             ends = statistics.fmean(x["end"]["finished"] for x in of_key)
-            print(f"| {key[0]} | {key[1]} | mean of {len(of_key)} | | {gain['mean']:+.3f} ± {gain['standard_error']:.3f} "
-                  f"| | {ends:.0%} | |")  # fmt: skip
+            tokens = statistics.fmean(x["end"]["tokens"] for x in of_key)
+            print(f"| {key[0]} | {key[1]} | mean of {len(of_key)} | | {gain} | | {ends:.0%} | {tokens:.0f} |")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-TOPICS = [topic.strip() for topic in """
-bees, coffee, rivers, chess, snow, owls, bread, music, volcanoes, bicycles, tea, whales, mountains, clocks, rice, deserts,
-spiders, glass, trains, salt, butterflies, castles, lemons, wolves, paper, the moon, penguins, cotton, bridges, honey,
-foxes, lightning, cheese, turtles, maps, gold, rabbits, islands, kites, potatoes, horses, thunder, soap, forests, camels,
-pianos, ants, rain, cameras, olives, elephants, bamboo, lighthouses, frogs, sugar, comets, eagles, wool, tomatoes,
-dolphins, mirrors, ice, apples, robots, parrots, sand, kings, garlic
-""".split(",")]  # fmt: skip
+TOPICS = (
+    "bees, coffee, rivers, chess, snow, owls, bread, music, volcanoes, bicycles, tea, whales, mountains, "
+    "clocks, rice, deserts, spiders, glass, trains, salt, butterflies, castles, lemons, wolves, paper, the "
+    "moon, penguins, cotton, bridges, honey, foxes, lightning, cheese, turtles, maps, gold, rabbits, islands, "
+    "kites, potatoes, horses, thunder, soap, forests, camels, pianos, ants, rain, cameras, olives, elephants, "
+    "bamboo, lighthouses, frogs, sugar, comets, eagles, wool, tomatoes, dolphins, mirrors, ice, apples, "
+    "robots, parrots, sand, kings, garlic"
+).split(", ")
 NUM_TRAIN_TOPICS = 40
 
 RULES = [  # kind, sentence of the prompt, instruction, its value; rules of one kind exclude each other
