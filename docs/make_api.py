@@ -20,7 +20,10 @@ PUBLIC = {
         "bootstrap_interval",
     ],
     "trl_larpo.candidates": ["Candidate", "Selection", "SelectionCounts", "build_list", "build_lists"],
-    "trl_larpo.verifiers": ["verifiable_instruction_reward", "gsm8k_reward", "math_reward"],
+    "trl_larpo.verifiers": [
+        "verifiable_instruction_reward", "verifiable_instructions_reward", "is_repetitive", "gsm8k_reward",
+        "math_reward",
+    ],
     "trl_larpo.rewards": ["load_rewards", "score_rows", "win_rates"],
     "trl_larpo.reward_models": ["RewardModel"],
     "trl_larpo.pairrm": ["PairRM"],

@@ -12,9 +12,11 @@ from trl_larpo.verifiers import (
     boxed_answer,
     final_number,
     gsm8k_reward,
+    is_repetitive,
     math_reward,
     sentences,
     verifiable_instruction_reward,
+    verifiable_instructions_reward,
     words,
 )
 
@@ -68,6 +70,41 @@ def test_an_answer_must_end_and_say_something():
     assert reward_of("Bees make honey all summer.", finished=False) == 0.0
     assert reward_of("") == 0.0
     assert reward_of("Bees make honey.") == 0.0  # trivial answers satisfy most rules
+
+
+def share_of(text, names=("no_commas", "max_words"), values=("", "6"), finished=True, about=None):
+    completions, of_each = [[{"role": "assistant", "content": text}]], {"instructions": [names], "values": [values]}
+    [reward] = verifiable_instructions_reward([USER], completions, **of_each, finished=[finished], about=[about])
+    return reward
+
+
+def test_instructions_are_graded():
+    assert share_of("Bees make honey all summer.") == 1.0
+    assert share_of("Bees make honey all summer long, too.") == 0.0
+    assert share_of("Bees make honey all summer long in hives.") == 0.5
+    assert share_of("Bees make honey all summer.", finished=False) == 0.0
+    assert share_of("Bees make honey.") == 0.0
+    assert share_of("Bees make honey all summer.", about="bees") == 1.0
+    assert share_of("Wasps make nests all summer.", about="bees") == 0.0
+    with pytest.raises(DataError, match="Unknown instruction 'sing'"):
+        share_of("la", names=["sing"], values=[""])
+    with pytest.raises(DataError, match="2 instructions have 1 values; give one for each"):
+        share_of("la", values=["6"])
+
+
+@pytest.mark.parametrize(
+    "text, repetitive",
+    [
+        ("Because of the word because there is a because in because.", True),
+        ("Bees are bees are bees are bees are bees.", True),
+        ("Bees make honey. Bees make honey. Bees make honey.", True),
+        ("Honey bees tell other bees where the flowers are by a dance that points away from the sun.", False),
+        ("The cat and the dog and the bird and the fish live in the house by the sea.", False),
+        ("", False),
+    ],
+)
+def test_repetition(text, repetitive):
+    assert is_repetitive(text) == repetitive
 
 
 def test_unknown_instructions_are_named():

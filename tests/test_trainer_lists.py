@@ -47,6 +47,35 @@ def test_first_loss_is_what_the_formula_says_at_score_zero(trained):
     )
 
 
+def test_scores_per_token_equal_a_plain_loop(trained, tiny_model):
+    dataset = tiny.lists(num_rows=4)
+    seen = []
+
+    def loss_fn(scores, relevance, mask):
+        seen.append([row[m].tolist() for row, m in zip(scores.detach(), mask, strict=True)])
+        return lambdarank_loss(scores, relevance, mask)
+
+    options = {"max_steps": 2, "beta": 2.0, "per_token_scores": True, "train_sampling_strategy": "sequential"}
+    if "train_sampling_strategy" not in LarPOConfig.__dataclass_fields__:
+        pytest.skip("this version of transformers shuffles")
+    trainer = trained(dataset, options, loss_fn=loss_fn)
+    # After one step: log-ratio over tokens, times beta
+    policy = trained(dataset, options | {"max_steps": 1}, loss_fn=loss_fn).model
+    reference, expected = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    for row in trainer.train_dataset:
+        expected.append([])
+        for ids in row["completion_ids"]:
+            tokens, start = torch.tensor([row["prompt_ids"] + ids]), len(row["prompt_ids"])
+            logps = []
+            for model in (policy, reference):
+                with torch.no_grad():
+                    of_next = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+                logps.append(sum(of_next[start - 1 :].tolist()))
+            expected[-1].append(2.0 * (logps[0] - logps[1]) / len(ids))
+    for a, b in zip(seen[1], expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
 @pytest.mark.parametrize("shared_prompt", ["off", "auto"])
 def test_a_step_forwards_each_candidate_once(tiny_model, config, shared_prompt):
     dataset = tiny.lists(num_rows=4)

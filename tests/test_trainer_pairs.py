@@ -77,6 +77,27 @@ def test_trl_losses_equal_dpo_trainer(trained, options):
     assert_close(ours, theirs, ("loss", "grad_norm", *SHARED_METRICS), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js_divergence"])
+@pytest.mark.parametrize("loss_type", PAPER_LOSSES)
+def test_scores_per_token_are_those_of_sigmoid_norm(trained, loss_type, divergence):
+    options = {"beta": 2.0, "f_divergence_type": divergence}
+    ours, theirs = run_both(
+        trained,
+        tiny.pairs(),
+        options | {"loss_type": loss_type, "per_token_scores": True},
+        options | {"loss_type": "sigmoid_norm"},
+    )
+    assert ours._list_mode
+    assert_close(ours, theirs, ("loss", "grad_norm", *SHARED_METRICS), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_per_token_have_no_meaning_where_trl_scores(trained):
+    with pytest.raises(
+        ConfigError, match="`per_token_scores` ranks candidates and cannot be combined with `loss_type`"
+    ):
+        trained(tiny.pairs(), {"loss_type": "hinge", "per_token_scores": True})
+
+
 @pytest.mark.parametrize("loss_type", PAPER_LOSSES)
 @pytest.mark.parametrize(
     "dataset",

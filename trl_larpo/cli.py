@@ -52,9 +52,8 @@ def run(argv: list[str]) -> None:
     """`larpo run`: all iterations, or what is left of them."""
     from trl import ModelConfig
 
-    from .config import LarPOConfig
     from .run import run as run_loop
-    from .run_config import RunConfig
+    from .run_config import RunConfig, RunTrainingConfig
 
     if "--small" in argv:
         from .small import shrink_arguments
@@ -62,7 +61,7 @@ def run(argv: list[str]) -> None:
         argv = shrink_arguments([word for word in argv if word != "--small"])
     options, training, model, _ = _parse(
         argv,
-        (RunConfig, LarPOConfig, ModelConfig),
+        (RunConfig, RunTrainingConfig, ModelConfig),
         command="run",
         description="Algorithm 1 of the LarPO paper: sample, reward, rank, train, evaluate, and again from the result. "
         "Run the same command again to go on after a stop.",

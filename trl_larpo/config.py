@@ -50,8 +50,9 @@ class LarPOConfig(DPOConfig):
             Temperature of the soft targets of the `'listnet'` loss, softmax(rewards / temperature), in units of the
             reward.
         per_token_scores (`bool`, *optional*, defaults to `False`):
-            Whether the log-ratio of a completion is divided by its number of tokens, as TRL's `'sigmoid_norm'` does on
-            pairs. Scores then do not depend on length; `beta` should be larger, about 2.
+            Whether the score of a completion is divided by its number of tokens, as in TRL's `'sigmoid_norm'` on pairs,
+            so that long completions weigh no more than short ones. `beta` should then be larger, about 2. The default
+            of `larpo run` is `True`, with `beta` 2.
         truncated_completions (`str`, *optional*, defaults to `"rank_last"`):
             What becomes of completions that the column `finished` calls cut off. `"rank_last"`: they rank below all
             that ended, and tie with each other; `"by_reward"`: they rank by their rewards; `"drop"`: they are left out.
@@ -92,8 +93,8 @@ class LarPOConfig(DPOConfig):
     per_token_scores: bool = field(
         default=False,
         metadata={
-            "help": "Divide the log-ratio of a completion by its number of tokens, as TRL's 'sigmoid_norm' does on "
-            "pairs. `beta` should then be larger, about 2."
+            "help": "Divide the score of a completion by its number of tokens, as TRL's 'sigmoid_norm' does on pairs, "
+            "so that long completions weigh no more than short ones. `beta` should then be larger, about 2."
         },
     )
     truncated_completions: str = field(
@@ -259,6 +260,7 @@ def trains_lists(
         return True
     list_only = [f"loss_type {name!r}" for name in args.loss_type if name not in DPO_LOSSES | SIGMOID_ON_PAIRS]
     list_only += ["`lambda_weight`"] if getattr(args, "lambda_weight", None) is not None else []
+    list_only += ["`per_token_scores`"] if getattr(args, "per_token_scores", False) else []
     list_only += ["`loss_fn`"] if loss_fn is not None else []
     if list_only:
         raise ConfigError(

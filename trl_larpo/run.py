@@ -27,7 +27,7 @@ from .health import CHECKS, Check, check_iteration
 from .mirror import Mirror
 from .report import write_report
 from .rewards import PAIRWISE, load_rewards
-from .run_config import RunConfig
+from .run_config import RunConfig, RunTrainingConfig
 from .run_folder import RunFolder
 from .servers import check_servers, server_command
 from .stages import SHARDED_STAGES, STAGES, Stages
@@ -401,7 +401,7 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
         names = {option.name for option in dataclasses.fields(options_class) if option.init}
         return options_class(**{name: value for name, value in values.items() if name in names})
 
-    folder = RunFolder(restore(RunConfig), restore(LarPOConfig), restore(ModelConfig))
+    folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(ModelConfig))
     folder.path = Path(path)
     folder.prepare_prompts(AutoTokenizer.from_pretrained(folder.model.model_name_or_path))
     stages = Stages(folder)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .candidates import MEMORIES, Selection
+from .config import LarPOConfig
 from .errors import ConfigError
 from .generation import check_sampling
 
@@ -370,6 +371,36 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
 
     def temperature_in(self, iteration: int) -> float:
         return self.temperature[0] if len(self.temperature) == 1 else self.temperature[iteration - 1]
+
+
+@dataclass
+class RunTrainingConfig(LarPOConfig):
+    """
+    [`LarPOConfig`] with the defaults of `larpo run`.
+
+    Scores are per token. Sums make lists of unequal lengths a matter of length: a small model learned from them to say
+    next to nothing, and gained less (see docs/choosing.md).
+    """
+
+    per_token_scores: bool = field(
+        default=True,
+        metadata={
+            "help": "Divide the score of a completion by its number of tokens, so that long completions weigh no more "
+            "than short ones. The paper's scores are sums: false."
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of the reference: scores are beta times the log-ratio. None: 2 with `per_token_scores`, "
+            "else 0.1, DPO's default."
+        },
+    )
+
+    def __post_init__(self):
+        if self.beta is None:
+            self.beta = 2.0 if self.per_token_scores else 0.1
+        super().__post_init__()
 
 
 def _of_type(value: Any, kind: type, name: str) -> Any:

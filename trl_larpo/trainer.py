@@ -394,11 +394,9 @@ class LarPOTrainer(DPOTrainer):
         else:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         log_ratios = policy.logps - ref_logps
+        scores = self.beta * divergence_scores(log_ratios.float(), self.f_divergence_type, self.f_alpha_divergence_coef)
         if getattr(self.args, "per_token_scores", False):
-            per_token = log_ratios.float() / policy.tokens["count"].clamp(min=1)
-        else:
-            per_token = log_ratios.float()
-        scores = self.beta * divergence_scores(per_token, self.f_divergence_type, self.f_alpha_divergence_coef)
+            scores = scores / policy.tokens["count"].clamp(min=1)
 
         loss = 0.0
         for name, weight in zip(self.loss_types, self.loss_weights, strict=True):

@@ -96,11 +96,12 @@ def verifiable_instructions_reward(
     instructions: list[list[str]],
     values: list[list[Any]],
     finished: list[bool],
+    about: list[str | None] | None = None,
     **columns: list[Any],
 ) -> list[float]:
     """
-    The share of its prompt's instructions that an answer follows; 0 if it is cut off, shorter than five words or
-    repetitive ([`is_repetitive`]).
+    The share of its prompt's instructions that an answer follows; 0 if it is cut off, shorter than five words,
+    repetitive ([`is_repetitive`]) or about something else.
 
     Args:
         prompts: Prompt of each completion (not used).
@@ -108,6 +109,7 @@ def verifiable_instructions_reward(
         instructions: Names of each completion's instructions, of [`INSTRUCTIONS`].
         values: The value of each instruction, e.g. a number of words; anything where it takes none.
         finished: Whether each completion ended on its own.
+        about: Text that each answer has to contain, capital or not, e.g. its topic; `None`: no such text.
         **columns: Not used.
 
     Returns:
@@ -117,7 +119,10 @@ def verifiable_instructions_reward(
         DataError: If an instruction is unknown, or there is not one value for each.
     """
     rewards = []
-    for completion, names, of_names, ended in zip(completions, instructions, values, finished, strict=True):
+    about = [None] * len(completions) if about is None else about
+    for completion, names, of_names, ended, topic in zip(
+        completions, instructions, values, finished, about, strict=True
+    ):
         if len(names) != len(of_names) or not names:
             raise DataError(
                 f"{len(names)} instructions have {len(of_names)} values; give one for each, and at least one."
@@ -126,7 +131,8 @@ def verifiable_instructions_reward(
             if name not in INSTRUCTIONS:
                 raise DataError(f"Unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTIONS))}.")
         text = completion_text(completion)
-        usable = ended and len(words(text)) >= MIN_WORDS and not is_repetitive(text)
+        on_topic = topic is None or topic.lower() in text.lower()
+        usable = ended and on_topic and len(words(text)) >= MIN_WORDS and not is_repetitive(text)
         met = [INSTRUCTIONS[name](text, value) for name, value in zip(names, of_names, strict=True)]
         rewards.append(sum(met) / len(met) if usable else 0.0)
     return rewards

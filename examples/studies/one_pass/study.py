@@ -20,9 +20,8 @@ from tasks import TASKS, Task
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from trl_larpo import LarPOConfig
 from trl_larpo.evaluation import evaluate_rows, mean_and_error, with_error
-from trl_larpo.run_config import RunConfig
+from trl_larpo.run_config import RunConfig, RunTrainingConfig
 from trl_larpo.run_folder import RunFolder
 from trl_larpo.stages import Stages
 from trl_larpo.storage import read_json, read_jsonl, write_json
@@ -37,25 +36,19 @@ SETTINGS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "per_device_
             "num_train_epochs": 1, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 4,
             "save_strategy": "no"}  # fmt: skip
 
-ARMS = {  # options of LarPOConfig beside SETTINGS
+SUMS = {"per_token_scores": False}
+SFT = {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.3]}
+ARMS = {  # options of the training beside SETTINGS
     "default": {},
     "by_reward": {"truncated_completions": "by_reward"},
     "drop": {"truncated_completions": "drop"},
-    "sft_0.1": {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.1]},
-    "sft_0.3": {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.3]},
-    "sft_1": {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 1.0]},
-    "drop_sft_0.3": {"truncated_completions": "drop", "loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.3]},
+    "sft_0.3": SFT,
+    "sums": SUMS,
+    "sums_drop": SUMS | {"truncated_completions": "drop"},  # what it was before
+    "sums_sft_0.3": SUMS | SFT,
     "lr_1e-5": {"learning_rate": 1e-5},
     "lr_5e-5": {"learning_rate": 5e-5},
-    "per_token": {"per_token_scores": True, "beta": 2.0},
-    "per_token_sft_0.3": {
-        "per_token_scores": True,
-        "beta": 2.0,
-        "loss_type": ["lambdarank", "sft"],
-        "loss_weights": [1.0, 0.3],
-    },
     "pairwise": {"loss_type": ["pairwise"]},
-    "pairwise_drop": {"loss_type": ["pairwise"], "truncated_completions": "drop"},
     "contrastive": {"loss_type": ["contrastive"]},
     "listmle": {"loss_type": ["listmle"]},
 }
@@ -105,7 +98,7 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
                            (run, [(1, "select"), (1, "reference"), (1, "train"), (1, "held_out")])):  # fmt: skip
         if folder == run and not (run / "iteration_0").exists():
             shutil.copytree(shared, run, dirs_exist_ok=True)
-        training = LarPOConfig(str(folder), seed=seed, **SETTINGS | (ARMS[arm] if folder == run else {}))
+        training = RunTrainingConfig(str(folder), seed=seed, **SETTINGS | (ARMS[arm] if folder == run else {}))
         run_folder = RunFolder(options, training, ModelConfig(model_name_or_path=MODEL))
         run_folder.prepare_prompts(AutoTokenizer.from_pretrained(MODEL))
         for iteration in (0, 1):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-TOPICS = (
+TOPICS = (  # noqa: SIM905
     "bees, coffee, rivers, chess, snow, owls, bread, music, volcanoes, bicycles, tea, whales, mountains, "
     "clocks, rice, deserts, spiders, glass, trains, salt, butterflies, castles, lemons, wolves, paper, the "
     "moon, penguins, cotton, bridges, honey, foxes, lightning, cheese, turtles, maps, gold, rabbits, islands, "
@@ -83,11 +83,11 @@ def one_rule() -> Task:
 
 
 def addition() -> Task:
-    """The sum of two numbers up to 49: a reward of 0 or 1 for being right."""
-    rng = random.Random(0)
-    pairs = rng.sample([(a, b) for a in range(2, 50) for b in range(2, 50)], 400)
-    rows = [_row(f"What is {a} + {b}? Answer with the number only.", answer=str(a + b)) for a, b in pairs]
-    return Task(rows[:200], rows[200:], "gsm8k", 48)
+    """The sum of two numbers from 2 to 12: a reward of 0 or 1 for being right."""
+    pairs = [(a, b) for a in range(2, 13) for b in range(2, 13)]
+    random.Random(0).shuffle(pairs)
+    rows = [_row(f"What is {a} + {b}?", answer=str(a + b)) for a, b in pairs]
+    return Task(rows[:60], rows[60:], "gsm8k", 48)
 
 
 TASKS: dict[str, Callable[[], Task]] = {"graded": graded, "one_rule": one_rule, "addition": addition}
