@@ -43,7 +43,7 @@ CHECKS = (
 MAX_DUPLICATES = 0.5
 MAX_TIED = 0.5
 MAX_TRUNCATED = 0.3
-MAX_MARGIN = 20.0
+MAX_MARGIN = 200.0
 MAX_KL = 50.0
 
 
@@ -54,6 +54,7 @@ def check_iteration(
     start: Row,
     evaluations: list[Row],
     monitor: Row | None = None,
+    beta: float = 0.1,
 ) -> list[Check]:
     """
     Looks at one iteration.
@@ -65,6 +66,7 @@ def check_iteration(
         start: Evaluation of the initial model.
         evaluations: Those after each iteration so far, this one last.
         monitor: What was found on held-out prompts during the training, if they were sampled.
+        beta: That of the training; the rewards in the trainer's log are log-ratios times beta.
 
     Returns:
         One result for each of [`CHECKS`].
@@ -87,7 +89,7 @@ def check_iteration(
     tied = selection["prompts_tied"] / prompts
     # Samples shrinking to nothing are no fewer for being finished
     truncated = max(1 - now["finished"], 1 - finished_share(samples))
-    margins = [entry["rewards/margins"] for entry in training_log if "rewards/margins" in entry]
+    margins = [entry["rewards/margins"] / beta for entry in training_log if "rewards/margins" in entry and beta]
     was_stopped = monitor is not None and monitor["stopped_at"] is not None
     change = monitor["points"][-1]["change"] if was_stopped else now["change"]
     kl = (now["kl_from_initial"] or {}).get("mean")
@@ -132,9 +134,9 @@ def check_iteration(
         Check(
             "margins",
             margins[-1] if margins else None,
-            f"at most {MAX_MARGIN:g}",
+            f"at most {MAX_MARGIN:g} nats between the best and the worst",
             not margins or margins[-1] <= MAX_MARGIN,
-            "Implicit rewards fly apart. Lower `learning_rate` or the number of epochs.",
+            "Log-ratios of the best and the worst candidates diverge. Lower `learning_rate` or the number of epochs.",
         ),
         Check(
             "kl",

@@ -341,6 +341,7 @@ def _check_health(folder: RunFolder, iteration: int) -> list[Check]:
         start=read_json(folder.iteration(0) / "evaluation.json"),
         evaluations=[read_json(folder.iteration(i) / "evaluation.json") for i in range(1, iteration + 1)],
         monitor=read_json(path / "monitor.json") if (path / "monitor.json").exists() else None,
+        beta=folder.training.beta,
     )
     write_json(path / "health.json", [dataclasses.asdict(check) for check in checks])
     return checks
