@@ -38,7 +38,7 @@ def oracle(candidates, selection):
     # Half of the worst, rounded up; one for four that ended where all are taken, and at least one
     share = max(1, len(ranked) // 4) if selection.num_worst is None else (selection.num_worst + 1) // 2
     cut_off = cut_off[:share]
-    if len(ranked) + len(cut_off) < 2 or not ranked:
+    if len(ranked) < 2:
         return None
     gap = ranked[0][1] - ranked[-1][1]
     if gap == 0 or gap < selection.min_reward_gap:
@@ -120,7 +120,7 @@ def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
     assert rows[0]["completions"] == ["best", "worst"] and rows[0]["rewards"] == [3.0, 1.0]
     assert rows[0]["candidates"][0] == {
         "iteration": 2, "source": "policy", "temperature": 0.8, "finished": True, "num_tokens": None,
-        "token_ids": None, "count": 1, "rank": 1, "of_prompt": None,
+        "count": 1, "rank": 1, "of_prompt": None,
     }  # fmt: skip
     assert {x["completion"]: x["why"] for x in rows[0]["left_out"]} == {
         "cut": "cut off", "middle": "not selected", " ": "empty", "unjudged": "no reward",
@@ -163,7 +163,7 @@ def test_what_becomes_of_completions_that_were_cut_off(selection, expected):
 def test_ending_alone_makes_no_list():
     tied = [Candidate("a", 1.0), Candidate("b", 1.0)]
     assert build_list([*tied, CUT_OFF[0]], Selection()).problem == "tied"
-    assert build_list([tied[0], CUT_OFF[0]], Selection()).problem == "tied"
+    assert build_list([tied[0], CUT_OFF[0]], Selection()).problem == "too_few"
     assert build_list([*ENDED, CUT_OFF[0]], Selection(min_reward_gap=5.0)).problem == "small_gap"
     assert build_list(CUT_OFF, Selection()).problem == "too_few"
 
@@ -171,8 +171,7 @@ def test_ending_alone_makes_no_list():
 def test_a_cut_off_completion_keeps_its_tokens():
     pool = [Candidate("a", 1.0), Candidate("c", 0.0), Candidate("b\ufffd", None, finished=False, token_ids=[5, 6])]
     [row], _ = build_lists([({}, pool)], Selection())
-    assert row["completion_ids"] == [None, None, [5, 6]]
-    assert candidates_of(row)[2].token_ids == [5, 6]
+    assert row["completion_ids"] == ["", "", "5 6"]
 
 
 def test_short_lists_are_kept_and_counted():

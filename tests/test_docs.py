@@ -24,7 +24,7 @@ from trl_larpo import cli
 from trl_larpo.small import save_small_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/*.md", "examples/*/*.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/*.md", "examples/**/*.md")
                for path in ROOT.glob(pattern) if path.name != "CHANGELOG.md")  # fmt: skip
 
 # Start of a command: why it is not run here
@@ -58,6 +58,7 @@ NOT_RUN = {
     "python examples/benchmarks/training_step.py lists --shape 7b": "needs a GPU of 80 GB",
     "python examples/benchmarks/training_step.py memory --shape 7b": "needs a GPU of 80 GB",
     # Run by other tests, in a shorter form or with other models
+    "python examples/studies/one_pass/study.py": "an hour on a CPU; tests/test_one_pass_study.py runs it small",
     "python examples/benchmarks/training_step.py pairs": "an hour on a CPU; tests/test_benchmarks.py runs it small",
     "python examples/benchmarks/plot.py": "draws the results of that hour; tests/test_benchmarks.py runs it",
     "python tests/distributed/compare_launchers.py": "ten minutes; tests/distributed/test_launchers.py runs it shorter",
@@ -221,13 +222,14 @@ IN_FILES = {  # further commands in the heads of examples: why they are not run 
     "python examples/quickstart/get_model.py": "the same",
     "larpo run --config examples/quickstart/quickstart.yaml": "the same",
     "larpo run --config examples/recipes/": "tests/test_recipes.py runs all of them small; in full they need GPUs",
+    "python examples/studies/one_pass/tasks.py": "tests/test_one_pass_study.py makes the same rows",
     "python examples/recipes/gpu_hours.py": "examples/recipes/README.md has it, and it is run from there",
     "python docs/make_api.py": "test_the_api_page_is_up_to_date does the same",
 }
 
 
 def test_commands_in_the_heads_of_files_are_known():
-    for path in [*ROOT.glob("examples/*/*.*"), *ROOT.glob("examples/recipes/*/*.yaml"), *ROOT.glob("docs/*.py")]:
+    for path in [*ROOT.glob("examples/**/*.*"), *ROOT.glob("docs/*.py")]:
         if path.suffix in (".py", ".yaml", ".slurm"):
             head = path.read_text(encoding="utf-8")[:2500]
             for command in COMMAND.findall(head):

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import random
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -94,7 +96,17 @@ def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, n
 
 
 def test_with_lora_too(long_project, no_hurry, talkative_model):
-    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "down_proj", "--learning_rate", 0.1]
+    lora = [
+        "--per_token_scores",
+        "false",
+        "--use_peft",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+        "down_proj",
+        "--learning_rate",
+        0.1,
+    ]
     assert larpo_run(*HARM, *lora) == 2
     saved = weights(long_project / "out/iteration_1/model")
     assert equal(saved, load_file(f"{talkative_model}/model.safetensors"))
@@ -132,7 +144,7 @@ class Training:
             trainer,
             self.sample,
             lambda rows: rows,
-            lambda: self.saved.append(state.global_step),
+            self.saved.append,
             rows(0.5),
             path,
             **settings,
@@ -142,7 +154,7 @@ class Training:
     def sample(self, asked):
         self.calls += 1
         reward = self.rewards[self.state.global_step]
-        if isinstance(reward, Exception):
+        if isinstance(reward, BaseException):
             raise reward
         offset = {row["prompt_id"]: (-1) ** int(row["prompt_id"]) / 50 for row in asked}
         return [
@@ -180,12 +192,16 @@ def test_a_fall_on_few_prompts_is_confirmed_on_all(tmp_path, monkeypatch):
     assert training.run().stopped_at is None
 
 
-def test_a_failure_never_ends_the_training(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA out of memory"), SystemExit("CUDA out of memory")])
+def test_a_failure_never_ends_the_training(tmp_path, monkeypatch, caplog, failure):
     with caplog.at_level(logging.WARNING):
-        training = Training(tmp_path / "m.json", {2: 0.6, 4: RuntimeError("CUDA out of memory")}, monkeypatch)
+        training = Training(tmp_path / "m.json", {2: 0.6, 4: failure}, monkeypatch)
         monitor = training.run()
     assert training.state.global_step == 8 and training.calls == 2 and monitor.kept_step is None
-    assert "not sampled any more in this training, which goes on. RuntimeError: CUDA out of memory" in caplog.text
+    assert (
+        f"not sampled any more in this training, which goes on. {type(failure).__name__}: CUDA out of memory"
+        in caplog.text
+    )
 
 
 def test_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
@@ -207,16 +223,15 @@ def test_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
         now[0] += 10.0
         training.monitor.on_step_end(None, training.state, training.control)
     assert [point.step for point in training.monitor.points] == [0, 25, 50, 75, 100]
-    assert sum(point.seconds for point in training.monitor.points) <= 0.1 * now[0]
+    assert training.monitor.seconds_spent <= 0.1 * now[0]
     training.monitor.num_evals, training.monitor.points = 1000, training.monitor.points[:1]
-    now[0] = 0.0
+    training.monitor.seconds_spent, now[0], training.state.global_step = 0.0, 0.0, 0
     training.monitor.on_train_begin(None, training.state, training.control)
     for step in range(1, 101):
         training.state.global_step = step
         now[0] += 10.0
         training.monitor.on_step_end(None, training.state, training.control)
-    spent = sum(point.seconds for point in training.monitor.points)
-    assert 10 < len(training.monitor.points) < 20 and spent <= 0.1 * now[0]
+    assert 10 < len(training.monitor.points) < 20 and training.monitor.seconds_spent <= 0.1 * now[0]
 
 
 def test_after_a_kill_it_knows_what_it_saw(tmp_path, monkeypatch):
@@ -226,6 +241,35 @@ def test_after_a_kill_it_knows_what_it_saw(tmp_path, monkeypatch):
     again = Training(tmp_path / "m.json", {6: 0.75, 8: 0.8}, monkeypatch)  # no rewards for 2 and 4: not asked again
     assert [p.by_prompt for p in again.run().points] == [p.by_prompt for p in before.points]
     assert again.calls == 2
+
+
+def test_without_stopping_it_only_watches(tmp_path, monkeypatch):
+    monitor = Training(tmp_path / "m.json", {2: 0.6, 4: 0.9, 6: 0.2, 8: 0.1}, monkeypatch, stop=False).run()
+    assert (monitor.stopped_at, monitor.kept_step) == (None, None)
+
+
+def test_random_numbers_of_a_reward_are_not_those_of_the_training(tmp_path, monkeypatch):
+    training = Training(tmp_path / "m.json", {2: 0.6, 4: 0.6, 6: 0.6, 8: 0.6}, monkeypatch)
+    training.monitor.score = lambda rows: [(torch.rand(1), random.random(), np.random.rand()), rows][1]
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    expected = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    training.run()
+    assert training.calls == 4
+    assert torch.equal(torch.get_rng_state(), expected[0]) and random.getstate() == expected[1]
+    assert np.random.get_state()[1].tolist() == expected[2]
+
+
+def test_time_before_a_kill_counts(tmp_path, monkeypatch):
+    now = [0.0]
+    training = Training(tmp_path / "m.json", dict.fromkeys(range(101), 0.6), monkeypatch, seconds_expected=6.0)
+    monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 0.1)
+    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now[0])
+    training.state.global_step = 90  # where it goes on
+    training.monitor.on_train_begin(None, training.state, training.control)
+    now[0] += 10.0
+    assert training.monitor._has_time(91)  # 10 seconds a step: 910 seconds
 
 
 def test_unknown_rewards_are_no_alarm(tmp_path, monkeypatch):

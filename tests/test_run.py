@@ -59,20 +59,21 @@ def test_the_divergence_is_the_mean_log_ratio_of_the_samples(finished_run, talka
     paths = (finished_run / "iteration_2/model", talkative_model)
     policy, initial = (AutoModelForCausalLM.from_pretrained(path) for path in paths)
 
-    def log_probability(model, prompt, completion):
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        ids = tokenizer.apply_chat_template(prompt + completion, **options)["input_ids"]
-        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"].size(1)
+    def log_probability(model, prompt, completion, about):
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+        if not about["finished"]:  # as it was sampled
+            ids = start + about["token_ids"]
         with torch.no_grad():
-            of_next = model(ids).logits[0, :-1].log_softmax(-1)
-        return of_next.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+            of_next = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return of_next.gather(1, torch.tensor(ids)[1:, None])[len(start) - 1 :].sum().item()
 
     by_prompt = []
     for row in rows_of(finished_run / "iteration_2/held_out.jsonl"):
         ratios = [
-            log_probability(policy, row["prompt"], c) - log_probability(initial, row["prompt"], c)
+            log_probability(policy, row["prompt"], c, about) - log_probability(initial, row["prompt"], c, about)
             for c, about in zip(row["completions"], row["candidates"], strict=True)
-            if about["finished"] and c[0]["content"].strip()
+            if c[0]["content"].strip()
         ]
         by_prompt += [sum(ratios) / len(ratios)] if ratios else []
     found = json.loads((finished_run / "iteration_2/evaluation.json").read_text())["kl_from_initial"]
@@ -115,7 +116,7 @@ def test_interrupt_says_how_to_go_on(project):
 def test_a_changed_configuration_is_refused_by_name(project, capsys):
     assert larpo_run("--num_iterations", 1) == 0
     assert larpo_run("--num_iterations", 1, "--beta", 0.2) == 2
-    assert "`beta` is 0.2, but the run in 'out' was made with 0.1. Undo the change" in capsys.readouterr().err
+    assert "`beta` is 0.2, but the run in 'out' was made with 2.0. Undo the change" in capsys.readouterr().err
     assert larpo_run("--num_iterations", 1, "--logging_steps", 1) == 0  # changes nothing that comes out
     assert larpo_run("--num_iterations", 2) == 0  # a run may be made longer
     assert (project / "out/iteration_2/model").is_dir()
@@ -123,6 +124,34 @@ def test_a_changed_configuration_is_refused_by_name(project, capsys):
     (project / "other/thesis.txt").write_text("mine")
     assert larpo_run("--output_dir", "other") == 2
     assert "holds other files (thesis.txt) and no run" in capsys.readouterr().err
+
+
+def test_dropped_completions_do_not_end_an_evaluation(project):
+    change_options(project, max_new_tokens=8, num_eval_samples=4, num_samples=6, num_iterations=1)
+    assert larpo_run("--truncated_completions", "drop") == 0
+    held_out = rows_of(project / "out/iteration_1/held_out.jsonl")
+    finished = [[x["finished"] for x in row["candidates"]] for row in held_out]
+    assert any(not all(of_row) for of_row in finished)
+    lists = rows_of(project / "out/iteration_1/lists.jsonl")
+    assert all(all(row["finished"]) for row in lists)
+    assert json.loads((project / "out/iteration_1/evaluation.json").read_text())["kl_from_initial"] is not None
+
+
+def test_a_folder_of_another_version_is_refused(project, capsys):
+    assert larpo_run("--num_iterations", 1) == 0
+    settings = yaml.safe_load((project / "out/run.yaml").read_text())
+    del settings["per_token_scores"]
+    (project / "out/run.yaml").write_text(yaml.safe_dump(settings))
+    assert larpo_run("--num_iterations", 1) == 2
+    assert "made by another version of trl-larpo, which had no option `per_token_scores`" in capsys.readouterr().err
+
+
+def test_a_beta_for_sums_is_noted(project, capsys):
+    assert larpo_run("--dry_run", "--beta", 0.1) == 0
+    assert "beta 0.1 is weak for scores per token" in capsys.readouterr().out
+    assert larpo_run("--dry_run", "--per_token_scores", "false") == 0
+    output = capsys.readouterr().out
+    assert "weak" not in output and "beta 0.1" in output
 
 
 def test_a_reward_that_fails_on_one_prompt_keeps_the_others(project, capsys):

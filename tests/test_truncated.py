@@ -64,7 +64,7 @@ def tokenized(rows, template=None, **options):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("text", [CUT, CUT + " ", CUT + "\n\n", "m", "assistant", "LARPOENDOFCONTENT x"])
+@pytest.mark.parametrize("text", [CUT, CUT + " ", CUT + "\n\n", "m", "assistant", "ENDOFCONTENT x"])
 def test_messages_end_where_the_sample_did(name, text):
     [found], tokenizer = tokenized([row([say("Yes."), say(text)], [True, False])], TEMPLATES[name])
     ended, cut = found["completion_ids"]
@@ -141,7 +141,9 @@ def test_bad_columns_are_named():
         ({"finished": [True]}, r"column `finished`: is \[True\]; give true or false for each of the 2"),
         ({"finished": [True, 1]}, "column `finished`: entry 1 is 1; give true or false"),
         ({"completion_ids": [[1]]}, "column `completion_ids`: does not have an entry for each of the 2"),
-        ({"completion_ids": [None, []]}, r"column `completion_ids`: entry 1 is \[\]; give a list of token ids"),
+        ({"completion_ids": [None, [-1]]}, r"column `completion_ids`: entry 1 is \[-1\]; give a list of token ids"),
+        ({"completion_ids": ["", "1 b"]}, "column `completion_ids`: entry 1 is '1 b'; give a list of token ids"),
+        ({"completion_ids": [None, [True]]}, r"column `completion_ids`: entry 1 is \[True\]; give a list of token ids"),
     ):
         with pytest.raises(DataError, match=message):
             canonical_row(good | change, 3, "rows")

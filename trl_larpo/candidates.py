@@ -68,8 +68,9 @@ class Candidate:
         return completion_text(self.completion)
 
     def description(self) -> Row:
-        """Everything but completion and reward, which have columns of their own."""
-        return {name: value for name, value in asdict(self).items() if name not in ("completion", "reward")}
+        """Everything but completion, reward and tokens, which have columns of their own."""
+        own_columns = ("completion", "reward", "token_ids")
+        return {name: value for name, value in asdict(self).items() if name not in own_columns}
 
     @classmethod
     def from_row(cls, completion: Any, reward: float | None, description: Row) -> "Candidate":
@@ -246,12 +247,13 @@ def build_list(candidates: Iterable[Candidate], selection: Selection) -> Candida
     ranked = [candidate for candidate in distinct.values() if not ranks_last(candidate)]
     ranked.sort(key=lambda candidate: -candidate.reward)
     gap = ranked[0].reward - ranked[-1].reward if ranked else 0.0
+    num_rewarded = len(ranked)
     last = [candidate for candidate in distinct.values() if ranks_last(candidate)]
-    num_last = selection.max_truncated(len(ranked))
+    num_last = selection.max_truncated(num_rewarded)
     result.left_out += [(candidate, "cut off") for candidate in last[num_last:]]
     ranked += last[:num_last]
     ranked = [replace(candidate, rank=rank) for rank, candidate in enumerate(ranked, start=1)]
-    if len(ranked) < 2:
+    if num_rewarded < 2:
         result.problem = "too_few"
     elif gap == 0:  # also where some were cut off: such a list would teach nothing but to end soon
         result.problem = "tied"
@@ -303,7 +305,8 @@ def build_lists(pools: list[tuple[Row, list[Candidate]]], selection: Selection) 
                 "completions": [candidate.completion for candidate in made.selected],
                 "rewards": [candidate.reward for candidate in made.selected],
                 "finished": [candidate.finished for candidate in made.selected],
-                "completion_ids": [candidate.token_ids for candidate in made.selected],
+                # As text: of lists that are empty for the first ten thousand rows Arrow would not know the type
+                "completion_ids": [" ".join(map(str, candidate.token_ids or [])) for candidate in made.selected],
                 "candidates": [candidate.description() for candidate in made.selected],
                 "left_out": [
                     {"completion": c.completion, "reward": c.reward, "why": reason} | c.description()

@@ -10,12 +10,14 @@ of any of these forms into one: `prompt_ids`, `completion_ids`, `relevance`.
 
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -50,8 +52,6 @@ _FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".cs
 
 _OPTIONAL_COLUMNS = ("rewards", "finished", "completion_ids", "ref_logps")
 
-_END_OF_CONTENT = "LARPOENDOFCONTENT"  # stands where a completion ends while its chat template is rendered
-
 _NUM_PEEKED_ROWS = 16  # of a stream, which cannot be read twice cheaply
 _NUM_ROWS_NAMED = 4  # bad rows named in one error
 
@@ -79,7 +79,7 @@ class ListSummary:
         self.num_lists += 1
         self.num_candidates += len(row["completions"])
         self.num_truncated += row["finished"].count(False)
-        self.num_tied += len(set(row["relevance"])) < 2
+        self.num_tied += len(row["relevance"]) > 1 and len(set(row["relevance"])) == 1
         rewards_of: dict[str, set[float]] = {}
         for completion, reward in zip(row["completions"], row["relevance"], strict=True):
             key = completion if isinstance(completion, str) else json.dumps(completion, sort_keys=True, default=str)
@@ -395,7 +395,10 @@ def tokenize_dataset(
         },
         **map_kwargs,
     )
-    if truncated_completions == "drop" and "finished" in column_names(dataset):
+    # The first row of a stream need not have all columns
+    if truncated_completions == "drop" and (
+        "finished" in column_names(dataset) or isinstance(dataset, IterableDataset)
+    ):
         dataset = _drop(dataset, _has_two_candidates, {}, where, "fewer than 2 of their completions are finished")
     if max_length is None or truncation_mode != "keep_start":
         return dataset
@@ -430,7 +433,7 @@ def _drop(
     kept = dataset.filter(keeps, fn_kwargs=arguments, desc=f"Filtering {where}")
     num_dropped = len(dataset) - len(kept)
     if len(kept) == 0:
-        raise DataError(f"{where}: no list is left, because {reason}. Raise the limit, or take other completions.")
+        raise DataError(f"{where}: no list is left, because {reason}.")
     if num_dropped:
         logger.warning(f"{where}: dropped {num_dropped} of {len(dataset)} lists, because {reason}.")
     return kept
@@ -482,6 +485,8 @@ def _tokenize_row(
             ids = None
         if ids is not None:
             sequence = prompt_ids + ids
+            if isinstance(prompt, str) and prompt_ids[-1:] == [tokenizer.eos_token_id]:  # added by the tokenizer
+                sequence = prompt_ids[:-1] + ids
         elif isinstance(prompt, str):
             text = completion.removesuffix(eos_token)
             sequence = _tokenize(processing_class, prompt + text + eos_token * finished)["input_ids"]
@@ -540,16 +545,19 @@ def _render_up_to_end_of_content(
     """
     if isinstance(processing_class, ProcessorMixin):
         messages = prepare_multimodal_messages(messages)
+    mark = "ENDOFCONTENT"
+    while mark in str(messages):
+        mark += "X"
     last = dict(messages[-1])
     if isinstance(last.get("content"), str):
-        last["content"] += _END_OF_CONTENT
+        last["content"] += mark
     elif isinstance(last.get("content"), list) and isinstance((part := last["content"][-1]).get("text"), str):
-        last["content"] = [*last["content"][:-1], part | {"text": part["text"] + _END_OF_CONTENT}]
+        last["content"] = [*last["content"][:-1], part | {"text": part["text"] + mark}]
     else:
         return None
     rendered = processing_class.apply_chat_template([*messages[:-1], last], tokenize=False, **template_kwargs)
-    text, mark, _ = rendered.rpartition(_END_OF_CONTENT)
-    return text if mark else None
+    text, found, _ = rendered.partition(mark)  # the first, where a template shows a message twice
+    return text if found else None
 
 
 def _count_cut_completions(dataset: Dataset, max_length: int) -> tuple[int, int]:
@@ -606,9 +614,9 @@ def _finished(row: Row, num_completions: int, fail) -> list[bool]:
             "its end), or drop the column.",
         )
     for position, value in enumerate(finished):
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | np.bool_):
             raise fail("finished", f"entry {position} is {value!r}; give true or false.")
-    return finished
+    return list(map(bool, finished))
 
 
 def _completion_ids(row: Row, num_completions: int, fail) -> list[list[int] | None]:
@@ -621,12 +629,21 @@ def _completion_ids(row: Row, num_completions: int, fail) -> list[list[int] | No
             f"does not have an entry for each of the {num_completions} completions; give the tokens of each, or None "
             "where they are unknown, or drop the column.",
         )
-    of_completions = [_as_list(ids) for ids in of_completions]
-    for position, ids in enumerate(of_completions):
-        valid = isinstance(ids, list) and ids and all(isinstance(token, int) and token >= 0 for token in ids)
-        if ids is not None and not valid:
-            raise fail("completion_ids", f"entry {position} is {ids!r}; give a list of token ids, or None if unknown.")
-    return of_completions
+    return [_token_ids(ids, position, fail) for position, ids in enumerate(of_completions)]
+
+
+def _token_ids(ids: Any, position: int, fail) -> list[int] | None:
+    """Tokens from a list of ids or a text of ids; `None` where it is empty."""
+    found = ids.split() if isinstance(ids, str) else _as_list(ids)
+    if found is None or (isinstance(found, list) and not found):
+        return None
+    try:
+        tokens = [operator.index(int(x) if isinstance(x, str) else x) for x in found]
+    except (TypeError, ValueError):
+        tokens = [-1]
+    if any(isinstance(x, bool) for x in found) or min(tokens) < 0:
+        raise fail("completion_ids", f"entry {position} is {ids!r}; give a list of token ids, or None if unknown.")
+    return tokens
 
 
 def _check_ref_logps(row: Row, num_completions: int, fail) -> None:

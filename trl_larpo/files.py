@@ -82,19 +82,25 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
         completions = [
             [{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions
         ]
-    finished = row.get("finished") or [True] * len(completions)
-    if not isinstance(finished, list) or [type(x) for x in finished] != [bool] * len(completions):
+    finished = [True] * len(completions) if row.get("finished") is None else list(row["finished"])
+    if [type(x) for x in finished] != [bool] * len(completions):
         raise DataError(
             f"{where}, column `finished`: give true or false for each of the {len(completions)} completions."
         )
     candidates = row.get("candidates")
     if candidates is None:
         about = {"iteration": 0, "source": source, "temperature": None, "num_tokens": None}
-        candidates = [about | {"finished": ended} for ended in finished]
+        candidates = [dict(about) for _ in completions]
     elif len(candidates) != len(completions):
         raise DataError(
             f"{where}, column `candidates`: has {len(candidates)} entries for {len(completions)} completions."
         )
+    candidates = [{"finished": ended} | about for ended, about in zip(finished, candidates, strict=True)]
+    if (of_completions := row.get("completion_ids")) is not None and len(of_completions) == len(completions):
+        of_completions = [list(map(int, ids.split())) if isinstance(ids, str) else ids for ids in of_completions]
+        candidates = [
+            ({"token_ids": ids} if ids else {}) | about for ids, about in zip(of_completions, candidates, strict=True)
+        ]
     others = {k: v for k, v in row.items() if k not in (name, column, reward_column, "finished", "completion_ids")}
     return others | {
         "prompt_id": prompt_id(prompt),

@@ -6,19 +6,23 @@ with the model as it is, compares with the model that the training started from,
 keeps the best weights it has seen.
 """
 
+import contextlib
 import math
+import random
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 
-from .evaluation import evaluate_rows, fell, mean_and_error, mean_reward, with_error
+from .evaluation import MIN_PROMPTS_TO_JUDGE, evaluate_rows, fell, mean_and_error, mean_reward, with_error
 from .storage import read_json, write_json
 
 logger = get_logger(__name__)
@@ -28,6 +32,7 @@ Row = dict[str, Any]
 MAX_TIME_SHARE = 0.1
 """Largest share of the time of an iteration, up to now, that sampling may take."""
 
+_CONFIRMATION = 4  # times as many prompts are asked before a training is stopped
 _CHANCES = 4  # steps at which it may sample, for each time that it is asked to
 
 
@@ -85,13 +90,14 @@ class TrainingMonitor(TrainerCallback):
         sample: Samples held-out prompts with the trainer's model: `sample(rows)` returns rows with `completions` and
             `candidates` added. Each process calls it with its share.
         score: Adds `rewards` to such rows. Called in the main process.
-        save: Saves the weights as they are. Called in all processes.
+        save: Saves the weights as they are: `save(step)`. Called in all processes.
         start: Scored held-out samples of the model that training starts from. The first `num_prompts` are watched.
         path: JSON file for the points. What an earlier, killed training left there is taken over.
         num_evals: How often to sample in a training.
         num_prompts: How many held-out prompts.
         stop: Whether to stop a training after which the reward is lower than at its start by more than two standard
-            errors, on the prompts watched and then on all.
+            errors, on the prompts watched and then on up to four times as many, and to keep the best weights. Without,
+            it only watches.
         seconds_before: Seconds that the iteration has taken before the training.
         seconds_expected: What the first sampling may take, in seconds.
     """
@@ -101,7 +107,7 @@ class TrainingMonitor(TrainerCallback):
         trainer: Trainer,
         sample: Callable[[list[Row]], list[Row]],
         score: Callable[[list[Row]], list[Row]],
-        save: Callable[[], None],
+        save: Callable[[int], None],
         start: list[Row],
         path: Path,
         *,
@@ -116,11 +122,13 @@ class TrainingMonitor(TrainerCallback):
         self.seconds_before, self.seconds_expected = seconds_before, seconds_expected
         self.points = [MonitorPoint.of(0, self.rows, self.rows)]
         self.stopped_at: int | None = None
+        self.seconds_spent = 0.0
         self._off = False
-        if path.exists():
-            earlier = read_json(path)
+        [earlier] = self._from_main([read_json(path) if PartialState().is_main_process and path.exists() else None])
+        if earlier is not None:
             self.points = [MonitorPoint(**point) for point in earlier["points"]]
-            self.stopped_at = earlier["stopped_at"]
+            self.stopped_at = earlier["stopped_at"] if stop else None
+            self.seconds_spent = earlier["seconds_spent"]
 
     @property
     def best(self) -> MonitorPoint:
@@ -130,12 +138,12 @@ class TrainingMonitor(TrainerCallback):
     @property
     def kept_step(self) -> int | None:
         """
-        The step whose weights are to be kept, `None` for the last.
+        The step whose weights are to be kept, `None` for the last, as always without `stop`.
 
         The best one where the training was stopped, or where the last step was sampled too and is worse than the best
         by more than two standard errors.
         """
-        at_the_end = self.points[-1].step == self.trainer.state.max_steps
+        at_the_end = self.stop and self.points[-1].step == self.trainer.state.max_steps
         if self.stopped_at is not None or (at_the_end and self._ended_below_best()):
             return self.best.step
         return None
@@ -144,7 +152,11 @@ class TrainingMonitor(TrainerCallback):
         return fell(self.points[-1].change_from(self.best), len(self.points[-1].by_prompt))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._begin = time.monotonic()
+        self._begin, self._first_step = time.monotonic(), state.global_step
+        if self.stop and len(self.points[0].by_prompt) < MIN_PROMPTS_TO_JUDGE:
+            logger.warning(
+                f"Held-out prompts are fewer than {MIN_PROMPTS_TO_JUDGE}, too few to stop a training that does harm."
+            )
         if self.trainer.accelerator.distributed_type == DistributedType.FSDP:
             logger.warning("Held-out prompts are not sampled during the training: under FSDP no process has the model.")
             self._off = True
@@ -154,21 +166,22 @@ class TrainingMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._off or self.stopped_at is not None or not self._is_chance(state):
             return
-        if not self._agreed(self._has_time()):
+        if not self._agreed(self._has_time(state.global_step)):
             return
         last = state.global_step == state.max_steps
         point = self._evaluate(self.rows, state.global_step)
         if point is None:
             return
         harmful = self._agreed(self.stop and not last and point.is_harm)
-        if harmful and len(self.all_rows) > len(self.rows):  # chance makes a few prompts fall now and then
-            confirmed = self._evaluate(self.all_rows, state.global_step)
+        more_rows = self.all_rows[: _CONFIRMATION * len(self.rows)]
+        if harmful and len(more_rows) > len(self.rows):  # chance makes a few prompts fall now and then
+            confirmed = self._evaluate(more_rows, state.global_step)
             harmful = confirmed is not None and self._agreed(confirmed.is_harm)
         is_best = point.change["mean"] is not None and point.change["mean"] > (self.best.change["mean"] or 0.0)
         if self._agreed(is_best) and not last:
             began = time.monotonic()
-            self.save()
-            point = replace(point, seconds=point.seconds + time.monotonic() - began)
+            self.save(state.global_step)
+            self.seconds_spent += time.monotonic() - began
         self.points.append(point)
         if harmful:
             self.stopped_at = state.global_step
@@ -206,30 +219,35 @@ class TrainingMonitor(TrainerCallback):
         passed, before = (math.floor(_CHANCES * n / distance) for n in (step, step - 1))
         return step == state.max_steps or (passed > before and step >= self.points[-1].step + distance)
 
-    def _has_time(self) -> bool:
-        spent = sum(point.seconds for point in self.points)
+    def _has_time(self, step: int) -> bool:
         expected = self.points[-1].seconds or self.seconds_expected
-        elapsed = self.seconds_before + time.monotonic() - self._begin
-        return spent + expected <= MAX_TIME_SHARE * (elapsed + expected)
+        # What it took to the first step since the last kill is not known: in proportion
+        training = (time.monotonic() - self._begin) * step / max(1, step - self._first_step)
+        elapsed = self.seconds_before + training
+        return self.seconds_spent + expected <= MAX_TIME_SHARE * (elapsed + expected)
 
     def _evaluate(self, rows: list[Row], step: int) -> MonitorPoint | None:
         """`None` if it failed, which is said and never ends the training."""
         began, point, process = time.monotonic(), None, PartialState()
-        sampled, problem = _attempt(self.sample, rows[process.process_index :: process.num_processes])
+        with _random_states_kept():
+            sampled, problem = _attempt(self.sample, rows[process.process_index :: process.num_processes])
         gathered = gather_object([(sampled, problem)])  # also where one process failed: none may wait for it
         problem = next((problem for _, problem in gathered if problem), None)
         if process.is_main_process and problem is None:
-            scored, problem = _attempt(self.score, [row for of_process, _ in gathered for row in of_process])
+            with _random_states_kept():  # of the training, whatever a reward draws
+                scored, problem = _attempt(self.score, [row for of_process, _ in gathered for row in of_process])
             if problem is None:
                 point = MonitorPoint.of(step, scored, rows, time.monotonic() - began)
         point, problem = self._from_main([point, problem])
+        self.seconds_spent += time.monotonic() - began
         if problem is not None:
             logger.warning(f"Held-out prompts are not sampled any more in this training, which goes on. {problem}")
             self._off = True
         return point
 
     def _write(self) -> None:
-        write_json(self.path, {"stopped_at": self.stopped_at, "points": [asdict(point) for point in self.points]})
+        points = [asdict(point) for point in self.points]
+        write_json(self.path, {"stopped_at": self.stopped_at, "seconds_spent": self.seconds_spent, "points": points})
 
     def _agreed(self, value: bool) -> bool:
         """What the main process says."""
@@ -243,5 +261,16 @@ def _attempt(function: Callable[[list[Row]], list[Row]], rows: list[Row]) -> tup
     """The rows that a function returns, and what went wrong: out of memory, or a reward of the user's that fails."""
     try:
         return function(rows), None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return [], f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Random numbers drawn inside leave those that come after as they would have been."""
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])

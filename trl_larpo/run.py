@@ -209,6 +209,11 @@ def plan(folder: RunFolder) -> str:
         f"{training.learning_rate:g}",
         f"  start      {evaluation}",
     ]
+    if training.per_token_scores and training.beta < 0.5:
+        lines.append(
+            f"  note       beta {training.beta:g} is weak for scores per token, whose default is 2; for sums, as in "
+            "DPO, set `per_token_scores: false`"
+        )
     total_samples = len(folder.held_out) * options.num_eval_samples
     total_steps = total_rewards = 0
     for iteration, prompts in enumerate(counts_by_iteration, start=1):

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .candidates import MEMORIES, Selection
 from .config import LarPOConfig
 from .errors import ConfigError
+from .evaluation import MIN_PROMPTS_TO_JUDGE
 from .generation import check_sampling
 
 SCHEDULES = ("same", "fresh")
@@ -319,7 +320,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
             ("num_negatives", 1),
             ("num_eval_samples", 1),
             ("monitor_evals", 0),
-            ("monitor_prompts", 1),
+            ("monitor_prompts", MIN_PROMPTS_TO_JUDGE),
             ("num_processes", 1),
             ("generation_processes", 1),
             ("reward_processes", 1),

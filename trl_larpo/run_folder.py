@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig
+from trl import DPOConfig, ModelConfig
 
 from .candidates import prompt_id
 from .config import LarPOConfig
@@ -100,6 +100,15 @@ class RunFolder:
                 )
             return
         before, now = yaml.safe_load(stored.read_text(encoding="utf-8")), self.configuration()
+        parts = (type(self.options), type(self.training))
+        own = {option.name for part in parts for option in dataclasses.fields(part)} - set(
+            DPOConfig.__dataclass_fields__
+        )
+        if unknown := sorted(own - before.keys() - _MAY_CHANGE):
+            raise ConfigError(
+                f"The run in {str(self.path)!r} was made by another version of trl-larpo, which had no option "
+                f"`{unknown[0]}`. Finish it with that version, or take a new `output_dir`."
+            )
         changed = [x for x in now if x not in _MAY_CHANGE and x in before and before[x] != now[x]]
         longer = now["num_iterations"] > before["num_iterations"] and self.options.prompt_schedule == "same"
         batch_options = {"per_device_train_batch_size", "gradient_accumulation_steps"}

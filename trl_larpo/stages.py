@@ -494,6 +494,7 @@ class Stages:
         args = copy.copy(self.folder.training)
         args.output_dir, args.report_to, args.precompute_ref_log_probs = str(scratch / "trainer"), [], True
         args.gradient_checkpointing = False
+        args.truncated_completions = "by_reward"  # all that are given, and in their order
         trainer = LarPOTrainer(
             model=model_path,
             args=self._with_model_kwargs(args),
@@ -606,14 +607,21 @@ class Stages:
                     _free_memory()
             return [row | {"rewards": of_row["rewards"]} for row, of_row in zip(rows, scores, strict=True)]
 
-        def save() -> None:
-            best = scratch / "best"
+        def save(step: int) -> None:
+            best = scratch / f"best-{step}"
             _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
             trainer.save_model(str(partial_path(best)))
             if PartialState().is_main_process:
                 replace_folder(partial_path(best), best)
+                older = {int(x.name.removeprefix("best-")): x for x in scratch.glob("best-*[0-9]")}
+                for number in sorted(older)[:-2]:  # the last but one is still the best if this step is killed now
+                    shutil.rmtree(older[number])
             PartialState().wait_for_everyone()
 
+        found = path.with_name("monitor.json")
+        if PartialState().is_main_process and last_whole_checkpoint(scratch) is None:
+            found.unlink(missing_ok=True)  # of a training that starts over
+        PartialState().wait_for_everyone()
         path_of_timings = self.folder.path / "timings.jsonl"
         timings = read_jsonl(path_of_timings) if path_of_timings.exists() else []
         seconds = {(x["iteration"], x["stage"]): x["seconds"] for x in timings}
@@ -624,7 +632,7 @@ class Stages:
             score,
             save,
             start,
-            path.with_name("monitor.json"),
+            found,
             num_evals=options.monitor_evals,
             num_prompts=options.monitor_prompts,
             stop=options.monitor_stop,
@@ -648,7 +656,12 @@ class Stages:
         use_peft = self.folder.model.use_peft
         if trainer.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        weights = scratch / "best"
+        weights = scratch / f"best-{kept_step}"
+        if kept_step and not weights.is_dir():
+            logger.warning(
+                f"The weights of step {kept_step} are gone; the model that the training started from is kept."
+            )
+            kept_step = 0
         if kept_step is None:
             weights = scratch / "adapter" if use_peft else partial
             _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))

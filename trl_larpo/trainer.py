@@ -457,7 +457,8 @@ class LarPOTrainer(DPOTrainer):
             inputs: The batch.
             policy: The policy's forward pass.
             rewards: Implicit rewards β · (log π_θ - log π_ref), `(batch, list_size)`.
-            scores: What the losses saw, `(batch, list_size)`: the same but for f-divergences other than reverse KL.
+            scores: What the losses saw, `(batch, list_size)`: the same but for scores per token and for f-divergences
+                other than reverse KL.
         """
         mode = "train" if self.model.training else "eval"
         relevance, mask, tokens = inputs["relevance"], inputs["candidate_mask"], policy.tokens

@@ -84,7 +84,7 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
     options = RunConfig(
         prompts=[str(prompts[0])],
         held_out_prompts=str(prompts[1]),
-        num_held_out=NUM_HELD_OUT,
+        num_held_out=min(NUM_HELD_OUT, len(task.held_out)),
         num_iterations=1,
         num_samples=NUM_SAMPLES,
         temperature=[0.8],
