@@ -137,6 +137,21 @@ def test_dropped_completions_do_not_end_an_evaluation(project):
     assert json.loads((project / "out/iteration_1/evaluation.json").read_text())["kl_from_initial"] is not None
 
 
+def test_cut_off_completions_need_no_reward(project):
+    text = """
+def silent_on_cut_off(prompts, completions, finished, **columns):
+    return [x if ended else None for x, ended in zip(vowels(prompts, completions), finished)]
+"""
+    (project / "run_rewards.py").write_text(REWARDS + text)
+    sys.modules.pop("run_rewards", None)
+    change_options(project, max_new_tokens=8, num_samples=6, num_iterations=1)
+    assert larpo_run("--reward_funcs", "run_rewards:silent_on_cut_off") == 0
+    lists = [row for row in rows_of(project / "out/iteration_1/lists.jsonl") if row["problem"] is None]
+    assert any(None in row["rewards"] for row in lists)
+    for row in lists:
+        assert [reward is not None for reward in row["rewards"]] == row["finished"]
+
+
 def test_a_folder_of_another_version_is_refused(project, capsys):
     assert larpo_run("--num_iterations", 1) == 0
     settings = yaml.safe_load((project / "out/run.yaml").read_text())

@@ -399,11 +399,13 @@ def tokenize_dataset(
     if truncated_completions == "drop" and (
         "finished" in column_names(dataset) or isinstance(dataset, IterableDataset)
     ):
-        dataset = _drop(dataset, _has_two_candidates, {}, where, "fewer than 2 of their completions are finished")
+        reason, remedy = "fewer than 2 of their completions are finished", "Set `truncated_completions` to 'rank_last'."
+        dataset = _drop(dataset, _has_two_candidates, {}, where, reason, remedy)
     if max_length is None or truncation_mode != "keep_start":
         return dataset
     reason = f"their prompt alone has at least `max_length={max_length}` tokens"
-    dataset = _drop(dataset, _prompt_fits, {"max_length": max_length}, where, reason)
+    remedy = "Raise `max_length` or shorten the prompts."
+    dataset = _drop(dataset, _prompt_fits, {"max_length": max_length}, where, reason, remedy)
     if isinstance(dataset, Dataset):
         num_cut, num_candidates = _count_cut_completions(dataset, max_length)
         if num_cut:
@@ -415,13 +417,18 @@ def tokenize_dataset(
 
 
 def _drop(
-    dataset: Dataset | IterableDataset, keeps: Callable[..., bool], arguments: dict[str, Any], where: str, reason: str
+    dataset: Dataset | IterableDataset,
+    keeps: Callable[..., bool],
+    arguments: dict[str, Any],
+    where: str,
+    reason: str,
+    remedy: str,
 ) -> Dataset | IterableDataset:
     """
-    Drops the lists for which `keeps` is false, and says how many and why.
+    Drops the lists for which `keeps` is false, and logs how many and why.
 
     Raises:
-        DataError: If no list is left.
+        DataError: If no list is left; says what to do.
     """
     if isinstance(dataset, IterableDataset):
         arguments = {
@@ -433,7 +440,7 @@ def _drop(
     kept = dataset.filter(keeps, fn_kwargs=arguments, desc=f"Filtering {where}")
     num_dropped = len(dataset) - len(kept)
     if len(kept) == 0:
-        raise DataError(f"{where}: no list is left, because {reason}.")
+        raise DataError(f"{where}: no list is left, because {reason}. {remedy}")
     if num_dropped:
         logger.warning(f"{where}: dropped {num_dropped} of {len(dataset)} lists, because {reason}.")
     return kept

@@ -494,7 +494,7 @@ class Stages:
         args = copy.copy(self.folder.training)
         args.output_dir, args.report_to, args.precompute_ref_log_probs = str(scratch / "trainer"), [], True
         args.gradient_checkpointing = False
-        args.truncated_completions = "by_reward"  # all that are given, and in their order
+        args.truncated_completions = "rank_last"  # which drops none, and takes those without a reward
         trainer = LarPOTrainer(
             model=model_path,
             args=self._with_model_kwargs(args),
