@@ -322,6 +322,7 @@ def _monitor_reward(axes, iterations: dict[int, Row]):
         steps, rewards = [step for step, _ in known], [reward for _, reward in known]
         errors = [reward["standard_error"] or 0 for reward in rewards]
         axes.errorbar(steps, [reward["mean"] for reward in rewards], errors, marker="o", capsize=4, color="C0")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("training step, over all iterations")
     axes.set_title("Held-out reward during training, ± standard error")
     return bool(of_iterations)
@@ -332,7 +333,7 @@ def _monitor_answers(axes, iterations: dict[int, Row]):
     most = max((x["tokens"] or 0 for points in of_iterations for _, x in points), default=0)
     for number, points in enumerate(of_iterations):
         steps = [step for step, _ in points]
-        ending, length = ("end on their own", "tokens, 1 = the most") if number == 0 else (None, None)
+        ending, length = ("end on their own", f"mean tokens / {most:.0f}") if number == 0 else (None, None)
         axes.plot(steps, [x["finished"] for _, x in points], marker="o", color="C0", label=ending)
         if most:
             lengths = [math.nan if x["tokens"] is None else x["tokens"] / most for _, x in points]
@@ -340,8 +341,9 @@ def _monitor_answers(axes, iterations: dict[int, Row]):
     if not of_iterations:
         return False
     axes.set_ylim(0, 1.05)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("training step, over all iterations")
-    axes.set_title(f"Held-out answers during training (at most {most:.0f} tokens)")
+    axes.set_title("Held-out answers during training")
     axes.legend(loc="lower left")
 
 
