@@ -92,7 +92,7 @@ def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, n
     health = {check["name"]: check for check in json.loads((folder / "health.json").read_text())}
     assert not health["held_out_reward"]["ok"]
     assert "held out reward" in (long_project / "out/report.html").read_text()
-    assert larpo_run(*HARM, "--stop_on", "none") == 0  # goes on from what was kept
+    assert larpo_run(*HARM, "--stop_on", "none") == 0  # resumes from what was kept
 
 
 def test_with_lora_too(long_project, no_hurry, talkative_model):
@@ -199,7 +199,7 @@ def test_a_failure_never_ends_the_training(tmp_path, monkeypatch, caplog, failur
         monitor = training.run()
     assert training.state.global_step == 8 and training.calls == 2 and monitor.kept_step is None
     assert (
-        f"not sampled any more in this training, which goes on. {type(failure).__name__}: CUDA out of memory"
+        f"no longer sampled in this training, which continues. {type(failure).__name__}: CUDA out of memory"
         in caplog.text
     )
 
@@ -266,7 +266,7 @@ def test_time_before_a_kill_counts(tmp_path, monkeypatch):
     training = Training(tmp_path / "m.json", dict.fromkeys(range(101), 0.6), monkeypatch, seconds_expected=6.0)
     monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 0.1)
     monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now[0])
-    training.state.global_step = 90  # where it goes on
+    training.state.global_step = 90  # where it resumes
     training.monitor.on_train_begin(None, training.state, training.control)
     now[0] += 10.0
     assert training.monitor._has_time(91)  # 10 seconds a step: 910 seconds

@@ -1,4 +1,4 @@
-"""The study of one pass runs, shares samples between its arms, goes on where it stood, and its tasks are sound."""
+"""The study of one pass runs, shares samples between its arms, resumes, and its tasks are sound."""
 
 import json
 import sys

@@ -100,7 +100,7 @@ def test_tokens_of_another_tokenizer_are_not_taken(caplog):
     rows = [row([say("Yes."), say(CUT)], [True, False], completion_ids=[None, [1, 2, 9_999]])]
     [found], tokenizer = tokenized(rows)
     assert found["completion_ids"][1] == tokenizer(CUT)["input_ids"]
-    assert "entry 1 are not the tokens of the completion with this tokenizer" in caplog.text
+    assert "entry 1 does not hold the tokens of the completion with this tokenizer" in caplog.text
 
 
 def relevance(rewards, finished, mode="rank_last"):

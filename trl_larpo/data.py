@@ -486,8 +486,8 @@ def _tokenize_row(
     for position, (completion, finished, ids) in enumerate(zip(*of_completions, strict=True)):
         if ids is not None and not _are_tokens_of(completion, ids, tokenizer):
             logger.warning_once(
-                f"{where} row {index}, column `completion_ids`: entry {position} are not the tokens of the completion "
-                "with this tokenizer, so its text is tokenised. Said once; other rows may be affected too."
+                f"{where} row {index}, column `completion_ids`: entry {position} does not hold the tokens of the "
+                "completion with this tokenizer, so its text is tokenised. Said once; other rows may be affected too."
             )
             ids = None
         if ids is not None:

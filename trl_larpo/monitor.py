@@ -241,7 +241,7 @@ class TrainingMonitor(TrainerCallback):
         point, problem = self._from_main([point, problem])
         self.seconds_spent += time.monotonic() - began
         if problem is not None:
-            logger.warning(f"Held-out prompts are not sampled any more in this training, which goes on. {problem}")
+            logger.warning(f"Held-out prompts are no longer sampled in this training, which continues. {problem}")
             self._off = True
         return point
 

@@ -741,7 +741,7 @@ class Stages:
             if sampled:
                 distinct = list(dict(sampled).values())
                 counts.append(list(Counter(key for key, _ in sampled).values()))
-                if len(distinct) == 1:  # a list has at least two candidates; what fills it up is not looked at
+                if len(distinct) == 1:  # a list has at least two candidates; the filler is ignored
                     completion, about = distinct[0]
                     filler = _in_form_of(row["prompt"], f"{completion_text(completion)} .")
                     distinct.append((filler, about | {"token_ids": None}))

@@ -6,7 +6,7 @@ Does one pass over the model's own samples help? Held-out reward and the share o
     python examples/studies/one_pass/study.py --table                        # prints the table of all results
 
 One iteration of `larpo run` for each task, seed and arm. All arms of a task and seed share their samples and the
-evaluation of the start. A result is one small JSON file in `results/`; a run that was killed goes on where it stood.
+evaluation of the start. A result is one small JSON file in `results/`; a study that was killed resumes.
 """
 
 import argparse
