@@ -7,14 +7,26 @@ from trl import DPOConfig, TrlParser
 from trl_larpo import ConfigError, LarPOConfig
 from trl_larpo.config import DPO_LOSSES
 from trl_larpo.losses import RANKING_LOSSES
+from trl_larpo.run_config import RunTrainingConfig
 
 
 def test_defaults_are_those_of_dpo_config_but_for_the_loss(tmp_path):
     ours, theirs = (cls(str(tmp_path), use_cpu=True) for cls in (LarPOConfig, DPOConfig))
-    own = {"loss_type", "lambda_weight", "listnet_temperature", "shared_prompt", "candidate_chunk_size", "logging_dir"}
+    own = {
+        "loss_type", "lambda_weight", "listnet_temperature", "shared_prompt", "candidate_chunk_size", "logging_dir",
+        "truncated_completions", "per_token_scores",
+    }  # fmt: skip
     names = set(LarPOConfig.__dataclass_fields__) - own
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
     assert ours.loss_type == ["lambdarank"]
+    assert ours.truncated_completions == "rank_last" and ours.per_token_scores is False
+
+
+def test_defaults_of_a_run(tmp_path):
+    args = RunTrainingConfig(str(tmp_path), use_cpu=True)
+    assert args.per_token_scores is True and args.beta == 2.0
+    assert RunTrainingConfig(str(tmp_path), use_cpu=True, per_token_scores=False).beta == 0.1
+    assert RunTrainingConfig(str(tmp_path), use_cpu=True, beta=0.5).beta == 0.5
 
 
 def test_shared_prompt_as_yaml_reads_it(tmp_path):

@@ -52,12 +52,14 @@ def set_lists(run, rows):
 
 def test_pictures_and_tables_tell_what_happened(run):
     page = write_report(run).read_text()
-    assert {path.name for path in (run / "plots").iterdir()} == {
+    monitored = {"monitor_reward.png", "monitor_answers.png"}  # where the training took long enough
+    found = {path.name for path in (run / "plots").iterdir()}
+    assert found - monitored == {
         "held_out_reward.png", "best_of_n.png", "reward_distribution.png", "tokens.png", "ranking_metrics.png",
         "sources.png", "list_sizes.png",
     }  # fmt: skip
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(pictures) == 7 and all(ET.fromstring(picture) is not None for picture in pictures)
+    assert len(pictures) == len(found) and all(ET.fromstring(picture) is not None for picture in pictures)
     evaluation = json.loads((run / "iteration_2/evaluation.json").read_text())
     assert f"{evaluation['reward']['mean']:.3f} ± {evaluation['reward']['standard_error']:.3f}" in page
     assert str(run.parent) not in page  # nothing of the machine
