@@ -571,6 +571,9 @@ class Stages:
         options, scratch = self.options, path.with_name("trainer")
         if options.monitor_evals == 0:
             return None
+        if PartialState().num_processes > 1:
+            logger.warning("Held-out prompts are not sampled during a training in several processes.")
+            return None
         kinds = [("policy", options.evaluation_temperature)] * options.num_eval_samples
 
         def sample(rows: list[Row]) -> list[Row]:

@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 from small_run import change_options, larpo_run, rows_of
 from transformers import AutoModelForCausalLM
 
-from trl_larpo import monitor
-
 pytestmark = pytest.mark.slow
 
 ZERO_3 = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "zero3.yaml"
@@ -55,24 +53,6 @@ def test_two_processes_with_zero_3_make_what_one_makes(project):
     # Another number of processes would make another step of it
     assert larpo_run("--output_dir", "two", "--num_processes", 4, "--accelerate_config", ZERO_3,
                      "--per_device_train_batch_size", 1) == 2  # fmt: skip
-
-
-@pytest.mark.parametrize("zero_3", [False, True])
-def test_two_processes_watch_a_training_as_one_does(project, monkeypatch, zero_3):
-    if zero_3 and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed: `pip install trl-larpo[deepspeed]`")
-    monkeypatch.setattr(monitor, "MAX_TIME_SHARE", 1e6)  # so short a training has no time for it
-    (project / "sitecustomize.py").write_text("import trl_larpo.monitor as m\nm.MAX_TIME_SHARE = 1e6\n")
-    assert larpo_run("--output_dir", "one", "--num_iterations", 1) == 0
-    flags = ["--output_dir", "two", "--num_iterations", "1", "--train_processes", "2"]
-    flags += ["--per_device_train_batch_size", "1", *(["--accelerate_config", str(ZERO_3)] if zero_3 else [])]
-    environment = in_processes(PYTHONPATH=str(project))
-    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=400, **environment)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    one, two = (json.loads(Path(f"{run}/iteration_1/monitor.json").read_text())["points"] for run in ("one", "two"))
-    assert len(one) > 2 and [point["step"] for point in one] == [point["step"] for point in two]
-    for a, b in zip(one, two, strict=True):
-        assert a["by_prompt"] == pytest.approx(b["by_prompt"])
 
 
 def workers(process, stage):
