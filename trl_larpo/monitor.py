@@ -82,8 +82,8 @@ class TrainingMonitor(TrainerCallback):
     Samples held-out prompts during a training.
 
     It samples at equal distances, but only while that takes at most a tenth of the time ([`MAX_TIME_SHARE`]): a short
-    training has fewer points. Training itself is not touched: the random numbers of the samples are their own. Under
-    FSDP, which has no whole model to sample from, it does nothing and says so.
+    training has fewer points. Training itself is not touched: the random numbers of the samples are their own. Checked
+    in one process only, and `larpo run` uses it there only. Under FSDP it does nothing.
 
     Args:
         trainer: The trainer, to which this is added with `add_callback`.
