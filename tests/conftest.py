@@ -5,6 +5,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices gain nothing from more, also in the processes that tests start
 os.environ.pop("WANDB_API_KEY", None)
 
 import datasets
@@ -15,7 +16,7 @@ import torch
 
 from trl_larpo import LarPOConfig, LarPOTrainer
 
-torch.set_num_threads(1)  # tiny matrices gain nothing from more
+torch.set_num_threads(1)
 gc.freeze()  # what the libraries made is not looked through at each of the many collections
 
 

@@ -25,12 +25,6 @@ def two_faced(prompts, completions, **columns):
 
 
 @pytest.fixture
-def no_hurry(monkeypatch):
-    """Tiny models train so fast that a tenth of the time is nothing."""
-    monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 1e6)
-
-
-@pytest.fixture
 def long_project(project):
     """Sixteen training prompts and twelve held-out ones."""
     write_prompts(project, [f"{i} why is the dog blue" for i in range(16)])
@@ -40,7 +34,7 @@ def long_project(project):
     (project / "run_rewards.py").write_text(REWARDS + TWO_FACED)
     sys.modules.pop("run_rewards", None)
     change_options(project, prompts="train.jsonl", held_out_prompts="held_out.jsonl", num_held_out=12,
-                   num_iterations=1)  # fmt: skip
+                   num_iterations=1, monitor_time_share=1)  # fmt: skip
     return project
 
 
@@ -52,7 +46,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_changes_no_weight_and_shows_every_step_it_samples(long_project, no_hurry, caplog):
+def test_it_changes_no_weight_and_shows_every_step_it_samples(long_project, caplog):
     assert larpo_run("--output_dir", "on", "--logging_steps", 3) == 0
     assert larpo_run("--output_dir", "off", "--logging_steps", 3, "--monitor_evals", 0) == 0
     on, off = long_project / "on/iteration_1", long_project / "off/iteration_1"
@@ -77,7 +71,7 @@ HARM = ["--reward_funcs", "run_rewards:two_faced", "--learning_rate", 2e-2, "--l
         "--num_train_epochs", 8, "--beta", 0.5, "--max_new_tokens", 48, "--num_eval_samples", 4]  # fmt: skip
 
 
-def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, no_hurry, capsys, talkative_model):
+def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, capsys, talkative_model):
     assert larpo_run(*HARM) == 2
     output = capsys.readouterr()
     assert "Training was stopped at step " in output.out
@@ -95,7 +89,7 @@ def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, n
     assert larpo_run(*HARM, "--stop_on", "none") == 0  # resumes from what was kept
 
 
-def test_with_lora_too(long_project, no_hurry, talkative_model):
+def test_with_lora_too(long_project, talkative_model):
     lora = [
         "--per_token_scores",
         "false",
@@ -112,7 +106,7 @@ def test_with_lora_too(long_project, no_hurry, talkative_model):
     assert equal(saved, load_file(f"{talkative_model}/model.safetensors"))
 
 
-def test_it_only_watches_where_it_must_not_stop(long_project, no_hurry):
+def test_it_only_watches_where_it_must_not_stop(long_project):
     assert larpo_run(*HARM, "--monitor_stop", "false", "--stop_on", "none") == 0
     found = json.loads((long_project / "out/iteration_1/monitor.json").read_text())
     log = (long_project / "out/iteration_1/training_log.jsonl").read_text().splitlines()
@@ -134,12 +128,11 @@ class Training:
     """Steps of a training, in which the held-out reward is what the test says."""
 
     def __init__(self, path, rewards, monkeypatch, **options):
-        monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 1e6)
         monkeypatch.setattr(monitor_module.Trainer, "log", lambda trainer, logs: None)
         self.rewards, self.saved, self.calls = rewards, [], 0
         state = SimpleNamespace(global_step=0, max_steps=8)
         trainer = SimpleNamespace(accelerator=Accelerator(cpu=True), state=state)
-        settings = {"num_evals": 4, "num_prompts": 8} | options
+        settings = {"num_evals": 4, "num_prompts": 8, "time_share": 1} | options
         self.monitor = TrainingMonitor(
             trainer,
             self.sample,
@@ -207,8 +200,8 @@ def test_a_failure_never_ends_the_training(tmp_path, monkeypatch, caplog, failur
 def test_at_most_a_tenth_of_the_time(tmp_path, monkeypatch):
     """Each step takes 10 seconds and each sampling 6: the first may begin when 54 seconds are over."""
     now = [0.0]
-    training = Training(tmp_path / "m.json", dict.fromkeys(range(1, 101), 0.6), monkeypatch, seconds_expected=6.0)
-    monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 0.1)
+    limits = {"seconds_expected": 6.0, "time_share": 0.1}
+    training = Training(tmp_path / "m.json", dict.fromkeys(range(1, 101), 0.6), monkeypatch, **limits)
     monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now[0])
     sample = training.sample
 
@@ -263,8 +256,8 @@ def test_random_numbers_of_a_reward_are_not_those_of_the_training(tmp_path, monk
 
 def test_time_before_a_kill_counts(tmp_path, monkeypatch):
     now = [0.0]
-    training = Training(tmp_path / "m.json", dict.fromkeys(range(101), 0.6), monkeypatch, seconds_expected=6.0)
-    monkeypatch.setattr(monitor_module, "MAX_TIME_SHARE", 0.1)
+    limits = {"seconds_expected": 6.0, "time_share": 0.1}
+    training = Training(tmp_path / "m.json", dict.fromkeys(range(101), 0.6), monkeypatch, **limits)
     monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now[0])
     training.state.global_step = 90  # where it resumes
     training.monitor.on_train_begin(None, training.state, training.control)

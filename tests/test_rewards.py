@@ -88,8 +88,12 @@ def test_instructions_are_graded():
     assert share_of("Wasps make nests all summer.", about="bees") == 0.0
     with pytest.raises(DataError, match="Unknown instruction 'sing'"):
         share_of("la", names=["sing"], values=[""])
-    with pytest.raises(DataError, match="2 instructions have 1 values; give one for each"):
+    with pytest.raises(DataError, match="give lists, with one value for each instruction"):
         share_of("la", values=["6"])
+    with pytest.raises(DataError, match="'max_words' cannot have the value None"):
+        share_of("la", values=["", None])
+    with pytest.raises(DataError, match="values None; give lists"):
+        share_of("la", values=None)
 
 
 @pytest.mark.parametrize(

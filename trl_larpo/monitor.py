@@ -29,9 +29,6 @@ logger = get_logger(__name__)
 
 Row = dict[str, Any]
 
-MAX_TIME_SHARE = 0.1
-"""Largest share of the time of an iteration, up to now, that sampling may take."""
-
 _CONFIRMATION = 4  # times as many prompts are asked before a training is stopped
 _CHANCES = 4  # steps at which it may sample, for each time that it is asked to
 
@@ -81,9 +78,9 @@ class TrainingMonitor(TrainerCallback):
     """
     Samples held-out prompts during a training.
 
-    It samples at equal distances, but only while that takes at most a tenth of the time ([`MAX_TIME_SHARE`]): a short
-    training has fewer points. Training itself is not touched: the random numbers of the samples are their own. Checked
-    in one process only, and `larpo run` uses it there only. Under FSDP it does nothing.
+    It samples at equal distances, but only while that takes at most `time_share` of the time: a short training has
+    fewer points. Training itself is not touched: the random numbers of the samples are their own. In several processes
+    each samples its share of the prompts. Under FSDP it does nothing.
 
     Args:
         trainer: The trainer, to which this is added with `add_callback`.
@@ -94,6 +91,7 @@ class TrainingMonitor(TrainerCallback):
         start: Scored held-out samples of the model that training starts from. The first `num_prompts` are watched.
         path: JSON file for the points. What an earlier, killed training left there is taken over.
         num_evals: How often to sample in a training.
+        time_share: Largest share of the iteration's time, up to now, that sampling may take. 1: no limit.
         num_prompts: How many held-out prompts.
         stop: Whether to stop a training after which the reward is lower than at its start by more than two standard
             errors, on the prompts watched and then on up to four times as many, and to keep the best weights. Without,
@@ -112,6 +110,7 @@ class TrainingMonitor(TrainerCallback):
         path: Path,
         *,
         num_evals: int = 4,
+        time_share: float = 0.1,
         num_prompts: int = 16,
         stop: bool = True,
         seconds_before: float = 0.0,
@@ -119,7 +118,7 @@ class TrainingMonitor(TrainerCallback):
     ):
         self.trainer, self.sample, self.score, self.save, self.path = trainer, sample, score, save, path
         self.all_rows, self.rows, self.num_evals, self.stop = start, start[:num_prompts], num_evals, stop
-        self.seconds_before, self.seconds_expected = seconds_before, seconds_expected
+        self.time_share, self.seconds_before, self.seconds_expected = time_share, seconds_before, seconds_expected
         self.points = [MonitorPoint.of(0, self.rows, self.rows)]
         self.stopped_at: int | None = None
         self.seconds_spent = 0.0
@@ -220,11 +219,13 @@ class TrainingMonitor(TrainerCallback):
         return step == state.max_steps or (passed > before and step >= self.points[-1].step + distance)
 
     def _has_time(self, step: int) -> bool:
+        if self.time_share >= 1:
+            return True
         expected = self.points[-1].seconds or self.seconds_expected
         # What it took to the first step since the last kill is not known: in proportion
         training = (time.monotonic() - self._begin) * step / max(1, step - self._first_step)
         elapsed = self.seconds_before + training
-        return self.seconds_spent + expected <= MAX_TIME_SHARE * (elapsed + expected)
+        return self.seconds_spent + expected <= self.time_share * (elapsed + expected)
 
     def _evaluate(self, rows: list[Row], step: int) -> MonitorPoint | None:
         """`None` if it failed, which is said and never ends the training."""

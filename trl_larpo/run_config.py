@@ -261,8 +261,12 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     eval_temperature: float | None = option(None, "Their temperature. None: that of the first iteration.")
     monitor_evals: int = option(
         4,
-        "How many times in a training held-out prompts are sampled, at most; 0: never. It takes at most a tenth of the "
-        "time of the iteration.",
+        "How many times in a training held-out prompts are sampled, at most; 0: never.",
+    )
+    monitor_time_share: float = option(
+        0.1,
+        "Largest share of an iteration's time that this may take; a short training is sampled less often for it. 1: no "
+        "limit.",
     )
     monitor_prompts: int = option(16, "How many held-out prompts are sampled then.")
     monitor_stop: bool = option(
@@ -328,6 +332,11 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         ):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}; it must be at least {least}.")
+        if not 0 < self.monitor_time_share <= 1:
+            raise ConfigError(
+                f"`monitor_time_share` is {self.monitor_time_share}; it must be above 0 and at most 1. "
+                "`monitor_evals: 0` switches the sampling off."
+            )
         if self.prompts_per_iteration is not None and self.prompts_per_iteration < 1:
             raise ConfigError(f"`prompts_per_iteration` is {self.prompts_per_iteration}; it must be at least 1.")
         self.check_generation(self.num_iterations)

@@ -34,7 +34,7 @@ Row = dict[str, Any]
 _MAY_CHANGE = frozenset({
     "output_dir", "mirror", "dry_run", "server_urls", "server_command", "num_servers", "server_model",
     "server_health_route", "server_start_timeout", "server_timeout", "server_patience", "server_requests_in_flight",
-    "server_api_key_variable", "stop_on", "monitor_evals", "monitor_prompts", "monitor_stop",
+    "server_api_key_variable", "stop_on", "monitor_evals", "monitor_time_share", "monitor_prompts", "monitor_stop",
     "num_processes", "generation_processes", "reward_processes",
     "train_processes", "accelerate_config", "train_launcher", "report_to", "run_name", "logging_dir", "logging_steps",
     "logging_strategy", "logging_first_step", "disable_tqdm", "log_level", "save_steps",

@@ -571,9 +571,6 @@ class Stages:
         options, scratch = self.options, path.with_name("trainer")
         if options.monitor_evals == 0:
             return None
-        if PartialState().num_processes > 1:
-            logger.warning("Held-out prompts are not sampled during a training in several processes.")
-            return None
         kinds = [("policy", options.evaluation_temperature)] * options.num_eval_samples
 
         def sample(rows: list[Row]) -> list[Row]:
@@ -637,6 +634,7 @@ class Stages:
             start,
             found,
             num_evals=options.monitor_evals,
+            time_share=options.monitor_time_share,
             num_prompts=options.monitor_prompts,
             stop=options.monitor_stop,
             seconds_before=sum(spent for (number, _), spent in seconds.items() if number == iteration),

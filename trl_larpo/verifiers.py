@@ -33,6 +33,21 @@ INSTRUCTIONS: dict[str, Callable[[str, Any], bool]] = {
 """Instructions that can be verified: name → function of the answer and the instruction's value."""
 
 
+def follows(text: str, instruction: str, value: Any) -> bool:
+    """
+    Whether a text follows an instruction.
+
+    Raises:
+        DataError: If the instruction is unknown, or takes another kind of value.
+    """
+    if instruction not in INSTRUCTIONS:
+        raise DataError(f"Unknown instruction {instruction!r}; known are {', '.join(sorted(INSTRUCTIONS))}.")
+    try:
+        return INSTRUCTIONS[instruction](text, value)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"The instruction {instruction!r} cannot have the value {value!r}: {error}.") from None
+
+
 def words(text: str) -> list[str]:
     """Words of a text, without punctuation."""
     return re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text)
@@ -67,14 +82,13 @@ def verifiable_instruction_reward(
         0.0 or 1.0 for each completion.
 
     Raises:
-        DataError: If an instruction is unknown.
+        DataError: If an instruction is unknown, or takes another kind of value.
     """
     rewards = []
     for completion, name, setting, ended in zip(completions, instruction, value, finished, strict=True):
-        if name not in INSTRUCTIONS:
-            raise DataError(f"Unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTIONS))}.")
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        rewards.append(float(ended and len(words(text)) >= MIN_WORDS and INSTRUCTIONS[name](text, setting)))
+        text = completion_text(completion)
+        followed = follows(text, name, setting)
+        rewards.append(float(ended and len(words(text)) >= MIN_WORDS and followed))
     return rewards
 
 
@@ -116,24 +130,23 @@ def verifiable_instructions_reward(
         A number from 0 to 1 for each completion.
 
     Raises:
-        DataError: If an instruction is unknown, or there is not one value for each.
+        DataError: If an instruction is unknown or takes another kind of value, or there is not one value for each.
     """
     rewards = []
     about = [None] * len(completions) if about is None else about
     for completion, names, of_names, ended, topic in zip(
         completions, instructions, values, finished, about, strict=True
     ):
-        if len(names) != len(of_names) or not names:
+        are_lists = isinstance(names, list | tuple) and isinstance(of_names, list | tuple)
+        if not are_lists or not names or len(names) != len(of_names):
             raise DataError(
-                f"{len(names)} instructions have {len(of_names)} values; give one for each, and at least one."
+                f"The instructions {names!r} have the values {of_names!r}; give lists, with one value for each "
+                "instruction, and at least one."
             )
-        for name in names:
-            if name not in INSTRUCTIONS:
-                raise DataError(f"Unknown instruction {name!r}; known are {', '.join(sorted(INSTRUCTIONS))}.")
         text = completion_text(completion)
         on_topic = topic is None or topic.lower() in text.lower()
         usable = ended and on_topic and len(words(text)) >= MIN_WORDS and not is_repetitive(text)
-        met = [INSTRUCTIONS[name](text, value) for name, value in zip(names, of_names, strict=True)]
+        met = [follows(text, name, value) for name, value in zip(names, of_names, strict=True)]
         rewards.append(sum(met) / len(met) if usable else 0.0)
     return rewards
 
