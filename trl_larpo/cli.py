@@ -15,6 +15,7 @@ import os
 import sys
 
 from .errors import ConfigError, LarPOError
+from .option_help import ShowFullHelp, short_help
 from .version import __version__
 
 _LAST_CHECKPOINT = ("true", "last", "auto")
@@ -243,7 +244,7 @@ def train(argv: list[str]) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage first
-        raise ConfigError(f"{message} (`{self.prog} --help` explains every option)")
+        raise ConfigError(f"{message} (`{self.prog} --help-all` explains every option)")
 
 
 def _parse(
@@ -259,8 +260,9 @@ def _parse(
     from accelerate.commands.launch import launch_command_parser
     from trl import TrlParser
 
-    class Parser(_Parser, TrlParser):  # some hundred lines of usage
-        pass
+    class Parser(_Parser, TrlParser):
+        def format_help(self):
+            return short_help(self)
 
     parser = Parser(
         dataclasses,
@@ -269,6 +271,7 @@ def _parse(
         epilog=epilog,
         allow_abbrev=False,
     )
+    parser.add_argument("--help-all", action=ShowFullHelp)
     try:
         *options, from_config, from_flags = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True

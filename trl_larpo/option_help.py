@@ -1,0 +1,207 @@
+"""
+What `--help` shows: the options that people set, in the order in which they think of them, with a line each.
+
+`larpo run` has more than two hundred options, most of them transformers'. [`short_help`] shows about fifty on two
+screens; [`full_help`], for `--help-all`, has all of them with their whole texts.
+"""
+
+import argparse
+import shutil
+import textwrap
+from collections.abc import Iterator
+
+GROUPS: dict[str, dict[str, str]] = {
+    "model": {
+        "model_name_or_path": "the model: a folder or a hub id",
+        "dtype": "type of its weights",
+        "attn_implementation": "sdpa, eager, flash_attention_2, ...",
+        "use_peft": "train a LoRA adapter",
+        "lora_r": "its rank",
+        "lora_target_modules": "modules that it adapts",
+    },
+    "data": {
+        "dataset_name": "lists or pairs: a file, a folder or a hub id",
+        "dataset_train_split": "split to train on",
+        "dataset_test_split": "split to evaluate on",
+        "samples": "file of completions to read",
+        "candidates": "files of rewarded completions to read",
+        "as_messages": "make conversations of texts, so that the chat template is applied",
+        "output": "file to write",
+    },
+    "prompts": {
+        "prompts": "files, folders or hub ids",
+        "prompt_column": "column of the prompts: texts or conversations",
+        "prompts_as_messages": "make conversations of texts, so that the chat template is applied",
+        "prompt_template": "text around each prompt, e.g. '{prompt} Think step by step.'",
+        "prompts_per_iteration": "prompts of an iteration; all if not given",
+        "prompt_schedule": "the same prompts in every iteration, or fresh ones",
+    },
+    "sampling": {
+        "num_samples": "completions of each prompt",
+        "temperature": "one, or one for each iteration",
+        "top_p": "nucleus sampling threshold",
+        "max_new_tokens": "longest completion, in tokens",
+        "generation_batch_size": "completions sampled at the same time",
+        "server_urls": "running OpenAI-compatible servers (vLLM, SGLang, ...)",
+        "server_command": "starts a server, e.g. 'vllm serve {model} --port {port}'",
+        "num_servers": "how many of them",
+    },
+    "rewards": {
+        "reward_funcs": "rules, functions, reward models or rankers, summed",
+        "reward_weights": "factor of each",
+        "threshold": "a completion is correct if its reward is at least this much",
+        "best_of_n_reward": "reward by which best-of-N chooses",
+    },
+    "lists": {
+        "num_best": "so many of the best of each prompt; all if not given",
+        "num_worst": "so many of the worst; all if not given",
+        "max_list_size": "longest list where all are taken",
+        "min_reward_gap": "least difference between the best and the worst of a list",
+        "memory": "keep candidates of earlier iterations: none, previous, all",
+        "negatives": "further candidates: other temperatures, other prompts",
+        "truncated_completions": "cut-off completions: rank_last, by_reward or drop",
+    },
+    "loss and training": {
+        "loss_type": "lambdarank, listmle, contrastive, pairwise, ...",
+        "beta": "strength of the reference model",
+        "per_token_scores": "divide scores by the number of tokens",
+        "reference": "the policy that starts the iteration, or the initial model",
+        "learning_rate": "largest learning rate",
+        "lr_scheduler_type": "linear, cosine, constant, ...",
+        "num_train_epochs": "passes over the lists",
+        "per_device_train_batch_size": "lists in a batch, on each device",
+        "gradient_accumulation_steps": "batches in an optimizer step",
+        "max_length": "longest prompt plus completion, in tokens",
+        "gradient_checkpointing": "less memory, a slower step",
+        "candidate_chunk_size": "completions in memory at the same time; less memory, a slower step",
+        "bf16": "mixed precision",
+        "seed": "seed of sampling and training",
+    },
+    "evaluation": {
+        "held_out_prompts": "prompts to evaluate on; some of `prompts` if not given",
+        "num_held_out": "how many",
+        "num_eval_samples": "completions of each",
+        "monitor_evals": "evaluations during a training, at most",
+        "monitor_stop": "stop a training that makes held-out answers worse",
+        "stop_on": "health checks that end the run, or none",
+        "greedy": "decode each prompt greedily, too",
+        "eval_strategy": "when to evaluate: no, steps or epoch",
+    },
+    "machines": {
+        "num_processes": "processes of the stages that run a model, one for each GPU",
+        "accelerate_config": "configuration of accelerate for the training (DeepSpeed, FSDP, ...)",
+        "use_cpu": "do not use a GPU",
+    },
+    "run": {
+        "output_dir": "folder of the results; the same command again goes on there",
+        "num_iterations": "iterations",
+        "resume_from_checkpoint": "true, or a checkpoint's folder",
+        "report_to": "wandb, trackio, tensorboard, none",
+        "dry_run": "check everything, print the plan, and stop",
+    },
+}
+"""Group → option → its line."""
+
+FURTHER: dict[str, tuple[str, ...]] = {
+    "prompts": ("prompts_config", "prompts_split", "max_prompt_length"),
+    "sampling": (
+        "generation_dtype", "server_requests_in_flight", "server_model", "server_api_key_variable",
+        "server_health_route", "server_start_timeout", "server_timeout", "server_patience",
+    ),
+    "rewards": ("normalize_rewards", "reward_batch_size", "reward_max_length", "reward_dtype", "answer_func"),
+    "lists": ("num_negatives", "low_temperature", "high_temperature", "earlier_candidates"),
+    "loss and training": ("loss_weights", "lambda_weight", "listnet_temperature", "shared_prompt"),
+    "evaluation": ("held_out_split", "eval_temperature", "monitor_prompts", "monitor_time_share", "num_bootstrap"),
+    "machines": ("generation_processes", "reward_processes", "train_processes", "train_launcher"),
+    "run": ("mirror",),
+}  # fmt: skip
+"""Options of ours that only [`full_help`] shows, behind those of their group."""
+
+_NOT_IN_A_RUN = ("eval_strategy", "resume_from_checkpoint")  # it evaluates and resumes by itself
+_INDENT = 32
+
+
+def short_help(parser: argparse.ArgumentParser) -> str:
+    """One line for each option that people set."""
+    width = _width()
+    text = _head(parser, width)
+    for title, actions in _grouped(parser):
+        lines = [_short(actions[name], line, width) for name, line in GROUPS[title].items() if name in actions]
+        text += f"\n{title}:\n" + "".join(lines)
+    return f"{text}\nAll options, with whole explanations: {parser.prog} --help-all\n"
+
+
+def full_help(parser: argparse.ArgumentParser) -> str:
+    """All options, with all that there is to say."""
+    width, shown = _width(), set()
+    text = _head(parser, width)
+    for title, actions in _grouped(parser):
+        names = [name for name in (*GROUPS[title], *FURTHER.get(title, ())) if name in actions]
+        shown |= set(names)
+        text += f"\n{title}:\n" + "".join(_full(actions[name], width) for name in names)
+    others = [action for name, action in _actions(parser).items() if name not in shown]
+    if others:
+        text += "\nmore of TRL and transformers:\n" + "".join(_full(action, width) for action in others)
+    return text
+
+
+class ShowFullHelp(argparse.Action):
+    """The action of `--help-all`."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show all options and exit")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(full_help(parser), end="")
+        parser.exit()
+
+
+def _width() -> int:
+    return max(80, min(120, shutil.get_terminal_size().columns))
+
+
+def _head(parser: argparse.ArgumentParser, width: int) -> str:
+    paragraphs = [parser.description, parser.epilog, "Every option may stand in the YAML file too; flags win."]
+    text = f"usage: {parser.prog} [--config FILE.yaml] [--OPTION VALUE ...]\n"
+    return text + "".join(f"\n{textwrap.fill(each, width)}\n" for each in paragraphs if each)
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Options by name, without help itself, the second form that switches one off, and what has no meaning there."""
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction | ShowFullHelp):
+            actions.setdefault(action.dest, action)
+    if "num_iterations" in actions:
+        for name in _NOT_IN_A_RUN:
+            actions.pop(name)
+    return actions
+
+
+def _grouped(parser: argparse.ArgumentParser) -> Iterator[tuple[str, dict[str, argparse.Action]]]:
+    """Groups of which the command has an option, with all options of the command."""
+    actions = _actions(parser)
+    for title, lines in GROUPS.items():
+        if any(name in actions for name in lines):
+            yield title, actions
+
+
+def _short(action: argparse.Action, line: str, width: int) -> str:
+    name, end = f"  --{action.dest}", _default(action)
+    return f"{name.ljust(_INDENT)} {textwrap.shorten(line, width - _INDENT - 1 - len(end), placeholder='…')}{end}\n"
+
+
+def _full(action: argparse.Action, width: int) -> str:
+    choices = "" if action.choices is None else " {" + ", ".join(map(str, action.choices)) + "}"
+    said = " ".join((action.help or "").replace("%%", "%").split()) + _default(action)
+    lines = textwrap.wrap(said, width - 6, break_on_hyphens=False, break_long_words=False)
+    body = textwrap.indent("\n".join(lines), " " * 6)
+    return f"  --{action.dest}{choices}\n{body}\n"
+
+
+def _default(action: argparse.Action) -> str:
+    value = action.default
+    if value is None or value is False or value in ([], "", argparse.SUPPRESS):
+        return ""
+    value = value.value if hasattr(value, "value") else value
+    return f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
