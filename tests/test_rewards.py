@@ -1,5 +1,6 @@
 """Rules for verifiable instructions, and what is done with a reward that goes wrong."""
 
+import copy
 import math
 import sys
 
@@ -143,10 +144,11 @@ def test_gsm8k_reward_compares_numbers():
 
 
 ROWS = [
-    {"prompt": "p", "completions": ["a", "b"], "finished": [True, False], "kind": "x"},
-    {"prompt": "q", "completions": [], "finished": [], "kind": "y"},
-    {"prompt": USER, "completions": [[{"role": "assistant", "content": "c"}]], "finished": [True], "kind": "z"},
-]
+    {"prompt": "p", "completions": ["a", "b"], "finished": [True, False], "columns": {"kind": "x"}},
+    {"prompt": "q", "completions": [], "finished": [], "columns": {"kind": "y"}},
+    {"prompt": USER, "completions": [[{"role": "assistant", "content": "c"}]], "finished": [True],
+     "columns": {"kind": "z"}},
+]  # fmt: skip
 
 
 def rewards_of(function, rows=ROWS, **options):
@@ -164,6 +166,44 @@ def test_rewards_come_back_by_prompt_and_columns_go_along():
     assert seen["prompts"] == ["p", "p", USER]
     assert seen["completions"] == ["a", "b", [{"role": "assistant", "content": "c"}]]
     assert (seen["kind"], seen["finished"]) == (["x", "x", "z"], [True, False, True])
+
+
+def test_what_a_reward_does_to_its_arguments_changes_nothing():
+    def careless(prompts, completions, **columns):
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, list):
+                prompt.append({"role": "assistant", "content": "spoiled"})
+                completions[i][0]["content"] = "spoiled"
+                columns["notes"][i].append("spoiled")
+        return [1.0] * len(prompts)
+
+    def careless_ranker(prompt, completions):
+        completions.pop()
+        if isinstance(prompt, list):
+            prompt.clear()
+        return [[0.5, 0.5], [0.5, 0.5]]
+
+    messages = [[{"role": "assistant", "content": text}] for text in "ab"]
+    rows = [{"prompt": USER, "completions": messages, "finished": [True, True], "columns": {"notes": ["x"]}}]
+    before = copy.deepcopy(rows)
+    assert score_rows([Reward("a", careless), Reward("b", careless_ranker, pairwise=True)], rows)
+    assert rows == before
+
+
+def test_columns_that_only_some_prompts_have_and_names_of_the_call_itself():
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts)
+        return [0.0] * len(prompts)
+
+    columns = {"prompts": "mine", "completions": 3, "finished": "yes", "rewards": [9.0], "known": True, "prompt_id": 7}
+    rows = [
+        {"prompt": p, "completions": ["a"], "finished": [True], "columns": c} for p, c in (("p", columns), ("q", {}))
+    ]
+    assert rewards_of(reward, rows) == [[0.0], [0.0]]
+    assert seen == {"prompts": ["p", "q"], "finished": [True, True], "rewards": [[9.0], None], "known": [True, None],
+                    "prompt_id": [7, None]}  # fmt: skip
 
 
 def test_weights_normalisation_and_rewards_that_do_not_apply():

@@ -27,6 +27,17 @@ RESULTS = (
 )  # fmt: skip
 
 
+CARELESS = """
+def careless(prompts, completions, rewards, known, **columns):
+    assert set(columns) == {"finished", "prompt_id", "candidates", "columns", "reward_id", "source"}
+    scores = vowels(prompts, completions)
+    for prompt, completion in zip(prompts, completions):
+        prompt.append({"role": "assistant", "content": "spoiled"})
+        completion[-1]["content"] = "spoiled"
+    return scores
+"""
+
+
 def test_runs_from_prompts_to_page(project, capsys):
     assert larpo_run() == 0
     printed = capsys.readouterr().out
@@ -178,6 +189,27 @@ def test_a_reward_that_fails_on_one_prompt_keeps_the_others(project, capsys):
     (project / "run_rewards.py").write_text(REWARDS.replace('raise RuntimeError("no cats")', "pass"))
     sys.modules.pop("run_rewards")
     assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 0
+
+
+def test_columns_of_the_user_and_careless_rewards_change_nothing(project):
+    (project / "run_rewards.py").write_text(REWARDS + CARELESS)
+    sys.modules.pop("run_rewards", None)
+    change_options(project, num_iterations=1)
+    assert larpo_run("--output_dir", "clean") == 0
+    rows = rows_of(project / "prompts.jsonl")
+    for number, row in enumerate(rows):  # names that this package uses itself
+        row |= {"prompt_id": number % 2, "rewards": [9.0] * 4, "known": [True] * 4, "finished": "no", "prompts": "p",
+                "completions": ["x"], "candidates": [], "columns": "c", "reward_id": "r", "source": "s"}  # fmt: skip
+    (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert larpo_run("--output_dir", "full", "--reward_funcs", "run_rewards:careless") == 0
+    columns = ("prompt_id", "prompt", "completions", "rewards", "candidates")
+    for name in ("iteration_0/held_out", "iteration_1/rewarded", "iteration_1/lists", "iteration_1/held_out"):
+        clean, full = (rows_of(project / folder / f"{name}.jsonl") for folder in ("clean", "full"))
+        assert [[row[column] for column in columns] for row in clean] == [
+            [row[column] for column in columns] for row in full
+        ]
+    clean, full = (load_file(f"{folder}/iteration_1/model/model.safetensors") for folder in ("clean", "full"))
+    assert all(torch.equal(clean[name], full[name]) for name in clean)
 
 
 def test_negatives_of_every_kind(project):

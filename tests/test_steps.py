@@ -147,7 +147,7 @@ def read_row(folder, row):
 
 def test_shapes_of_candidate_files(tmp_path):
     ours = read_row(tmp_path, {"prompt": "p", "completions": ["a", "b"], "more": 1})
-    assert (ours["completions"], ours["rewards"], ours["more"]) == (["a", "b"], [None, None], 1)
+    assert (ours["completions"], ours["rewards"], ours["columns"]) == (["a", "b"], [None, None], {"more": 1})
     conversation = [{"role": "user", "content": "p"}]
     rlhflow = read_row(tmp_path, {"prompt": conversation, "responses": ["a", "b"], "rewards": [1, 2.5]})
     assert rlhflow["completions"][1] == [{"role": "assistant", "content": "b"}]
@@ -170,6 +170,7 @@ def test_shapes_of_candidate_files(tmp_path):
         ({"prompt": "p", "responses": ["a"], "rewards": [float("nan")]}, "entry 0 is nan, not a finite number"),
         ({"prompt": "p", "responses": ["a"], "rewards": ["x"]}, "entry 0 is 'x', not a finite number"),
         ({"prompt": "p", "completions": ["a"], "candidates": []}, "column `candidates`: has 0 entries for 1"),
+        ({"prompt": "p", "completions": ["a"], "candidates": ["a"]}, "column `candidates`: each entry describes"),
         (
             {"instruction": "p", "completions": [{"response": "a", "overall_score": "good"}]},
             "`overall_score` is 'good'",

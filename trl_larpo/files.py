@@ -19,6 +19,9 @@ _COMPLETION_COLUMNS = {"completions": "file", "responses": "rlhflow", "all_gener
 
 _REWARD_COLUMNS = ("rewards", "all_rm_scores")
 
+_KEPT = ("reward_id", "reward_parts")
+_REPLACED = ("prompt_id", "finished", "completion_ids", "candidates", "columns", "left_out", "problem")
+
 
 def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
     """
@@ -33,7 +36,8 @@ def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
 
     Returns:
         Rows with `prompt_id`, `prompt`, `completions` (texts or messages), `rewards` (one for each, `None` where
-        unknown) and `candidates` (source, iteration, ... of each). Other columns stay.
+        unknown), `candidates` (source, iteration, ... of each), `columns` (other columns by name) and, if they are
+        there, `reward_id` and `reward_parts`.
 
     Raises:
         DataError: Names the file, the row and what is wrong with it.
@@ -95,14 +99,20 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
         raise DataError(
             f"{where}, column `candidates`: has {len(candidates)} entries for {len(completions)} completions."
         )
+    if not all(isinstance(about, dict) for about in candidates):
+        raise DataError(
+            f"{where}, column `candidates`: each entry describes a completion by `source`, `iteration`, ..."
+        )
     candidates = [{"finished": ended} | about for ended, about in zip(finished, candidates, strict=True)]
     if (of_completions := row.get("completion_ids")) is not None and len(of_completions) == len(completions):
         of_completions = [list(map(int, ids.split())) if isinstance(ids, str) else ids for ids in of_completions]
         candidates = [
             ({"token_ids": ids} if ids else {}) | about for ids, about in zip(of_completions, candidates, strict=True)
         ]
-    others = {k: v for k, v in row.items() if k not in (name, column, reward_column, "finished", "completion_ids")}
-    return others | {
+    columns = row["columns"] if isinstance(row.get("columns"), dict) else {}
+    known = (name, column, reward_column, *_KEPT, *_REPLACED)
+    return {k: row[k] for k in _KEPT if k in row} | {
+        "columns": columns | {k: v for k, v in row.items() if k not in known},
         "prompt_id": prompt_id(prompt),
         "prompt": prompt,
         "completions": completions,

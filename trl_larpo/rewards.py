@@ -2,11 +2,13 @@
 Rewards: one number per completion, larger is better.
 
 A reward is a callable in TRL's convention, `reward(prompts, completions, **columns) -> list[float | None]`: flat lists
-with one entry per completion, and the data set's other columns in the same order; `None` says that it does not apply. A
+with one entry per completion, and the user's other columns in the same order; `None` says that it does not apply. A
 pairwise ranker is a callable `ranker(prompt, completions) -> matrix` of preferences. [`load_rewards`] finds them by
-name, [`score_rows`] calls them, checks what comes back and adds it up.
+name, [`score_rows`] calls them, checks what comes back and adds it up. They get copies: what a reward does to its
+arguments changes neither candidates nor prompts.
 """
 
+import copy
 import hashlib
 import importlib
 import json
@@ -34,6 +36,9 @@ RewardFunction = Callable[..., list[float | None]]
 
 PAIRWISE = "pairwise:"
 """In front of the name of a ranker that compares the completions of a prompt with each other."""
+
+OWN_ARGUMENTS = ("prompts", "completions", "finished")
+"""Arguments of every reward function. The user's columns of these names are not passed on."""
 
 BUILT_IN: dict[str, RewardFunction] = {
     "verifiable_instruction": verifiable_instruction_reward,
@@ -118,8 +123,8 @@ def score_rows(rewards: list[Reward], rows: list[Row], normalize: bool = False) 
 
     Args:
         rewards: From [`load_rewards`].
-        rows: Each with `prompt`, `completions` (texts or lists of messages), `finished` (one bool for each) and any
-            columns that a reward asks for.
+        rows: Each with `prompt`, `completions` (texts or lists of messages), `finished` (one bool for each) and, where
+            a reward asks for more, `columns`: the user's columns by name.
         normalize: Whether each reward is brought to mean 0 and standard deviation 1 over the completions of a prompt
             before it is weighted. Of use where several rewards have different scales.
 
@@ -169,13 +174,15 @@ def _score_flat(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
     owners = [i for i, row in enumerate(rows) for _ in row["completions"]]
     if not owners:
         return [[] for _ in rows]
-    columns = [name for name in rows[0] if name not in ("prompt", "completions", "finished", "rewards")]
+    of_rows = [row.get("columns") or {} for row in rows]
+    names = dict.fromkeys(name for of_row in of_rows for name in of_row)  # in the order of the file
+    columns = [name for name in names if name not in OWN_ARGUMENTS]
     try:
         values = reward.function(
-            prompts=[rows[i]["prompt"] for i in owners],
-            completions=[completion for row in rows for completion in row["completions"]],
+            prompts=[copy.deepcopy(rows[i]["prompt"]) for i in owners],
+            completions=[copy.deepcopy(completion) for row in rows for completion in row["completions"]],
             finished=[finished for row in rows for finished in row["finished"]],
-            **{name: [rows[i].get(name) for i in owners] for name in columns},
+            **{name: [copy.deepcopy(of_rows[i].get(name)) for i in owners] for name in columns},
         )
     except LarPOError:
         raise
@@ -200,7 +207,7 @@ def _rank_rows(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
     for row in rows:
         count, where = len(row["completions"]), f"for the prompt {_shorten(row['prompt'])!r}"
         try:
-            matrix = reward.function(row["prompt"], row["completions"])
+            matrix = reward.function(copy.deepcopy(row["prompt"]), copy.deepcopy(row["completions"]))
         except LarPOError:
             raise
         except Exception as error:  # whatever a function of the user's raises

@@ -247,7 +247,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         split: Its split.
 
     Returns:
-        Rows with `prompt_id` and `prompt`, in the order of the file.
+        Rows with `prompt_id`, `prompt` and `columns`, the other columns by name, in the order of the file.
 
     Raises:
         DataError: Names the file, the row and what is wrong with it.
@@ -276,7 +276,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             if options.prompts_as_messages:
                 prompt = [{"role": "user", "content": prompt}]
         row.pop("prompt", None)  # of another form, where it is not the column asked for
-        rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt} | _jsonable(row, path, number))
+        rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt, "columns": _jsonable(row, path, number)})
     return rows
 
 

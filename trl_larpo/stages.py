@@ -439,10 +439,10 @@ class Stages:
             known = row.get("known") or [False] * len(row["completions"])
             places = [i for i, is_known in enumerate(known) if not is_known]
             new_places.append(places)
-            columns = {k: v for k, v in row.items() if k not in ("candidates", "rewards", "known", "prompt_id")}
             asked.append(
-                columns
-                | {
+                {
+                    "prompt": row["prompt"],
+                    "columns": row["columns"],
                     "completions": [row["completions"][i] for i in places],
                     "finished": [row["candidates"][i]["finished"] for i in places],
                 }
