@@ -62,7 +62,7 @@ def test_a_store_out_of_reach_does_not_stop_the_run(project, capsys, monkeypatch
 
     monkeypatch.setattr(Mirror, "push", fails)
     assert larpo_run("--num_iterations", 1, "--mirror", "memory://out-of-reach") == 0
-    assert "WARNING mirror: ConnectionError: no route The run goes on" in capsys.readouterr().out
+    assert "WARNING mirror: ConnectionError: no route The run continues" in capsys.readouterr().out
     monkeypatch.setattr(Mirror, "fetch", fails)
     assert larpo_run("--mirror", "memory://out-of-reach") == 2  # at the start it is said before time is spent
     assert "memory://out-of-reach cannot be read: ConnectionError: no route" in capsys.readouterr().err

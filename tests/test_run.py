@@ -185,7 +185,7 @@ def test_a_reward_that_fails_on_one_prompt_keeps_the_others(project, capsys):
     error = capsys.readouterr().err
     assert "The reward run_rewards:fails_on_cat failed: RuntimeError: no cats" in error
     kept = list((project / "out").rglob("*.jsonl.partial-0"))
-    assert kept and "Mend the reward and run the same command again" in error
+    assert kept and "Fix the reward and run the same command again" in error
     (project / "run_rewards.py").write_text(REWARDS.replace('raise RuntimeError("no cats")', "pass"))
     sys.modules.pop("run_rewards")
     assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 0

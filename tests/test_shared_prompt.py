@@ -217,7 +217,7 @@ def test_running_out_of_memory_names_the_option(tiny_model, config, monkeypatch)
     monkeypatch.setattr(trainer, "compute_loss", fail)
     with pytest.raises(torch.OutOfMemoryError) as error:
         trainer.train()
-    assert "`candidate_chunk_size` is 3: so many candidates are in memory" in error.value.__notes__[0]
+    assert "`candidate_chunk_size` is 3: as many candidates are in memory" in error.value.__notes__[0]
 
 
 def test_memory_does_not_grow_with_the_list(tiny_model, config):

@@ -86,13 +86,13 @@ def visible(rows: Rows, window: int | None = None, prompt_real: Tensor | None = 
 
     Args:
         rows: The rows.
-        window: Only tokens fewer than so many positions back (sliding-window attention). `None`: all.
+        window: Size of the attention window in tokens (sliding-window attention). `None`: no window.
         prompt_real: bool `(rows, prompt_length)`, where a prompt that is kept outside the rows has tokens. Its keys
             stand in front of the row's, and all of the row sees them.
 
     Returns:
-        bool `(rows, length, prompt_length + length)`, `[row, query, key]`. Padding sees itself alone, lest a softmax be
-        over nothing.
+        bool `(rows, length, prompt_length + length)`, `[row, query, key]`. Padding sees itself alone, so that no
+        softmax is over nothing.
     """
     index = torch.arange(rows.input_ids.size(1), device=rows.input_ids.device)
     query, key = rows.segments[:, :, None], rows.segments[:, None, :]

@@ -85,8 +85,9 @@ class Selection:
     How a list is made of the candidates of a prompt.
 
     Attributes:
-        num_best: So many of the best (paper: 1 for the contrastive loss, 2 for LambdaRank and ListMLE). `None`: all.
-        num_worst: So many of the worst (paper: 3 and 2). `None`: all.
+        num_best: Number of top-ranked ones to keep (paper: 1 for the contrastive loss, 2 for LambdaRank and ListMLE).
+            `None`: all.
+        num_worst: Number of bottom-ranked ones to keep (paper: 3 and 2). `None`: all.
         min_reward_gap: A list counts only if its best is better than its worst by at least this much, in units of the
             reward.
         max_list_size: Longest list if all are taken: candidates are then spread evenly over the ranks, best and worst
@@ -130,7 +131,7 @@ class Selection:
         return -(-self.num_worst // 2)
 
     def places(self, num_candidates: int) -> list[int]:
-        """Which of so many ranked candidates make the list, as ascending indices."""
+        """Which of `num_candidates` ranked candidates make the list, as ascending indices."""
         if self.num_best is not None and self.num_best + self.num_worst < num_candidates:
             return [*range(self.num_best), *range(num_candidates - self.num_worst, num_candidates)]
         if self.max_list_size is not None and self.max_list_size < num_candidates:
@@ -398,7 +399,7 @@ def related_prompts(texts: list[str]) -> list[int]:
     for places in torch.arange(len(texts)).split(_PROMPTS_AT_A_TIME):
         similarity = torch.sparse.mm(vectors, vectors.index_select(0, places).to_dense().T).T
         similarity[torch.arange(len(places)), places] = -torch.inf
-        # Rounding differs between machines; it shall not decide between prompts that are equally alike
+        # Rounding differs between machines; it must not decide between prompts that are equally similar
         related += similarity.mul(1e5).round().argmax(dim=1).tolist()
     return related
 

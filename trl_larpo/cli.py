@@ -22,7 +22,7 @@ _LAST_CHECKPOINT = ("true", "last", "auto")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 0, or 2 for an error the user can mend."""
+    """Runs the command line. Returns the exit status: 0, or 2 for an error caused by user input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="larpo", description="Align language models with ranked lists of responses (LarPO).", allow_abbrev=False

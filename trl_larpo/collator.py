@@ -29,7 +29,7 @@ class DataCollatorForCandidateLists(DataCollatorMixin):
 
     Args:
         pad_token_id: Token to pad with.
-        max_length: Prompt plus completion are cut to so many tokens. `None`: not cut.
+        max_length: Prompt plus completion are truncated to this many tokens. `None`: not truncated.
         truncation_mode: `"keep_start"` or `"keep_end"`.
         return_tensors: Only `"pt"`.
 

@@ -217,7 +217,7 @@ def trains_lists(
         `True` for lists, `False` for `DPOTrainer`'s way.
 
     Raises:
-        ConfigError: Names the option that does not go with the data, and the mend.
+        ConfigError: Names the option that does not go with the data, and how to fix it.
     """
     train_set = next(iter(formats))
     if loss_fn is not None and args.loss_type not in (["lambdarank"], ["sigmoid"]):

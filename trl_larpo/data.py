@@ -62,7 +62,7 @@ class ListSummary:
     What a pass over all rows found.
 
     Attributes:
-        num_lists: Rows looked at.
+        num_lists: Rows validated.
         num_candidates: Completions in all of them.
         num_tied: Lists whose rewards are all equal: kept, but without any effect on training.
         num_conflicting: Lists in which the same completion occurs with different rewards.
@@ -172,10 +172,10 @@ def dataset_format(dataset: Dataset | IterableDataset, where: str, losses_need_p
         return "pair"
     other = next((name for name in _OTHER_NAMES if name in columns), None)
     if other is not None:
-        mend = f"`dataset.rename_column({other!r}, 'completions')`, if each of its entries is a list of completions"
+        fix = f"`dataset.rename_column({other!r}, 'completions')`, if each of its entries is a list of completions"
     else:
-        mend = "add `prompt` and `completions` (ranked lists), or `chosen` and `rejected` (pairs)"
-    raise DataError(f"{where} has no column `completions`; {mend}. Its columns: {', '.join(columns)}.")
+        fix = "add `prompt` and `completions` (ranked lists), or `chosen` and `rejected` (pairs)"
+    raise DataError(f"{where} has no column `completions`; {fix}. Its columns: {', '.join(columns)}.")
 
 
 def has_images(dataset: Dataset | IterableDataset) -> bool:
@@ -198,7 +198,7 @@ def check_dataset(
         Counts of what was seen; also logged, as a warning where it asks for attention.
 
     Raises:
-        DataError: Names the first bad row, its column and the mend, and the numbers of further bad rows.
+        DataError: Names the first bad row, its column and how to fix it, and the numbers of further bad rows.
     """
     summary, first_error, further = ListSummary(), None, []
     for index, row in _rows(dataset, where):

@@ -1,8 +1,8 @@
-"""Errors a user can mend. The command line prints them as one line, without a stack trace."""
+"""Errors caused by user input. The command line prints them as one line, without a stack trace."""
 
 
 class LarPOError(ValueError):
-    """Base class: something in the user's input is wrong; the message says what, where and how to mend it."""
+    """Base class: the user's input is invalid; the message says what is wrong, where, and how to fix it."""
 
 
 class ConfigError(LarPOError):

@@ -160,7 +160,7 @@ def mean_tokens(samples: list[Row]) -> float | None:
 
 
 def finished_share(samples: list[Row]) -> float:
-    """Share of the policy's own samples that ended by themselves."""
+    """Share of the policy's own samples that ended on their own."""
     return statistics.fmean(
         about["finished"] for row in samples for about in row["candidates"] if about["source"] == "policy"
     )

@@ -71,7 +71,7 @@ def describe(error: ChildFailedError, num_processes: int, log: Path) -> str:
             file.write(f"Process {other}, exit status {each.exitcode}:\n{_text(each.message, whole=True)}\n\n")
     message = _text(failure.message)
     for kind in (ConfigError, DataError, LarPOError):
-        if message.startswith(f"{kind.__name__}: "):  # says by itself what to do
+        if message.startswith(f"{kind.__name__}: "):  # already says what to do
             return message.removeprefix(f"{kind.__name__}: ")
     return f"{who}: {message} (all of it: {log})"
 

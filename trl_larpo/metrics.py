@@ -118,7 +118,7 @@ def recall_at_n(num_samples, num_correct, n: int) -> np.ndarray:
     Args:
         num_samples: Samples drawn for each prompt, int or array of int.
         num_correct: How many of them are correct, same shape.
-        n: Number of samples that may be looked at, 1 ≤ n ≤ `num_samples`.
+        n: Number of samples drawn, 1 ≤ n ≤ `num_samples`.
 
     Returns:
         Float64 array of the broadcast shape, values in [0, 1].
@@ -174,7 +174,7 @@ def majority_accuracy(answers, correct, n: int, draws: int = 200, seed: int = 0)
         answers: Answer of each sample of one prompt, any hashable value; `None` where it gives none, which is no vote.
         correct: Whether each is right, bool or 0/1, `(num_samples,)`.
         n: Number of samples that vote, 1 ≤ n ≤ `num_samples`.
-        draws: So many random choices of n samples are averaged, where there are more; else all of them.
+        draws: Number of random choices of n samples to average over, where there are more; else all of them.
         seed: Of the random choices.
 
     Returns:

@@ -2,7 +2,7 @@
 A copy of a run's folder in an object store, or wherever fsspec reaches: s3://, gs://, hf://, file://, ...
 
 Stages append and rename, which object stores cannot do; so a run works in a folder of the machine, and what is whole
-is copied after each stage. On a machine whose folder is empty, the run is fetched first and goes on there.
+is copied after each stage. On a machine whose folder is empty, the run is fetched first and resumes there.
 """
 
 import json
@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .storage import finish, partial_path
 
 _MANIFEST = "mirror.json"  # names of all files that are whole
-_SCRATCH = ("trainer", "servers", "tracking", "plots")  # of no use on another machine, or made anew
+_SCRATCH = ("trainer", "servers", "tracking", "plots")  # of no use on another machine, or made again
 
 
 class Mirror:

@@ -228,7 +228,7 @@ class TrainingMonitor(TrainerCallback):
         return self.seconds_spent + expected <= self.time_share * (elapsed + expected)
 
     def _evaluate(self, rows: list[Row], step: int) -> MonitorPoint | None:
-        """`None` if it failed, which is said and never ends the training."""
+        """`None` if it failed, which is logged and never ends the training."""
         began, point, process = time.monotonic(), None, PartialState()
         with _random_states_kept():
             sampled, problem = _attempt(self.sample, rows[process.process_index :: process.num_processes])

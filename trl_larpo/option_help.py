@@ -33,7 +33,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "prompt_column": "column of the prompts: texts or conversations",
         "prompts_as_messages": "make conversations of texts, so that the chat template is applied",
         "prompt_template": "text around each prompt, e.g. '{prompt} Think step by step.'",
-        "prompts_per_iteration": "prompts of an iteration; all if not given",
+        "prompts_per_iteration": "prompts in each iteration (default: all)",
         "prompt_schedule": "the same prompts in every iteration, or fresh ones",
     },
     "sampling": {
@@ -53,8 +53,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "best_of_n_reward": "reward by which best-of-N chooses",
     },
     "lists": {
-        "num_best": "so many of the best of each prompt; all if not given",
-        "num_worst": "so many of the worst; all if not given",
+        "num_best": "top-ranked completions to keep per prompt (default: all)",
+        "num_worst": "bottom-ranked completions to keep per prompt (default: all)",
         "max_list_size": "longest list where all are taken",
         "min_reward_gap": "least difference between the best and the worst of a list",
         "memory": "keep candidates of earlier iterations: none, previous, all",
@@ -72,19 +72,19 @@ GROUPS: dict[str, dict[str, str]] = {
         "per_device_train_batch_size": "lists in a batch, on each device",
         "gradient_accumulation_steps": "batches in an optimizer step",
         "max_length": "longest prompt plus completion, in tokens",
-        "gradient_checkpointing": "less memory, a slower step",
-        "candidate_chunk_size": "completions in memory at the same time; less memory, a slower step",
+        "gradient_checkpointing": "saves memory, slows the step",
+        "candidate_chunk_size": "completions in memory at once; saves memory, slows the step",
         "bf16": "mixed precision",
         "seed": "seed of sampling and training",
     },
     "evaluation": {
-        "held_out_prompts": "prompts to evaluate on; some of `prompts` if not given",
+        "held_out_prompts": "prompts to evaluate on (default: some of `prompts`)",
         "num_held_out": "how many",
         "num_eval_samples": "completions of each",
         "monitor_evals": "evaluations during a training, at most",
         "monitor_stop": "stop a training that makes held-out answers worse",
         "stop_on": "health checks that end the run, or none",
-        "greedy": "decode each prompt greedily, too",
+        "greedy": "also decode each prompt greedily",
         "eval_strategy": "when to evaluate: no, steps or epoch",
     },
     "machines": {
@@ -93,7 +93,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "use_cpu": "do not use a GPU",
     },
     "run": {
-        "output_dir": "folder of the results; the same command again goes on there",
+        "output_dir": "folder of the results; the same command resumes there",
         "num_iterations": "iterations",
         "resume_from_checkpoint": "true, or a checkpoint's folder",
         "report_to": "wandb, trackio, tensorboard, none",
@@ -117,7 +117,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Options of ours that only [`full_help`] shows, behind those of their group."""
 
-_NOT_IN_A_RUN = ("eval_strategy", "resume_from_checkpoint")  # it evaluates and resumes by itself
+_NOT_IN_A_RUN = ("eval_strategy", "resume_from_checkpoint")  # it evaluates and resumes on its own
 _INDENT = 32
 
 

@@ -1,7 +1,7 @@
 """
 PairRM (Jiang et al. 2023, "LLM-Blender", arXiv 2306.02561), a ranker that reads two completions side by side.
 
-The architecture of the public checkpoint `llm-blender/PairRM-hf`, so that it loads with the transformers at hand; its
+The architecture of the public checkpoint `llm-blender/PairRM-hf`, so that it loads with the installed transformers; its
 own package, llm-blender, does not go with transformers 5.
 """
 
@@ -125,7 +125,7 @@ class PairRM:
         }
 
     def _marked(self, marker: str, text: str, max_length: int) -> list[int]:
-        for other in (SOURCE, FIRST, SECOND):  # a text shall not pass for a marker
+        for other in (SOURCE, FIRST, SECOND):  # no text may pass for a marker
             text = text.replace(other, other.replace("<|", "< |"))
         ids = self.tokenizer(marker + text)["input_ids"]
         if len(ids) > max_length:

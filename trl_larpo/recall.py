@@ -47,10 +47,10 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
     candidates: list[str] | None = option(
         None,
         "Instead of sampling: files of completions, or folders of `larpo run`, of which the samples on held-out "
-        "prompts are read. With `reward_funcs` they are rewarded anew.",
+        "prompts are read. With `reward_funcs` they are rewarded again.",
     )
     output: str | None = option(
-        None, "Folder for samples, rewards and the report recall.md. It goes on where it stood."
+        None, "Folder for samples, rewards and the report recall.md. The same command resumes there."
     )
     temperature: list[float] = option([0.7], "Sampling temperatures; each gives a curve (paper: 0.7).")
     num_samples: int = option(100, "Completions sampled for each prompt at each temperature (N; paper: up to 100).")
@@ -71,7 +71,7 @@ class RecallConfig(PromptOptions, GenerationOptions, RewardOptions):
     def check_recall(self, model: ModelConfig) -> None:
         """
         Raises:
-            ConfigError: Names the option and the mend.
+            ConfigError: Names the option and how to fix it.
         """
         if not self.output:
             raise ConfigError("`output` is missing: the folder for the results.")
@@ -136,7 +136,7 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
         What is in recall.json: `curves`, see [`recall_curve`], and the settings.
 
     Raises:
-        LarPOError: If something in the input must be mended; nothing computed is lost.
+        LarPOError: If the input is invalid; nothing computed is lost.
     """
     options.check_recall(model)
     answer_of = options.load_answer_func()

@@ -106,7 +106,7 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
         "held-out reward",
         "gain over the start",
         "tokens",
-        "end by themselves",
+        "end on their own",
         "KL from the start",
         "lists",
         "candidates",

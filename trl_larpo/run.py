@@ -35,7 +35,7 @@ from .storage import disk_full_is_said, only_process, read_json, read_jsonl, wri
 from .tracking import Tracking
 
 _REFUSED = {  # option of the trainer: (what it must be, why)
-    "resume_from_checkpoint": (None, "`larpo run` resumes by itself: run the same command again."),
+    "resume_from_checkpoint": (None, "`larpo run` resumes on its own: run the same command again."),
     "push_to_hub": (False, "push the models of a finished run with `hf upload`."),
     "eval_strategy": ("no", "each iteration ends with an evaluation on held-out prompts."),
     "save_only_model": (False, "a killed training could not be resumed."),
@@ -58,7 +58,7 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         Path of the report page.
 
     Raises:
-        LarPOError: If something in the input must be mended; nothing computed is lost.
+        LarPOError: If the input is invalid; nothing computed is lost.
     """
     folder = RunFolder(options, training, model)
     mirror = None
@@ -85,7 +85,7 @@ def check(folder: RunFolder) -> None:
     Checks every option, path, reward and server, before any time is spent.
 
     Raises:
-        LarPOError: Names what must be mended.
+        LarPOError: Names what is invalid and how to fix it.
     """
     options, training, model = folder.options, folder.training, folder.model
     options.check()
@@ -381,7 +381,7 @@ def _push(mirror: Mirror | None) -> None:
         if mirror is not None:
             mirror.push()
     except Exception as error:  # of any store's
-        print(f"  WARNING mirror: {type(error).__name__}: {error} The run goes on, and {mirror.url} lags behind.")
+        print(f"  WARNING mirror: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
 
 
 def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:

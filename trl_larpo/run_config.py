@@ -192,10 +192,12 @@ class SelectionOptions(_Checked):
 
     num_best: int | None = option(
         None,
-        "So many of the best of each prompt (paper: 1 for the contrastive loss, 2 for LambdaRank and ListMLE). None: "
-        "all.",
+        "Number of top-ranked completions to keep per prompt (paper: 1 for the contrastive loss, 2 for LambdaRank and "
+        "ListMLE). None: all.",
     )
-    num_worst: int | None = option(None, "So many of the worst of each prompt (paper: 3 and 2). None: all.")
+    num_worst: int | None = option(
+        None, "Number of bottom-ranked completions to keep per prompt (paper: 3 and 2). None: all."
+    )
     min_reward_gap: float = option(
         0.0, "A list counts only if its best is better than its worst by at least this much."
     )
@@ -219,7 +221,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         None, "Prompts to evaluate on, given as `prompts` is. None: `num_held_out` of `prompts` are held out."
     )
     held_out_split: str = option("train", "Split of the held-out prompts.")
-    num_held_out: int = option(64, "Held-out prompts: so many of `held_out_prompts`, else of `prompts`.")
+    num_held_out: int = option(64, "Number of held-out prompts, taken from `held_out_prompts`, else from `prompts`.")
     num_iterations: int = option(3, "Iterations (T in the paper).")
     prompts_per_iteration: int | None = option(
         None, "Prompts of an iteration (M in the paper). None: all, or an equal share of them where they are fresh."
@@ -239,7 +241,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         "policy, "
         "a response to a 'related_prompt' or to a 'random_prompt'.",
     )
-    num_negatives: int = option(1, "So many of each name in `negatives`.")
+    num_negatives: int = option(1, "Number of candidates for each name in `negatives`.")
     low_temperature: float = option(0.5, "Temperature of the negative 'low_temperature'.")
     high_temperature: float = option(1.5, "Temperature of the negative 'high_temperature'.")
     memory: str = option(
@@ -250,7 +252,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     earlier_candidates: list[str] | None = option(
         None,
         "Files of candidates made elsewhere or by earlier runs, which join the lists of the first iteration's prompts. "
-        "They are rewarded anew unless the very same rewards scored them.",
+        "They are rewarded again unless the very same rewards scored them.",
     )
     reference: str = option(
         "policy",
@@ -301,7 +303,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     mirror: str | None = option(
         None,
         "Where a copy of the folder is kept, for machines that come and go: s3://bucket/run, gs://... or any URL of "
-        "fsspec's. An empty `output_dir` is filled from it, and the run goes on.",
+        "fsspec's. An empty `output_dir` is filled from it, and the run resumes.",
     )
     dry_run: bool = option(False, "Check everything, print the plan, and stop.")
 
@@ -310,7 +312,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         Looks at everything that can be told without a file or a model.
 
         Raises:
-            ConfigError: Names the option and the mend.
+            ConfigError: Names the option and how to fix it.
         """
         self.check_prompts()
         if len(self.prompts) > 1 and self.prompt_schedule == "fresh" and len(self.prompts) != self.num_iterations:

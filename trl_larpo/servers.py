@@ -33,7 +33,7 @@ from .storage import read_json, write_json
 logger = logging.getLogger(__name__)
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
-_TIME_TO_STOP = 15.0  # seconds that a server gets to end by itself
+_TIME_TO_STOP = 15.0  # seconds that a server gets to exit on its own
 
 
 @dataclass
@@ -250,7 +250,7 @@ class _Run:
         if len({sample.text for sample in again}) == 1:
             endpoint.warn(
                 f"Identical samples: at temperature {temperature} a server returned the same completion "
-                f"{len(places)} times for a prompt. If that goes on, the server ignores the temperature."
+                f"{len(places)} times for a prompt. If that continues, the server ignores the temperature."
             )
         return again
 

@@ -1,7 +1,7 @@
 """
 The stages of an iteration. Each reads files of the run folder and leaves one that is whole.
 
-Run again after a kill, a stage goes on from what it has saved, and ends with the same file. With several processes
+Run again after a kill, a stage resumes from what it has saved, and its output file is identical. With several processes
 (`accelerate launch`) each does its share, and the first one puts the shares together.
 """
 
@@ -69,7 +69,7 @@ STAGES = ("generate", "reward", "select", "reference", "train", "held_out", "eva
 SHARDED_STAGES = ("reference", "train", "evaluate")
 """Those that run the model through the trainer, sharded where it is too large for one device."""
 
-_BATCHES_PER_UNIT = 4  # what is sampled again after a kill is at most so many batches
+_BATCHES_PER_UNIT = 4  # at most this many batches are sampled again after a kill
 _COMPLETIONS_PER_CALL = 256  # of a reward function
 _FAILURES_IN_A_ROW = 5  # of a reward, before the rest is not tried any more
 _MAX_KL_PROMPTS = 64
@@ -176,7 +176,7 @@ class Stages:
             The rows with `completions` and `candidates` added. On processes but the first nothing.
         """
         file, state = GrowingFile(path, share=PartialState().process_index), PartialState()
-        state.wait_for_everyone()  # all have looked at what there is before anyone adds to it
+        state.wait_for_everyone()  # all have read what is there before any process adds to it
         done = {row["prompt_id"]: row for row in file.rows}
         temperatures = [temperature for _, temperature in kinds]
 
@@ -407,7 +407,7 @@ class Stages:
             raise DataError(
                 f"{failures[0]} Rewards of "
                 f"{sum(row['prompt_id'] in {r['prompt_id'] for r in file.rows} for row in rows)} of "
-                f"{len(rows)} prompts are kept. Mend the reward and run the same command again."
+                f"{len(rows)} prompts are kept. Fix the reward and run the same command again."
             )
         if not state.is_main_process:
             return []

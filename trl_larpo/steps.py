@@ -1,4 +1,4 @@
-"""The steps of an iteration by themselves, from file to file: `larpo generate`, `larpo reward`, `larpo select`."""
+"""The steps of an iteration one at a time, from file to file: `larpo generate`, `larpo reward`, `larpo select`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ _AS_MESSAGES = (
 class GenerateConfig(PromptOptions, GenerationOptions):
     """Options of `larpo generate`."""
 
-    output: str | None = option(None, "JSONL file to write. A run that was killed goes on from what it saved.")
+    output: str | None = option(None, "JSONL file to write. After a kill, the same command resumes from what it saved.")
     seed: int = option(0, "Seed of the sampling.")
     use_cpu: bool = option(False, "Do not use a GPU.")
 
@@ -92,7 +92,7 @@ def sample_file(
     options: GenerateConfig, model: ModelConfig, rows: list[Row], kinds: list[tuple[str, float]], output: Path
 ) -> list[Row]:
     """
-    Samples completions into a JSONL file. Killed and called again, it goes on from what it saved.
+    Samples completions into a JSONL file. Called again after a kill, it resumes from what it saved.
 
     Args:
         options: How to sample; of `num_samples` and `temperature` only `kinds` counts.
@@ -145,7 +145,7 @@ def reward_file(
     options: RewardOptions, rows: list[Row], output: Path, *, use_cpu: bool = False, description: str = "Rewarding"
 ) -> list[Row]:
     """
-    Rewards completions into a JSONL file. Killed and called again, it goes on from what it saved.
+    Rewards completions into a JSONL file. Called again after a kill, it resumes from what it saved.
 
     Args:
         options: Who judges.
@@ -181,7 +181,7 @@ def select(options: SelectConfig) -> None:
     if len(judges) > 1:
         raise DataError(
             f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
-            "Score all of them anew: larpo reward."
+            "Score all of them again: larpo reward."
         )
     rows, counts = build_lists(list(pools.values()), options.selection(options.truncated_completions))
     write_jsonl(output, [row for row in rows if row["problem"] is None])

@@ -82,7 +82,7 @@ class LarPOTrainer(DPOTrainer):
 
     Raises:
         ConfigError: If options exclude each other or have no meaning on the given data.
-        DataError: If a dataset cannot be used; names row, column and mend. Raised before the model is loaded.
+        DataError: If a dataset cannot be used; names row, column and fix. Raised before the model is loaded.
 
     Example:
 
@@ -436,7 +436,7 @@ class LarPOTrainer(DPOTrainer):
 
     def _how_to_save_memory(self) -> str:
         size = self._chunk_size
-        now = "None: all candidates of a batch are" if size is None else f"{size}: so many candidates are"
+        now = "None: all candidates of a batch are" if size is None else f"{size}: as many candidates are"
         return (
             f"LarPO: out of memory. `candidate_chunk_size` is {now} in memory at the same time. Lower it (1 is the "
             "least); results stay the same, and a step takes somewhat longer."
@@ -578,7 +578,7 @@ def _truncated_completions(args: DPOConfig) -> str:
 
 
 def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool, truncated_completions: str) -> dict[str, str]:
-    """Looks at all rows that can be looked at. Name of each dataset, the training set first → its format."""
+    """Validates all rows that can be read in advance. Name of each dataset, the training set first → its format."""
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}

@@ -68,15 +68,15 @@ def verifiable_instruction_reward(
     **columns: list[Any],
 ) -> list[float]:
     """
-    1 for an answer that follows its prompt's instruction, ends by itself and has at least five words, else 0.
+    1 for an answer that follows its prompt's instruction, ends on its own and has at least five words, else 0.
 
     Args:
-        prompts: Prompt of each completion (not looked at).
+        prompts: Prompt of each completion (not used).
         completions: Text of each completion, or its list of messages.
         instruction: Name of each completion's instruction, one of [`INSTRUCTIONS`].
         value: The instruction's value, e.g. the number of words; `None` where it takes none.
-        finished: Whether each completion ended by itself.
-        **columns: Not looked at.
+        finished: Whether each completion ended on its own.
+        **columns: Not used.
 
     Returns:
         0.0 or 1.0 for each completion.
@@ -156,11 +156,11 @@ def gsm8k_reward(prompts: list[Any], completions: list[Any], *, answer: list[str
     1 where the last number of the completion is the number at the end of the answer, else 0.
 
     Args:
-        prompts: Not looked at.
+        prompts: Not used.
         completions: Text of each completion, or its list of messages. A number after `####` or in `\\boxed{}` counts
             before the last number.
         answer: The right answer in GSM8K's form, a number or a text that ends in `#### number`.
-        **columns: Not looked at.
+        **columns: Not used.
 
     Raises:
         DataError: If an answer has no number.
@@ -192,10 +192,10 @@ def math_reward(
     1 where the completion ends in the answer of the solution, as math-verify compares them (TRL's `accuracy_reward`).
 
     Args:
-        prompts: Not looked at.
+        prompts: Not used.
         completions: Text of each completion, or its list of messages; the answer stands in `\boxed{}` or in LaTeX.
         solution: The right answer in LaTeX, e.g. MATH's column `solution`, which ends in `\boxed{}`.
-        **columns: Not looked at.
+        **columns: Not used.
 
     Returns:
         0.0 or 1.0 for each completion; `None` where the solution has no answer that can be read.

@@ -7,7 +7,7 @@ AlpacaEval 2 of a model: answers to the 805 instructions, judged by the package 
 
 The judge is GPT-4-turbo, weighted by its log-probabilities, as on the leaderboard. Another one at an OpenAI-compatible
 endpoint: `--judge_model meta-llama/Meta-Llama-3-70B-Instruct --judge_url http://127.0.0.1:8000/v1`. Interrupted and
-called again, it goes on: answers and judgements are kept in the folder.
+called again, it resumes: answers and judgements are kept in the folder.
 """  # noqa: E501
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: answers of a model, in files that an interrupted run goes on with."""
+"""What the evaluation scripts share: answers of a model, in files from which an interrupted run resumes."""
 
 import argparse
 import hashlib
@@ -81,7 +81,7 @@ def paper_figures(recipe: Path) -> str:
 
 
 def run(main) -> None:
-    """Runs a script; what the user can mend is one line."""
+    """Runs a script; an error caused by user input is one line."""
     try:
         main()
     except LarPOError as error:

@@ -5,7 +5,7 @@ MixEval and MixEval-Hard of a model: greedy answers in the form that `mix_eval.c
     python examples/evaluation/mixeval.py --model_name_or_path outputs/recipes/table2/mistral_instruct_lambdarank_fsfairx/iteration_3/model --data MixEval/mix_eval/data/mixeval-2024-06-01 --output outputs/mixeval/mistral_instruct_lambdarank_fsfairx --recipe examples/recipes/table2/mistral_instruct_lambdarank_fsfairx.yaml
 
 `--data` is a folder of the benchmark's version, with mixeval/ and mixeval-hard/ in it. Interrupted and called again, it
-goes on. Where mix_eval is installed it is called with `--judge`, else its command is printed.
+resumes. Where mix_eval is installed it is called with `--judge`, else its command is printed.
 """  # noqa: E501
 
 import argparse
