@@ -37,6 +37,9 @@ NOT_RUN = {
     "DS_BUILD_OPS=0 pip install -c constraints.txt --no-build-isolation deepspeed": "installs; .ci/run runs it",
     "pip install -e MixEval": "needs a checkout from the network",
     "git clone https://github.com/Psycoy/MixEval": "needs the network",
+    "pip install torch": "installs; .ci/run runs it with a version",
+    "pip install pre-commit": "installs",
+    "pre-commit install": "changes a git repository",
     "pytest": "these are the tests; .ci/run runs it",
     "export OPENAI_API_KEY=...": "needs a key",
     "python examples/evaluation/alpaca_eval2.py --model_name_or_path outputs/recipes": "needs a key and a GPU; "
