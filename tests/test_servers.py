@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,15 @@ import pytest
 from fake_server import FakeServer
 
 from trl_larpo import ConfigError, LarPOError, servers
-from trl_larpo.servers import Request, Sampler, check_url, running_servers, server_command, stop_leftovers
+from trl_larpo.servers import (
+    Request,
+    Sampler,
+    check_url,
+    request_seed,
+    running_servers,
+    server_command,
+    stop_leftovers,
+)
 
 pytest.importorskip("openai")
 
@@ -68,6 +77,14 @@ def test_every_request_is_answered_with_distinct_samples(fake, chat):
     assert {(x["temperature"], x["n"]) for x in server.requests} == {(1.0, 3), (0.5, 2)}
     assert {(x["model"], x["top_p"], x["max_tokens"]) for x in server.requests} == {("fake", 0.9, 20)}
     assert results == sample([server], chat=chat, temperatures=(1.0, 1.0, 1.0, 0.5, 0.5))  # seeds are sent
+
+
+def test_no_sample_of_a_prompt_has_the_seed_of_another():
+    """Servers draw sample i with seed + i: neighbouring seeds in two iterations would give the same samples."""
+    keys = ("1", "2", "12", "21", "held out")
+    starts = sorted(request_seed(seed, key, "a prompt") for seed in (1, 2) for key in keys)
+    assert min(b - a for a, b in pairwise(starts)) > 10_000
+    assert starts[0] >= 0 and starts[-1] < 2**31
 
 
 def test_missing_choices_are_asked_for_one_by_one(fake):

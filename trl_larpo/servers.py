@@ -7,6 +7,7 @@ prompt in another way. A server that fails hands its requests to the others.
 """
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -54,6 +55,22 @@ class Request:
     temperatures: list[float]
     prompt_ids: list[int]
     seed: int
+
+
+def request_seed(seed: int, key: str, prompt_id: str) -> int:
+    """
+    Seed of a request, from 0 to 2³¹ - 1.
+
+    A hash: servers draw sample i of a request with seed + i, so seeds of the same prompt in two iterations must not be
+    neighbours.
+
+    Args:
+        seed: Seed of the run.
+        key: Name of the random numbers, e.g. the iteration.
+        prompt_id: Name of the prompt.
+    """
+    digest = hashlib.sha256(f"{seed}/{key}/{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 @dataclass

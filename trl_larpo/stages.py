@@ -56,7 +56,7 @@ from .pairrm import PairRM
 from .reward_models import RewardModel
 from .rewards import Reward, load_rewards, reward_id, score_rows
 from .run_folder import RunFolder
-from .servers import Request, Sampler, running_servers
+from .servers import Request, Sampler, request_seed, running_servers
 from .storage import GrowingFile, partial_path, read_jsonl, replace_folder, write_json, write_jsonl
 from .trainer import LarPOTrainer
 
@@ -269,7 +269,7 @@ class Stages:
                 prompt=row["prompt"],
                 temperatures=temperatures,
                 prompt_ids=encode_prompt(tokenizer, row["prompt"]),
-                seed=int(row["prompt_id"][:6], 16) + 1000 * seed + sum(map(ord, key)),
+                seed=request_seed(seed, key, row["prompt_id"]),
             )
             for row in rows
         ]
