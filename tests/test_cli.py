@@ -131,6 +131,26 @@ def test_help_fits_two_screens_and_help_all_explains_every_option(capsys, monkey
                     assert " ".join(each.metadata["help"].replace("%%", "%").split()) in said, each.name
 
 
+def test_help_needs_no_yaml_file_and_is_not_changed_by_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    expected = help_of(capsys, "run", "--help")
+    assert max(map(len, expected.splitlines())) <= 80
+    (tmp_path / "run.yaml").write_text(f"server_command: vllm serve {'x' * 80}\nreward_funcs: [a:b, c:d]\n")
+    for words in (["--config", str(tmp_path / "run.yaml")], ["--config", "nowhere.yaml"], ["--small"]):
+        with pytest.raises(SystemExit):
+            cli.main(["run", *words, "--help"])
+        assert capsys.readouterr().out == expected
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert help_of(capsys, "run", "--help") == ""
+
+
+def test_an_option_in_place_of_a_command(capsys):
+    assert cli.main(["--help-all"]) == 2
+    assert "a command comes first" in capsys.readouterr().err
+    assert cli.main(["report"]) == 2
+    assert "(`larpo report --help` explains" in capsys.readouterr().err
+
+
 def test_lines_of_the_help_are_of_options_that_exist():
     known = {each.name for kinds in OPTIONS.values() for kind in kinds for each in fields(kind)}
     lines = [name for group in option_help.GROUPS.values() for name in group]

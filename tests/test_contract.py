@@ -9,10 +9,11 @@ import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed as hf_deepspeed
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import _tokenize, common_prefix_length
 from trl.models import prepare_deepspeed
-from trl.models.utils import disable_gradient_checkpointing
+from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_hooks
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -33,6 +34,8 @@ SIGNATURES = {
     _tokenize: ["processing_class", "input", "apply_chat_template_kwargs"],
     disable_gradient_checkpointing: ["model", "gradient_checkpointing_kwargs"],
     prepare_deepspeed: ["model", "accelerator"],
+    add_hooks: ["model"],
+    remove_hooks: ["model"],
     trl_utils.use_adapter: ["model", "adapter_name"],
     trl_utils.global_then_local_main_first: [],
     trl_utils.get_config_model_id: ["config"],
@@ -44,6 +47,10 @@ SIGNATURES = {
 def test_signatures(function):
     found = list(inspect.signature(function).parameters)
     assert found == SIGNATURES[function], f"TRL changed {function.__qualname__}: it now takes {found}"
+
+
+def test_transformers_keeps_its_deepspeed_config_where_it_did():
+    assert hf_deepspeed._hf_deepspeed_config_weak_ref is None  # `stages` takes it away for a while, and puts it back
 
 
 def test_constructor_takes_what_we_hand_on():

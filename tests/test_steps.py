@@ -9,7 +9,11 @@ from small_run import rows_of
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import cli
+from trl_larpo.candidates import prompt_id
 from trl_larpo.files import read_candidate_rows
+from trl_larpo.run_config import PromptOptions
+from trl_larpo.run_folder import load_prompts
+from trl_larpo.storage import write_jsonl
 
 
 def larpo(*words):
@@ -180,6 +184,50 @@ def test_shapes_of_candidate_files(tmp_path):
 def test_bad_rows_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_row(tmp_path, row)
+
+
+def test_columns_of_the_user_have_any_name_in_files_of_others(tmp_path):
+    mine = {"problem": "1 + 1", "prompt_id": 3, "left_out": "x", "columns": "c", "reward_id": 5}
+    row = read_row(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | mine)
+    assert row["columns"] == mine and row["prompt_id"] == prompt_id("p") and "reward_id" not in row
+    ours = {"candidates": [{"source": "policy"}] * 2, "columns": {"answer": "2"}, "reward_id": "r", "problem": None}
+    row = read_row(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | ours)
+    assert (row["columns"], row["reward_id"]) == ({"answer": "2"}, "r")
+    assert row["candidates"][0] == {
+        "iteration": 0, "source": "policy", "temperature": None, "num_tokens": None, "finished": True
+    }  # fmt: skip
+
+
+def test_rows_of_one_prompt_are_merged(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "p", "completions": [x], "rewards": [y]} for x, y in (("a", 1), ("b", 2))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q", "completions": ["c"]}]))
+    first, second = read_candidate_rows(str(path))
+    assert (first["completions"], first["rewards"], len(first["candidates"])) == (["a", "b"], [1, 2], 2)
+    assert second["completions"] == ["c"]
+
+
+def test_prompts_of_a_run_can_be_prompts_again(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answer": "2", "rewards": "mine"}\n{"prompt": "q"}\n')
+    options = PromptOptions(prompts=[str(tmp_path / "a.jsonl")])
+    rows = load_prompts(options.prompts[0], options)
+    assert rows[0]["columns"] == {"answer": "2", "rewards": "mine"}
+    write_jsonl(tmp_path / "b.jsonl", rows)
+    assert load_prompts(str(tmp_path / "b.jsonl"), options) == rows
+
+
+def test_a_reward_gets_the_same_columns_in_every_call(project):
+    (project / "mixed.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"p{i}", "responses": ["a", "b"]} | ({"answer": "2"} if i == 0 else {})) + "\n"
+                for i in range(300))
+    )  # fmt: skip
+    (project / "of_answers.py").write_text(
+        "def r(prompts, completions, answer, **columns): return [float(a == '2') for a in answer]"
+    )
+    words = ["reward", "--samples", "mixed.jsonl", "--reward_funcs", "of_answers:r", "--output", "scored.jsonl"]
+    assert larpo(*words) == 0
+    rows = [json.loads(line) for line in (project / "scored.jsonl").read_text().splitlines()]
+    assert [row["rewards"][0] for row in rows] == [1.0] + [0.0] * 299
 
 
 def test_an_empty_file_is_named(tmp_path):

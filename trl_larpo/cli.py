@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in ("stage", "launch"):
         parser.parse_known_args(argv[:1])  # refuses unknown commands, answers --help and --version
     try:
+        if argv[0] not in COMMANDS:
+            raise ConfigError(f"Unknown option `{argv[0]}`: a command comes first (`larpo --help` lists them).")
         return COMMANDS[argv[0]][0](argv[1:]) or 0
     except LarPOError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
@@ -59,7 +61,8 @@ def run(argv: list[str]) -> None:
     if "--small" in argv:
         from .small import shrink_arguments
 
-        argv = shrink_arguments([word for word in argv if word != "--small"])
+        argv = [word for word in argv if word != "--small"]
+        argv = argv if _asks_for_help(argv) else shrink_arguments(argv)
     options, training, model, _ = _parse(
         argv,
         (RunConfig, RunTrainingConfig, ModelConfig),
@@ -242,9 +245,14 @@ def train(argv: list[str]) -> int:
     return 0
 
 
+def _asks_for_help(argv: list[str]) -> list[str]:
+    return [word for word in argv if word in ("-h", "--help", "--help-all")]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage first
-        raise ConfigError(f"{message} (`{self.prog} --help-all` explains every option)")
+        flag = "--help-all" if "--help-all" in self._option_string_actions else "--help"
+        raise ConfigError(f"{message} (`{self.prog} {flag}` explains every option)")
 
 
 def _parse(
@@ -271,7 +279,11 @@ def _parse(
         epilog=epilog,
         allow_abbrev=False,
     )
-    parser.add_argument("--help-all", action=ShowFullHelp)
+    parser.add_argument("--help-all", dest=argparse.SUPPRESS, action=ShowFullHelp)
+    if flags := _asks_for_help(argv):
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # once, not once per process
+            parser.exit()
+        parser.parse_args(flags[:1])  # which ends here; before a YAML file changes the defaults
     try:
         *options, from_config, from_flags = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True

@@ -20,7 +20,8 @@ _COMPLETION_COLUMNS = {"completions": "file", "responses": "rlhflow", "all_gener
 _REWARD_COLUMNS = ("rewards", "all_rm_scores")
 
 _KEPT = ("reward_id", "reward_parts")
-_REPLACED = ("prompt_id", "finished", "completion_ids", "candidates", "columns", "left_out", "problem")
+_REPLACED = ("prompt_id", "columns", "left_out", "problem")
+"""Columns of this package's files that are read from, or made again. In files of others these are the user's."""
 
 
 def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
@@ -48,7 +49,15 @@ def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
         raw = [dict(row) for row in next(iter(load_splits(path).values()))]
     if not raw:
         raise DataError(f"{path!r} is empty.")
-    return [_canonical(row, f"{path!r} row {number}", as_messages) for number, row in enumerate(raw)]
+    rows: dict[tuple, Row] = {}
+    for number, row in enumerate(raw):
+        new = _canonical(row, f"{path!r} row {number}", as_messages)
+        first = rows.setdefault((new["prompt_id"], new.get("reward_id")), new)
+        if first is not new:  # the same prompt once more
+            for name in ("completions", "rewards", "candidates"):
+                first[name] = first[name] + new[name]
+            first.pop("reward_parts", None)
+    return list(rows.values())
 
 
 def _canonical(row: Row, where: str, as_messages: bool) -> Row:
@@ -93,9 +102,8 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
         )
     candidates = row.get("candidates")
     if candidates is None:
-        about = {"iteration": 0, "source": source, "temperature": None, "num_tokens": None}
-        candidates = [dict(about) for _ in completions]
-    elif len(candidates) != len(completions):
+        candidates = [{}] * len(completions)
+    if len(candidates) != len(completions):
         raise DataError(
             f"{where}, column `candidates`: has {len(candidates)} entries for {len(completions)} completions."
         )
@@ -103,15 +111,20 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
         raise DataError(
             f"{where}, column `candidates`: each entry describes a completion by `source`, `iteration`, ..."
         )
-    candidates = [{"finished": ended} | about for ended, about in zip(finished, candidates, strict=True)]
+    is_ours = all("source" in about for about in candidates)
+    defaults = {"iteration": 0, "source": source, "temperature": None, "num_tokens": None}
+    candidates = [defaults | {"finished": ended} | about for ended, about in zip(finished, candidates, strict=True)]
     if (of_completions := row.get("completion_ids")) is not None and len(of_completions) == len(completions):
         of_completions = [list(map(int, ids.split())) if isinstance(ids, str) else ids for ids in of_completions]
         candidates = [
             ({"token_ids": ids} if ids else {}) | about for ids, about in zip(of_completions, candidates, strict=True)
         ]
-    columns = row["columns"] if isinstance(row.get("columns"), dict) else {}
-    known = (name, column, reward_column, *_KEPT, *_REPLACED)
-    return {k: row[k] for k in _KEPT if k in row} | {
+    known = {name, column, reward_column, "finished", "completion_ids", "candidates"}
+    columns, kept = {}, {}
+    if is_ours:
+        known |= {*_KEPT, *_REPLACED}
+        columns, kept = row.get("columns") or {}, {k: row[k] for k in _KEPT if k in row}
+    return kept | {
         "columns": columns | {k: v for k, v in row.items() if k not in known},
         "prompt_id": prompt_id(prompt),
         "prompt": prompt,

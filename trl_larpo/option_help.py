@@ -188,7 +188,8 @@ def _grouped(parser: argparse.ArgumentParser) -> Iterator[tuple[str, dict[str, a
 
 def _short(action: argparse.Action, line: str, width: int) -> str:
     name, end = f"  --{action.dest}", _default(action)
-    return f"{name.ljust(_INDENT)} {textwrap.shorten(line, width - _INDENT - 1 - len(end), placeholder='…')}{end}\n"
+    room = max(20, width - _INDENT - 1 - len(end))
+    return f"{name.ljust(_INDENT)} {textwrap.shorten(line, room, placeholder='…')}{end}\n"
 
 
 def _full(action: argparse.Action, width: int) -> str:

@@ -151,6 +151,11 @@ class RunFolder:
                 read_jsonl(paths[1]),
                 read_json(paths[2]),
             )
+            if any("columns" not in row for row in (self.prompts + self.held_out)[:1]):
+                raise ConfigError(
+                    f"The run in {str(self.path)!r} was made by another version of trl-larpo. Finish it with that "
+                    "version, or take a new `output_dir`."
+                )
             return
         counts = {"read": 0, "duplicates": 0, "too_long": 0, "also_held_out": 0, "unused": 0}
         sources, held_out = self._load_prompts(tokenizer, counts)
@@ -276,6 +281,8 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             if options.prompts_as_messages:
                 prompt = [{"role": "user", "content": prompt}]
         row.pop("prompt", None)  # of another form, where it is not the column asked for
+        if isinstance(row.get("columns"), dict) and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
+            row = row["columns"]
         rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt, "columns": _jsonable(row, path, number)})
     return rows
 

@@ -59,7 +59,7 @@ class Request:
 
 def request_seed(seed: int, key: str, prompt_id: str) -> int:
     """
-    Seed of a request, from 0 to 2³¹ - 1.
+    Seed of a request, from 0 to 2³⁰ - 1.
 
     A hash: servers draw sample i of a request with seed + i, so seeds of the same prompt in two iterations must not be
     neighbours.
@@ -70,7 +70,7 @@ def request_seed(seed: int, key: str, prompt_id: str) -> int:
         prompt_id: Name of the prompt.
     """
     digest = hashlib.sha256(f"{seed}/{key}/{prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    return int.from_bytes(digest[:4], "big") >> 2
 
 
 @dataclass

@@ -15,7 +15,7 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import get_peft_config
-from trl.models import unwrap_model_for_generation
+from trl.models.utils import add_hooks, remove_hooks
 
 from .candidates import (
     build_lists,
@@ -383,6 +384,9 @@ class Stages:
         file = GrowingFile(path, share=state.process_index)
         state.wait_for_everyone()
         done = {row["prompt_id"]: row for row in file.rows}
+        of_rows = [row.get("columns") or {} for row in rows]
+        names = dict.fromkeys(name for columns in of_rows for name in columns)  # the same in every call of a reward
+        rows = [row | {"columns": names | columns} for row, columns in zip(rows, of_rows, strict=True)]
         size = max(1, _COMPLETIONS_PER_CALL // max(1, max(len(row["completions"]) for row in rows)))
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         failures: list[str] = []
@@ -412,7 +416,7 @@ class Stages:
         if not state.is_main_process:
             return []
         done = {row["prompt_id"]: row for row in GrowingFile(path).rows}
-        if len(done) < len(rows):
+        if len(done) < len({row["prompt_id"] for row in rows}):
             raise DataError("Another process could not reward its share; see its message.")
         names = ("completions", "candidates", "rewards", "known", "prompt_id")
         return [
@@ -442,7 +446,7 @@ class Stages:
             asked.append(
                 {
                     "prompt": row["prompt"],
-                    "columns": row["columns"],
+                    "columns": row.get("columns"),
                     "completions": [row["completions"][i] for i in places],
                     "finished": [row["candidates"][i]["finished"] for i in places],
                 }
@@ -574,11 +578,7 @@ class Stages:
         kinds = [("policy", options.evaluation_temperature)] * options.num_eval_samples
 
         def sample(rows: list[Row]) -> list[Row]:
-            with (
-                unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
-                trainer.accelerator.autocast(),
-                tqdm(disable=True) as silent,
-            ):
+            with _whole_model(trainer) as model, trainer.accelerator.autocast(), tqdm(disable=True) as silent:
                 samples = generate_completions(
                     model.get_base_model() if is_peft_model(model) else model,
                     trainer.processing_class,
@@ -600,11 +600,11 @@ class Stages:
 
         def score(rows: list[Row]) -> list[Row]:
             try:
-                scores = self._score_chunk(rows)
+                with _without_deepspeed_config():
+                    scores = self._score_chunk(rows)
             finally:
-                if any(isinstance(reward.function, RewardModel | PairRM) for reward in self.rewards):
-                    self._rewards = None  # the training needs the memory
-                    _free_memory()
+                self._rewards = None  # the training needs the memory of reward models
+                _free_memory()
             return [row | {"rewards": of_row["rewards"]} for row, of_row in zip(rows, scores, strict=True)]
 
         def save(step: int) -> None:
@@ -771,6 +771,42 @@ class Stages:
             return None
         error = statistics.stdev(by_prompt) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
         return {"mean": statistics.fmean(by_prompt), "standard_error": error, "prompts": len(by_prompt)}
+
+
+@contextlib.contextmanager
+def _whole_model(trainer: LarPOTrainer) -> Iterator[PreTrainedModel]:
+    """
+    The policy so that each process can sample from it on its own: under ZeRO-3 its weights are gathered.
+
+    TRL's `unwrap_model_for_generation` would switch gradient checkpointing off, and on again with other settings, and
+    leaves ZeRO-3 without its hooks after an error.
+    """
+    model, engine = trainer.accelerator.unwrap_model(trainer.model_wrapped), trainer.model_wrapped
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage != 3:
+        yield model
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.parameters())):
+        remove_hooks(engine)
+        try:
+            yield model
+        finally:
+            add_hooks(engine)
+
+
+@contextlib.contextmanager
+def _without_deepspeed_config() -> Iterator[None]:
+    """Models loaded inside are whole, in one process alone: under ZeRO-3 transformers would shard them among all."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
 
 
 def _sample_by_default(model: PreTrainedModel) -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from small_run import change_options, larpo_run, rows_of
 from transformers import AutoModelForCausalLM
 
+from trl_larpo.small import save_small_reward_model
+
 pytestmark = pytest.mark.slow
 
 ZERO_3 = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "zero3.yaml"
@@ -33,6 +35,9 @@ def test_two_processes_with_zero_3_make_what_one_makes(project):
         pytest.skip("DeepSpeed is not installed: `pip install trl-larpo[deepspeed]`")
     # Two processes fill an incomplete batch with lists from the start, one does not
     change_options(project, dataloader_drop_last=True, monitor_time_share=1)
+    # The monitor loads the reward model in one process, in the midst of a training that shards what is loaded
+    judge = save_small_reward_model(project / "judge")
+    change_options(project, reward_funcs=["run_rewards:vowels", str(judge)], reward_weights=[1.0, 0.1])
     assert larpo_run("--output_dir", "one") == 0
     flags = ["--output_dir", "two", "--num_processes", "2", "--accelerate_config", str(ZERO_3)]
     flags += ["--per_device_train_batch_size", "1", "--reward_processes", "1"]
