@@ -353,7 +353,7 @@ BAD = {
     "server command without port": (["--server_command", "serve {model}"], r"has no \{port\}"),
     "health check": (["--stop_on", "fever"], "`stop_on` names 'fever'"),
     "evaluation of the trainer": (["--eval_strategy", "steps"], "`eval_strategy` is"),
-    "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes by itself"),
+    "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes on its own"),
     "loss": (["--loss_type", "lambdarnak"], "Did you mean 'lambdarank'"),
     "earlier candidates": (["--earlier_candidates", "none.jsonl"], "`earlier_candidates` names 'none.jsonl'"),
     "accelerate config": (["--accelerate_config", "none.yaml"], "`accelerate_config` is 'none.yaml', and there is no"),

@@ -208,7 +208,8 @@ def test_rows_of_one_prompt_are_merged(tmp_path):
 
 
 def test_prompts_of_a_run_can_be_prompts_again(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answer": "2", "rewards": "mine"}\n{"prompt": "q"}\n')
+    rows = [{"prompt": "p", "answer": "2", "rewards": "mine"}, {"prompt": "q", "answer": None, "rewards": None}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
     options = PromptOptions(prompts=[str(tmp_path / "a.jsonl")])
     rows = load_prompts(options.prompts[0], options)
     assert rows[0]["columns"] == {"answer": "2", "rewards": "mine"}

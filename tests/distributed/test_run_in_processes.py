@@ -34,40 +34,35 @@ def test_two_processes_with_zero_3_make_what_one_makes(project):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `pip install trl-larpo[deepspeed]`")
     # Two processes fill an incomplete batch with lists from the start, one does not
-    change_options(project, dataloader_drop_last=True, monitor_time_share=1)
+    change_options(project, num_iterations=1, dataloader_drop_last=True, monitor_time_share=1)
     # The monitor loads the reward model in one process, in the midst of a training that shards what is loaded
     judge = save_small_reward_model(project / "judge")
     change_options(project, reward_funcs=["run_rewards:vowels", str(judge)], reward_weights=[1.0, 0.1])
     assert larpo_run("--output_dir", "one") == 0
     flags = ["--output_dir", "two", "--num_processes", "2", "--accelerate_config", str(ZERO_3)]
     flags += ["--per_device_train_batch_size", "1", "--reward_processes", "1"]
-    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=580, **in_processes())
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=900, **in_processes())
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    for iteration in (1, 2):
-        for name in ("samples", "rewarded", "lists", "held_out"):
-            one, two = (Path(run) / f"iteration_{iteration}" / f"{name}.jsonl" for run in ("one", "two"))
-            assert one.read_bytes() == two.read_bytes(), two
-        one, two = (load_file(f"{run}/iteration_{iteration}/model/model.safetensors") for run in ("one", "two"))
-        assert one.keys() == two.keys()
-        for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
-        AutoModelForCausalLM.from_pretrained(f"two/iteration_{iteration}/model")  # whole, not shards
-        check_monitors(iteration)
-        one, two = (
-            json.loads(Path(f"{run}/iteration_{iteration}/evaluation.json").read_text()) for run in ("one", "two")
-        )
-        assert one["kl_from_initial"]["mean"] == pytest.approx(two["kl_from_initial"]["mean"], rel=1e-3)
+    for name in ("samples", "rewarded", "lists", "held_out"):
+        one, two = (Path(run) / "iteration_1" / f"{name}.jsonl" for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), two
+    one, two = (load_file(f"{run}/iteration_1/model/model.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    AutoModelForCausalLM.from_pretrained("two/iteration_1/model")  # whole, not shards
+    check_monitors()
+    one, two = (json.loads(Path(f"{run}/iteration_1/evaluation.json").read_text()) for run in ("one", "two"))
+    assert one["kl_from_initial"]["mean"] == pytest.approx(two["kl_from_initial"]["mean"], rel=1e-3)
     assert "Policy: one row for each list" in done.stderr and done.stderr.count("Traceback") == 0
     # Another number of processes would make another step of it
     assert larpo_run("--output_dir", "two", "--num_processes", 4, "--accelerate_config", ZERO_3,
                      "--per_device_train_batch_size", 1) == 2  # fmt: skip
 
 
-def check_monitors(iteration):
+def check_monitors():
     """Held-out prompts that two processes sampled during the training have the rewards that one process found."""
-    one, two = (
-        json.loads(Path(f"{run}/iteration_{iteration}/monitor.json").read_text())["points"] for run in ("one", "two")
-    )
+    one, two = (json.loads(Path(f"{run}/iteration_1/monitor.json").read_text())["points"] for run in ("one", "two"))
     assert len(one) > 2 and [point["step"] for point in one] == [point["step"] for point in two]
     for a, b in zip(one, two, strict=True):
         assert a["by_prompt"] == pytest.approx(b["by_prompt"])
@@ -75,11 +70,12 @@ def check_monitors(iteration):
 
 def test_two_processes_watch_a_training_as_one_does(project):
     change_options(project, num_iterations=1, num_train_epochs=3, dataloader_drop_last=True, monitor_time_share=1)
+    change_options(project, reward_funcs="run_rewards:emptiness")  # which makes few ties
     assert larpo_run("--output_dir", "one") == 0
     flags = ["--output_dir", "two", "--train_processes", "2", "--per_device_train_batch_size", "1"]
-    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=580, **in_processes())
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=900, **in_processes())
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    check_monitors(1)
+    check_monitors()
 
 
 def workers(process, stage):
@@ -143,7 +139,7 @@ def test_two_machines_train_one_model(project):
     node = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1"
     node = f"{node} --master_port {free_port()} --node_rank"
     both = f"bash -c '{node} 1 {{stage}} & other=$!; {node} 0 {{stage}} && wait $other'"
-    change_options(project, num_iterations=1, dataloader_drop_last=True)
+    change_options(project, num_iterations=1, dataloader_drop_last=True, reward_funcs="run_rewards:emptiness")
     assert larpo_run("--output_dir", "one") == 0
     flags = ["--output_dir", "two", "--per_device_train_batch_size", "1", "--train_launcher", both]
     done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=300, **in_processes())
