@@ -111,7 +111,7 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
         raise DataError(
             f"{where}, column `candidates`: each entry describes a completion by `source`, `iteration`, ..."
         )
-    is_ours = all("source" in about for about in candidates)
+    is_ours = all("source" in about for about in candidates) and isinstance(row.get("columns") or {}, dict)
     defaults = {"iteration": 0, "source": source, "temperature": None, "num_tokens": None}
     candidates = [defaults | {"finished": ended} | about for ended, about in zip(finished, candidates, strict=True)]
     if (of_completions := row.get("completion_ids")) is not None and len(of_completions) == len(completions):
