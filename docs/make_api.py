@@ -20,18 +20,18 @@ PUBLIC = {
         "bootstrap_interval",
     ],
     "trl_larpo.candidates": ["Candidate", "Selection", "SelectionCounts", "build_list", "build_lists"],
-    "trl_larpo.verifiers": [
+    "trl_larpo.rewards.verifiers": [
         "verifiable_instruction_reward", "verifiable_instructions_reward", "is_repetitive", "gsm8k_reward",
         "math_reward",
     ],
-    "trl_larpo.rewards": ["load_rewards", "score_rows", "win_rates"],
-    "trl_larpo.reward_models": ["RewardModel"],
-    "trl_larpo.pairrm": ["PairRM"],
-    "trl_larpo.generation": ["generate_completions", "Sample"],
+    "trl_larpo.rewards.functions": ["load_rewards", "score_rows", "win_rates"],
+    "trl_larpo.rewards.reward_models": ["RewardModel"],
+    "trl_larpo.rewards.pairrm": ["PairRM"],
+    "trl_larpo.generation.in_process": ["generate_completions", "Sample"],
     "trl_larpo.recall": ["recall", "recall_curve", "CheckedSamples"],
-    "trl_larpo.files": ["read_candidate_rows"],
-    "trl_larpo.run": ["run"],
-    "trl_larpo.report": ["write_report"],
+    "trl_larpo.run.candidate_files": ["read_candidate_rows"],
+    "trl_larpo.run.loop": ["run"],
+    "trl_larpo.report.page": ["write_report"],
 }  # fmt: skip
 """Modules and their public names, in the order of the page."""
 

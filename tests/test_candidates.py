@@ -6,17 +6,9 @@ from dataclasses import replace
 import pytest
 
 from trl_larpo import ConfigError
-from trl_larpo.candidates import (
-    Candidate,
-    Selection,
-    build_list,
-    build_lists,
-    candidates_of,
-    earlier_iterations,
-    prompt_id,
-    random_prompts,
-    related_prompts,
-)
+from trl_larpo.candidates import Candidate, Selection, build_list, build_lists, candidates_of, earlier_iterations
+from trl_larpo.prompts import prompt_id
+from trl_larpo.run.negatives import random_prompts, related_prompts
 
 
 def oracle(candidates, selection):

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments
 
 from trl_larpo import LarPOConfig, LarPOTrainer, cli, option_help
+from trl_larpo.commands import GenerateConfig, RewardConfig, SelectConfig
 from trl_larpo.recall import RecallConfig
-from trl_larpo.run_config import RunConfig, RunTrainingConfig
-from trl_larpo.steps import GenerateConfig, RewardConfig, SelectConfig
+from trl_larpo.run.options import RunConfig, RunTrainingConfig
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_larpo import DataCollatorForCandidateLists
-from trl_larpo.config import DPO_LOSSES
-from trl_larpo.cpu_head import CPULogProbs
-from trl_larpo.layout import separate_rows
-from trl_larpo.passes import run_rows
+from trl_larpo.training.chunking import run_rows
+from trl_larpo.training.config import DPO_LOSSES
+from trl_larpo.training.cpu_head import CPULogProbs
+from trl_larpo.training.token_rows import separate_rows
 
 SIGNATURES = {
     DPOTrainer._prepare_dataset: ["self", "dataset", "processing_class", "args", "dataset_name"],
@@ -109,7 +109,7 @@ def test_scoring_labelled_positions_only_changes_no_number(tiny_model, monkeypat
     rows = separate_rows(DataCollatorForCandidateLists(pad_token_id=0)([example]))
     mask = rows.real.long()
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", spy(trl_utils._ChunkedLogProbFunction))
-    monkeypatch.setattr("trl_larpo.passes.CPULogProbs", spy(CPULogProbs))
+    monkeypatch.setattr("trl_larpo.training.chunking.CPULogProbs", spy(CPULogProbs))
     whole = model(input_ids=rows.input_ids, attention_mask=mask, labels=rows.labels, fused_lm_head=True)
     part = run_rows(model, rows, mask)
     assert num_scored == [("ChunkedLogProbFunction", 6), ("CPULogProbs", 3)], (

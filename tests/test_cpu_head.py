@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl.trainer.utils import _ChunkedLogProbFunction
 
-from trl_larpo.cpu_head import CPULogProbs
+from trl_larpo.training.cpu_head import CPULogProbs
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 

@@ -11,7 +11,9 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_larpo import DataError, LarPOTrainer
-from trl_larpo.data import canonical_row, check_dataset, dataset_format, load_splits, tokenize_dataset
+from trl_larpo.training.datasets import load_splits
+from trl_larpo.training.tokenization import tokenize_dataset
+from trl_larpo.training.validation import canonical_row, check_dataset, dataset_format
 
 GOOD = {"prompt": "p", "completions": [" a", " b"], "rewards": [1.0, 0.0]}
 USER = [{"role": "user", "content": "p"}]

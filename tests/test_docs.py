@@ -21,7 +21,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import cli
-from trl_larpo.small import save_small_model
+from trl_larpo.run.small import save_small_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/*.md", "examples/**/*.md")

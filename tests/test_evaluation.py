@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from trl_larpo.evaluation import best_of_n, evaluate_rows, mean_and_error
+from trl_larpo.run.evaluation import best_of_n, evaluate_rows, mean_and_error
 
 
 def row(name, rewards, tokens=5):

@@ -11,7 +11,7 @@ import pytest
 from judge_server import REFERENCE, JudgeServer
 from small_run import rows_of
 
-from trl_larpo.small import save_small_model
+from trl_larpo.run.small import save_small_model
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "evaluation"
 RECIPE = Path(__file__).parents[1] / "examples/recipes/table2/mistral_base_listmle_pairrm.yaml"

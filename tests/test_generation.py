@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError
-from trl_larpo.decoding import Job, _draw
-from trl_larpo.generation import generate_completions
+from trl_larpo.generation.continuous_batching import Job, _draw
+from trl_larpo.generation.in_process import generate_completions
 
 PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_larpo.health import CHECKS, check_iteration
+from trl_larpo.run.health import CHECKS, check_iteration
 
 
 def evaluation(tokens=40.0, finished=0.95, change=0.1, kl=5.0):

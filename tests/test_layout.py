@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from trl_larpo import DataCollatorForCandidateLists
-from trl_larpo.attention import visible
-from trl_larpo.layout import (
+from trl_larpo.training.attention import visible
+from trl_larpo.training.token_rows import (
     _round_up,
     candidate_rows,
     count_tokens,

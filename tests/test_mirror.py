@@ -8,9 +8,9 @@ import pytest
 from small_run import change_options, larpo_run, rows_of
 
 from trl_larpo import LarPOError
-from trl_larpo.data import load_splits
-from trl_larpo.files import read_candidate_rows
-from trl_larpo.mirror import Mirror
+from trl_larpo.run.candidate_files import read_candidate_rows
+from trl_larpo.run.mirror import Mirror
+from trl_larpo.training.datasets import load_splits
 
 
 def test_another_machine_goes_on_where_the_first_one_ended(project, capsys):

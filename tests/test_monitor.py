@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, write_prompts
 
-from trl_larpo import monitor as monitor_module
-from trl_larpo.monitor import MonitorPoint, TrainingMonitor
+from trl_larpo.run import monitor as monitor_module
+from trl_larpo.run.monitor import MonitorPoint, TrainingMonitor
 
 TWO_FACED = """
 def two_faced(prompts, completions, **columns):

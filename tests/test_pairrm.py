@@ -8,9 +8,9 @@ import torch
 from transformers import DebertaV2Config
 
 from trl_larpo import ConfigError
-from trl_larpo.pairrm import FIRST, SECOND, SOURCE, PairRM, PairRMModel, source_text
-from trl_larpo.rewards import Reward, score_rows
-from trl_larpo.small import save_small_pairrm
+from trl_larpo.rewards.functions import Reward, score_rows
+from trl_larpo.rewards.pairrm import FIRST, SECOND, SOURCE, PairRM, PairRMModel, source_text
+from trl_larpo.run.small import save_small_pairrm
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_rewards_are_mean_win_rates(path):
 
 def test_long_texts_lose_their_end_and_what_the_prompt_leaves_is_shared(path, caplog):
     ranker = PairRM(path, device="cpu", max_length=60)  # of it 35 for the prompt
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.pairrm"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.rewards.pairrm"):
         ids = ranker.encode("p" * 100, ["f" * 100, "s" * 100])[0, 1]
     assert caplog.text.count("Said once.") == 1
     text = ranker.tokenizer.decode(ids)

@@ -11,7 +11,7 @@ from small_run import rows_of
 from trl_larpo import cli
 from trl_larpo.metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy
 from trl_larpo.recall import CheckedSamples, recall_curve
-from trl_larpo.small import save_small_model, save_small_reward_model
+from trl_larpo.run.small import save_small_model, save_small_reward_model
 
 RNG = np.random.default_rng(0)
 CASES = [

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_larpo import cli, run
-from trl_larpo.report import write_report as page
+from trl_larpo import cli
+from trl_larpo.report.page import write_report as page
+from trl_larpo.run import loop
 from trl_larpo.storage import read_json, read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ def test_it_runs_in_small_form(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Pictures take a third of the time: one page, at the end, is enough here
     monkeypatch.setattr(
-        run, "write_report", lambda path: (path / "iteration_3" / "health.json").exists() and page(path)
+        loop, "write_report", lambda path: (path / "iteration_3" / "health.json").exists() and page(path)
     )
     assert cli.main(["run", "--config", str(FOLDER / name), "--small"]) == 0
     recipe, out = RECIPES[name], tmp_path / f"outputs/recipes/{name.removesuffix('.yaml')}-small"

@@ -10,7 +10,7 @@ import pytest
 from small_run import rows_of
 
 from trl_larpo import DataError
-from trl_larpo.report import MAX_DATA_BYTES, write_report
+from trl_larpo.report.page import MAX_DATA_BYTES, write_report
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from trl_larpo import ConfigError, DataError
-from trl_larpo.reward_models import RewardModel
-from trl_larpo.small import save_small_reward_model
+from trl_larpo.rewards.reward_models import RewardModel
+from trl_larpo.run.small import save_small_reward_model
 
 
 def save_reward_model(folder, model_type="llama", num_labels=1, chat_template=True, pad_is_eos=False, **config):
@@ -94,7 +94,7 @@ def test_a_model_whose_rewards_depend_on_padding_is_refused(tmp_path):
 
 def test_long_texts_lose_their_start_and_it_is_said_once(tmp_path, caplog):
     model = RewardModel(save_reward_model(tmp_path), device="cpu", max_length=6)
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.reward_models"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.rewards.reward_models"):
         model(PROMPTS, COMPLETIONS)
     assert model.tokenizer.decode(model._encode("abcdef", "gh")) == "cdefgh"
     assert caplog.text.count("is cut off. Said once.") == 1

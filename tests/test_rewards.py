@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from trl_larpo import ConfigError, DataError, verifiers
-from trl_larpo.rewards import Reward, load_rewards, reward_id, score_rows, win_rates
-from trl_larpo.verifiers import (
+from trl_larpo import ConfigError, DataError
+from trl_larpo.rewards import verifiers
+from trl_larpo.rewards.functions import Reward, load_rewards, reward_id, score_rows, win_rates
+from trl_larpo.rewards.verifiers import (
     INSTRUCTIONS,
     boxed_answer,
     final_number,

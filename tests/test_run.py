@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_larpo.storage import only_process
+from trl_larpo.storage import exclusive_lock
 
 RESULTS = (
     "run.yaml", "prompts.jsonl", "held_out_prompts.jsonl", "iteration_0/held_out.jsonl", "iteration_0/evaluation.json",
@@ -404,7 +404,7 @@ def test_yaml_of_the_wrong_type_is_named(project, capsys):
 
 
 def test_two_processes_in_one_folder_are_refused(project, capsys):
-    with only_process(project / "out"):
+    with exclusive_lock(project / "out"):
         code = "import sys; from trl_larpo.cli import main; sys.exit(main(['run', '--config', 'it.yaml']))"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert other.returncode == 2 and "is running in out. Wait for it, stop it" in other.stderr

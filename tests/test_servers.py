@@ -12,16 +12,10 @@ import psutil
 import pytest
 from fake_server import FakeServer
 
-from trl_larpo import ConfigError, LarPOError, servers
-from trl_larpo.servers import (
-    Request,
-    Sampler,
-    check_url,
-    request_seed,
-    running_servers,
-    server_command,
-    stop_leftovers,
-)
+from trl_larpo import ConfigError, LarPOError
+from trl_larpo.generation import server_client as servers
+from trl_larpo.generation.server_client import Request, Sampler, request_seed
+from trl_larpo.generation.server_process import check_url, running_servers, server_command, stop_leftovers
 
 pytest.importorskip("openai")
 
@@ -103,7 +97,7 @@ def test_a_server_that_decodes_greedily_is_told_to_sample(fake):
 
 
 def test_identical_samples_are_reported_once(fake, caplog):
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.servers"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.server_client"):
         results = sample([fake("always_greedy")])
     assert all(len({x.text for x in samples}) == 1 for samples in results.values())
     warnings = [record.message for record in caplog.records if "Identical samples" in record.message]
@@ -111,7 +105,7 @@ def test_identical_samples_are_reported_once(fake, caplog):
 
 
 def test_another_prompt_than_in_training_is_reported(fake, caplog):
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.servers"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.server_client"):
         sample([fake(prompt_tokens=3)])
         assert not caplog.records
         sample([fake(prompt_tokens=4)])

@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError, LarPOTrainer
-from trl_larpo.attention import sharing_obstacle
+from trl_larpo.training.attention import sharing_obstacle
 
 WINDOW = {"sliding_window": 5}
 SHARING = {

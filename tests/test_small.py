@@ -7,7 +7,7 @@ import yaml
 from small_run import CONFIG, rows_of
 
 from trl_larpo import cli
-from trl_larpo.small import shrink
+from trl_larpo.run.small import shrink
 
 
 def test_functions_and_files_of_the_users_stay(project):

@@ -9,10 +9,10 @@ from small_run import rows_of
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import cli
-from trl_larpo.candidates import prompt_id
-from trl_larpo.files import read_candidate_rows
-from trl_larpo.run_config import PromptOptions
-from trl_larpo.run_folder import load_prompts
+from trl_larpo.prompts import prompt_id
+from trl_larpo.run.candidate_files import read_candidate_rows
+from trl_larpo.run.options import PromptOptions
+from trl_larpo.run.prompts import load_prompts
 from trl_larpo.storage import write_jsonl
 
 

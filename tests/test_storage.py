@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from trl_larpo import DataError, LarPOError
-from trl_larpo.storage import GrowingFile, disk_full_is_said, only_process, read_jsonl, write_jsonl, write_text
+from trl_larpo.storage import GrowingFile, exclusive_lock, explain_full_disk, read_jsonl, write_jsonl, write_text
 
 HOSTILE = [{"text": "line\u2028separator \x85 \x0b \r\n tab\t"}, {"text": "\ud800 alone"}, {"text": "🦜 مرحبا"}]
 
@@ -61,22 +61,22 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_other_errors_of_a_full_disk_are_said_too(tmp_path, monkeypatch):
-    with pytest.raises(LarPOError, match=r"The disk is full: .* Free some space"), disk_full_is_said(tmp_path):
+    with pytest.raises(LarPOError, match=r"The disk is full: .* Free some space"), explain_full_disk(tmp_path):
         raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
-    with pytest.raises(RuntimeError, match="something else"), disk_full_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), explain_full_disk(tmp_path):
         raise RuntimeError("something else")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(LarPOError, match="The disk is full"), disk_full_is_said(tmp_path):
+    with pytest.raises(LarPOError, match="The disk is full"), explain_full_disk(tmp_path):
         raise RuntimeError("unexpected pos 72128 vs 72020")  # as torch says it
 
 
 def test_one_process_in_a_folder(tmp_path):
-    code = "import pathlib, sys\nfrom trl_larpo.storage import only_process\n"
-    code += "with only_process(pathlib.Path(sys.argv[1])): pass"
-    with only_process(tmp_path):
+    code = "import pathlib, sys\nfrom trl_larpo.storage import exclusive_lock\n"
+    code += "with exclusive_lock(pathlib.Path(sys.argv[1])): pass"
+    with exclusive_lock(tmp_path):
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert f"Another process (process {os.getpid()}) is running in {tmp_path}" in other.stderr
-    with only_process(tmp_path):
+    with exclusive_lock(tmp_path):
         pass  # free again
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from small_run import change_options, larpo_run, rows_of
 
-from trl_larpo import tracking
+from trl_larpo.run import tracking
 
 pytest.importorskip("wandb")
 pytest.importorskip("trackio")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_larpo import ConfigError, DataError, LarPOConfig, LarPOTrainer
 from trl_larpo.losses import RANKING_LOSSES, lambdarank_loss, listmle_loss, listnet_loss, ndcg_lambda_weight
-from trl_larpo.trainer import divergence_scores
+from trl_larpo.training.trainer import divergence_scores
 
 
 def weights_of(model):

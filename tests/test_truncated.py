@@ -7,7 +7,8 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from trl_larpo import ConfigError, DataError, LarPOConfig
-from trl_larpo.data import canonical_row, check_dataset, tokenize_dataset
+from trl_larpo.training.tokenization import tokenize_dataset
+from trl_larpo.training.validation import canonical_row, check_dataset
 
 # As the models' own templates write a conversation, reduced to what this is about: what stands after a message
 TEMPLATES = {

@@ -8,7 +8,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trl_larpo.small import byte_tokenizer
+from trl_larpo.run.small import byte_tokenizer
 
 TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
 

@@ -1,11 +1,24 @@
 """LarPO for Hugging Face TRL: align language models with ranked lists of responses."""
 
-from .collator import DataCollatorForCandidateLists
-from .config import LarPOConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .errors import ConfigError, DataError, LarPOError
-from .losses import RANKING_LOSSES
-from .trainer import LarPOTrainer
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .losses import RANKING_LOSSES
+    from .training.collator import DataCollatorForCandidateLists
+    from .training.config import LarPOConfig
+    from .training.trainer import LarPOTrainer
+
+_LAZY = {
+    "RANKING_LOSSES": ".losses",
+    "DataCollatorForCandidateLists": ".training.collator",
+    "LarPOConfig": ".training.config",
+    "LarPOTrainer": ".training.trainer",
+}
+"""Public names that need torch or TRL: imported when they are first used, so that `import trl_larpo` stays light."""
 
 __all__ = [
     "RANKING_LOSSES",
@@ -17,3 +30,13 @@ __all__ = [
     "LarPOTrainer",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

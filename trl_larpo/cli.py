@@ -55,11 +55,11 @@ def run(argv: list[str]) -> None:
     """`larpo run`: all iterations, or what is left of them."""
     from trl import ModelConfig
 
-    from .run import run as run_loop
-    from .run_config import RunConfig, RunTrainingConfig
+    from .run.loop import run as run_loop
+    from .run.options import RunConfig, RunTrainingConfig
 
     if "--small" in argv:
-        from .small import shrink_arguments
+        from .run.small import shrink_arguments
 
         argv = [word for word in argv if word != "--small"]
         argv = argv if _asks_for_help(argv) else shrink_arguments(argv)
@@ -78,8 +78,8 @@ def run(argv: list[str]) -> None:
 
 def stage(argv: list[str]) -> int:
     """One stage of a run, in one of several processes. `larpo run` starts it through [`launch`]."""
-    from .launch import run_as_worker
-    from .run import run_stage_of
+    from .run.launch import run_as_worker
+    from .run.loop import run_stage_of
 
     parser = argparse.ArgumentParser(prog="larpo stage")
     parser.add_argument("--folder", required=True)
@@ -92,14 +92,14 @@ def stage(argv: list[str]) -> int:
 
 def launch(argv: list[str]) -> int:
     """Starts a stage in several processes. `larpo run` calls it."""
-    from .launch import launch
+    from .run.launch import launch
 
     return launch(argv)
 
 
 def report(argv: list[str]) -> None:
     """`larpo report`: writes the page of a run, finished or not."""
-    from .report import write_report
+    from .report.page import write_report
 
     parser = _Parser(prog="larpo report", description="Write the page of a run: pictures, health, candidate lists.")
     parser.add_argument("run", help="folder of the run")
@@ -110,7 +110,7 @@ def generate(argv: list[str]) -> None:
     """`larpo generate`: samples completions."""
     from trl import ModelConfig
 
-    from .steps import GenerateConfig, generate
+    from .commands import GenerateConfig, generate
 
     options, model, _ = _parse(
         argv,
@@ -124,7 +124,7 @@ def generate(argv: list[str]) -> None:
 
 def reward(argv: list[str]) -> None:
     """`larpo reward`: scores completions."""
-    from .steps import RewardConfig, reward
+    from .commands import RewardConfig, reward
 
     options, _ = _parse(
         argv, (RewardConfig,), command="reward", description="Reward the completions of a file into another file."
@@ -135,7 +135,7 @@ def reward(argv: list[str]) -> None:
 
 def select(argv: list[str]) -> None:
     """`larpo select`: makes candidate lists."""
-    from .steps import SelectConfig, select
+    from .commands import SelectConfig, select
 
     options, _ = _parse(
         argv,
@@ -175,7 +175,7 @@ def train(argv: list[str]) -> int:
     """`larpo train`: parses the options, loads the data, trains, saves."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from .config import LarPOConfig
+    from .training.config import LarPOConfig
 
     script_args, training_args, model_args, mixture_args, launch_args = _parse(
         argv,
@@ -194,8 +194,8 @@ def train(argv: list[str]) -> int:
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
-    from .data import load_splits
-    from .trainer import LarPOTrainer
+    from .training.datasets import load_splits
+    from .training.trainer import LarPOTrainer
 
     _check_model_path(model_args.model_name_or_path)
     if mixture_args.datasets:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RankingLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 LambdaWeight = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

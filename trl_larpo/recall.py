@@ -18,24 +18,30 @@ import numpy as np
 from matplotlib.figure import Figure
 from trl import ModelConfig
 
-from .candidates import completion_text
+from .commands import prompts_of, reward_file, sample_file
 from .errors import ConfigError, DataError
-from .files import read_candidate_rows
-from .generation import check_sampling
+from .generation.in_process import check_sampling
+from .generation.options import GenerationOptions
+from .generation.server_process import check_servers
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
-from .rewards import import_function, load_rewards, reward_id
-from .run_config import NEGATIVES, GenerationOptions, PromptOptions, RewardOptions, option
-from .servers import check_servers
-from .steps import prompts_of, reward_file, sample_file
-from .storage import keep_settings, only_process, read_jsonl, saving_to, write_json, write_text
-from .verifiers import boxed_answer, final_number
+from .options import option
+from .prompts import completion_text
+from .rewards.functions import import_function, load_rewards, reward_id
+from .rewards.options import RewardOptions
+from .rewards.verifiers import boxed_answer, final_number
+from .run.candidate_files import read_candidate_rows
+from .run.options import NEGATIVES, PromptOptions
+from .storage import exclusive_lock, keep_settings, read_jsonl, saving_to, write_json, write_text
 
 Row = dict[str, Any]
 
+
 N_VALUES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
 
 ANSWERS: dict[str, Callable[[str], Any]] = {"gsm8k": final_number, "math": boxed_answer}
 """What a completion answers, for the majority vote: name → function of its text."""
+
 
 GREEDY = "greedy"
 
@@ -141,7 +147,7 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
     options.check_recall(model)
     answer_of = options.load_answer_func()
     folder = Path(options.output)
-    with only_process(folder):
+    with exclusive_lock(folder):
         _keep_settings(options, model, folder)
         sources = _sampled(options, model, folder) if not options.candidates else _read(options, folder)
         groups = [

@@ -15,16 +15,20 @@ from typing import Any
 
 from .errors import ConfigError, DataError, LarPOError
 
+Row = dict[str, Any]
+
+
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-_PARTIAL = ".partial"
-_LITTLE_SPACE = 2**18  # bytes
-_LONE_SURROGATES = "backslashreplace"  # makes of them the escapes that JSON has for them
 
-Row = dict[str, Any]
+_PARTIAL = ".partial"
+
+_LITTLE_SPACE = 2**18  # bytes
+
+_LONE_SURROGATES = "backslashreplace"  # makes of them the escapes that JSON has for them
 
 
 def partial_path(path: Path) -> Path:
@@ -185,7 +189,7 @@ def saving_to(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def disk_full_is_said(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     """
     Makes one error of the many that libraries raise on a full disk; other errors pass.
 
@@ -208,7 +212,7 @@ def disk_full_is_said(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """
     Keeps other processes out of a folder as long as the context is open. A killed process leaves no lock behind.
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from trl import ModelConfig
 
 from trl_larpo import LarPOError
-from trl_larpo.candidates import completion_text, prompt_id
-from trl_larpo.servers import check_servers
-from trl_larpo.steps import GenerateConfig, sample_file
+from trl_larpo.commands import GenerateConfig, sample_file
+from trl_larpo.generation.server_process import check_servers
+from trl_larpo.prompts import completion_text, prompt_id
 from trl_larpo.storage import keep_settings, read_jsonl
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from small_run import change_options, larpo_run, rows_of
 from transformers import AutoModelForCausalLM
 
-from trl_larpo.small import save_small_reward_model
+from trl_larpo.run.small import save_small_reward_model
 
 pytestmark = pytest.mark.slow
 

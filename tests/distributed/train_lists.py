@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from trl_larpo import LarPOConfig, LarPOTrainer
-from trl_larpo.launch import leave
+from trl_larpo.run.launch import leave
 
 NUM_ROWS = 80  # more than any run here sees: no end of an epoch, where batches are filled up with rows from the start
 

@@ -20,10 +20,10 @@ from tasks import TASKS, Task
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from trl_larpo.evaluation import evaluate_rows, mean_and_error, with_error
-from trl_larpo.run_config import RunConfig, RunTrainingConfig
-from trl_larpo.run_folder import RunFolder
-from trl_larpo.stages import Stages
+from trl_larpo.run.evaluation import evaluate_rows, mean_and_error, with_error
+from trl_larpo.run.folder import RunFolder
+from trl_larpo.run.options import RunConfig, RunTrainingConfig
+from trl_larpo.run.stages import Stages
 from trl_larpo.storage import read_json, read_jsonl, write_json
 
 HERE = Path(__file__).parent

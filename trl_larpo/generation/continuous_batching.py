@@ -1,0 +1,326 @@
+"""
+Samples from a causal language model with a batch that is kept full.
+
+A prompt runs through the model once, however many completions are sampled for it. Every few tokens the completions
+that have ended leave the batch, and those of waiting prompts take their places. Each completion draws its tokens with
+random numbers of its own, so that what is sampled does not depend on what else is in the batch, but for rounding.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from ..layers import layer_obstacle
+
+_STRIDE = 8  # tokens after which completions that have ended leave
+
+_ROOM = 64  # tokens by which the memory for keys and values grows
+
+_BLOCK = 256  # vocabulary entries summed up at a time
+
+
+@dataclass
+class Job:
+    """
+    Completions to sample for one prompt.
+
+    Attributes:
+        prompt_ids: Tokens of the prompt, at least one.
+        temperatures: Temperature of each completion; 0 decodes greedily.
+        uniforms: One row of random numbers in [0, 1) for each completion, `(completions, max_new_tokens)`.
+        results: Tokens of each completion, an end token included. Filled by [`sample`].
+    """
+
+    prompt_ids: list[int]
+    temperatures: list[float]
+    uniforms: np.ndarray
+    results: list[list[int] | None] = None
+
+    def __post_init__(self):
+        self.results = [None] * len(self.temperatures)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    jobs: list[Job],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    end_ids: set[int],
+    pad_id: int,
+    top_p: float = 1.0,
+    on_completion: Callable[[list[int]], None] = lambda ids: None,
+) -> None:
+    """
+    Fills in the results of `jobs`, in the order given.
+
+    Args:
+        model: Causal language model in evaluation mode.
+        jobs: What to sample.
+        batch_size: Completions in the batch at the same time.
+        max_new_tokens: Longest completion, in tokens.
+        end_ids: Tokens that end a completion.
+        pad_id: Any token, to fill up prompts with.
+        top_p: Nucleus sampling threshold in (0, 1].
+        on_completion: Called with the tokens of each completion when it has ended.
+    """
+    rows = [(job, i) for job in jobs for i in range(len(job.temperatures))]
+    if layer_obstacle(model) is not None:  # no cache of keys and values that could be rearranged
+        # Prompts of one length together: not every model that keeps a state leaves padding out of it
+        for _, same_length in groupby(sorted(rows, key=_prompt_length, reverse=True), _prompt_length):
+            same_length = list(same_length)
+            for start in range(0, len(same_length), batch_size):
+                batch = same_length[start : start + batch_size]
+                completions = _generate(model, batch, max_new_tokens, end_ids, pad_id, top_p)
+                for (job, i), ids in zip(batch, completions, strict=True):
+                    job.results[i] = ids
+                    on_completion(ids)
+        return
+
+    waiting = deque(_groups(jobs, batch_size))
+    batch = _Batch(model, max_new_tokens, end_ids, pad_id, top_p)
+    while waiting or batch.rows:
+        entering, free = [], batch_size - len(batch.rows)
+        if free == batch_size or free >= batch_size // 4:  # a few at a time: each entry is a pass over prompts
+            while waiting and len(waiting[0][1]) <= free:
+                entering.append(waiting.popleft())
+                free -= len(entering[-1][1])
+        if entering:
+            batch.enter(entering)
+        batch.advance()
+        for job, i, ids in batch.leave():
+            job.results[i] = ids
+            on_completion(ids)
+
+
+def _prompt_length(row: tuple[Job, int]) -> int:
+    return len(row[0].prompt_ids)
+
+
+def _groups(jobs: list[Job], batch_size: int) -> list[tuple[Job, list[int]]]:
+    """Completions of one prompt that enter the batch together: all of them, unless they are more than fit."""
+    return [
+        (job, list(range(start, min(start + batch_size, len(job.temperatures)))))
+        for job in jobs
+        for start in range(0, len(job.temperatures), batch_size)
+    ]
+
+
+class _Layer(DynamicLayer):
+    """Keys and values in memory with room for further tokens, which is not copied for each token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        old = 0 if self.keys is None or self.keys.numel() == 0 else self.keys.size(2)
+        new = old + key_states.size(2)
+        if old == 0 or new > self._rooms[0].size(2):
+            self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+            rooms = []
+            for states in (key_states, value_states):
+                batch, heads, _, size = states.shape
+                rooms.append(states.new_empty(batch, heads, new + _ROOM, size))
+            if old:
+                rooms[0][:, :, :old], rooms[1][:, :, :old] = self.keys, self.values
+            self._rooms = rooms
+        self._rooms[0][:, :, old:new], self._rooms[1][:, :, old:new] = key_states, value_states
+        self.keys, self.values = (room[:, :, :new] for room in self._rooms)
+        return self.keys, self.values
+
+
+def _cache(layers: list[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = _Layer
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys, values, number)
+    return cache
+
+
+class _Batch:
+    """The completions being sampled. They end in the same column; shorter ones are padded in front."""
+
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int, end_ids: set[int], pad_id: int, top_p: float):
+        self.model, self.max_new_tokens, self.end_ids, self.pad_id = model, max_new_tokens, end_ids, pad_id
+        self.top_p = top_p
+        self.rows: list[tuple[Job, int, list[int]]] = []  # job, number of the completion, its tokens so far
+        self.cache = _cache()
+        self.real = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (rows, length): 0 is padding
+        self.last_ids = torch.zeros(0, dtype=torch.long, device=model.device)
+
+    def enter(self, groups: list[tuple[Job, list[int]]]) -> None:
+        """Runs the prompts through the model and adds a row for each of their completions."""
+        device = self.model.device
+        length = max(len(job.prompt_ids) for job, _ in groups)
+        input_ids = torch.full((len(groups), length), self.pad_id)
+        real = torch.zeros(len(groups), length, dtype=torch.long)
+        for row, (job, _) in enumerate(groups):
+            input_ids[row, length - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
+            real[row, length - len(job.prompt_ids) :] = 1
+        real, cache = real.to(device), _cache()
+        logits = self._run(input_ids.to(device), real, cache)
+        repeats = torch.tensor([len(numbers) for _, numbers in groups], device=device)
+        new_rows = [(job, i, []) for job, numbers in groups for i in numbers]
+        new_ids = self._draw(logits.repeat_interleave(repeats, dim=0), new_rows, 0)
+        for (*_, ids), token in zip(new_rows, new_ids.tolist(), strict=True):
+            ids.append(token)
+
+        real = real.repeat_interleave(repeats, dim=0)
+        layers = [tuple(t.repeat_interleave(repeats, dim=0) for t in (x.keys, x.values)) for x in cache.layers]
+        if self.rows:
+            layers = [
+                (_stack(old.keys, keys), _stack(old.values, values))
+                for old, (keys, values) in zip(self.cache.layers, layers, strict=True)
+            ]
+            real = _stack(self.real[..., None], real[..., None])[..., 0]
+        self.cache, self.real = _cache(layers), real
+        self.rows += new_rows
+        self.last_ids = torch.cat([self.last_ids, new_ids])
+
+    def advance(self) -> None:
+        """Adds a few tokens to every row; what is too much in those that end meanwhile is cut off when they leave."""
+        columns = []
+        for _ in range(min(_STRIDE, self.max_new_tokens - max(len(ids) for *_, ids in self.rows))):
+            self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], dim=1)
+            logits = self._run(self.last_ids[:, None], self.real, self.cache)
+            self.last_ids = self._draw(logits, self.rows, len(columns))
+            columns.append(self.last_ids)
+        new_ids = torch.stack(columns, dim=1).tolist() if columns else [[]] * len(self.rows)
+        for (*_, ids), of_row in zip(self.rows, new_ids, strict=True):
+            ids += of_row
+
+    def leave(self) -> list[tuple[Job, int, list[int]]]:
+        """Takes out the rows that have ended. Returns job, number and tokens of each."""
+        ended, staying = [], []
+        for row, (job, i, ids) in enumerate(self.rows):
+            end = next((n + 1 for n, token in enumerate(ids) if token in self.end_ids), len(ids))
+            if end < len(ids) or ids[-1] in self.end_ids or len(ids) >= self.max_new_tokens:
+                ended.append((job, i, ids[:end]))
+            else:
+                staying.append(row)
+        if ended:
+            keep = torch.tensor(staying, dtype=torch.long, device=self.real.device)
+            self.rows = [self.rows[row] for row in staying]
+            self.real, self.last_ids = self.real[keep], self.last_ids[keep]
+            first = int(self.real.any(dim=0).long().argmax()) if staying else 0  # columns before are all padding
+            self.real = self.real[:, first:]
+            layers = [tuple(t[keep, :, first:] for t in (x.keys, x.values)) for x in self.cache.layers]
+            self.cache = _cache(layers) if staying else _cache()
+        return ended
+
+    def _run(self, input_ids: Tensor, real: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits after the last token of each row, `(rows, vocabulary)`."""
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.size(1) :]
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=real,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def _draw(self, logits: Tensor, rows: list[tuple[Job, int, list[int]]], offset: int) -> Tensor:
+        """Tokens for some rows, `offset` tokens beyond those they have in their lists."""
+        return _draw(logits, [(job, i, len(ids) + offset) for job, i, ids in rows], self.top_p)
+
+
+def _stack(above: Tensor, below: Tensor) -> Tensor:
+    """Puts rows beneath rows, all ending in the same column (dimension -2); what is missing in front is 0."""
+    length = max(above.size(-2), below.size(-2))
+    padded = [torch.nn.functional.pad(t, (0, 0, length - t.size(-2), 0)) for t in (above, below)]
+    return torch.cat(padded)
+
+
+def _draw(logits: Tensor, places: list[tuple[Job, int, int]], top_p: float) -> Tensor:
+    """
+    One token for each row.
+
+    Args:
+        logits: `(rows, vocabulary)`.
+        places: For each row its job, the number of the completion and the number of the token in it.
+        top_p: Nucleus sampling threshold.
+
+    Returns:
+        Token ids `(rows,)`.
+    """
+    temperatures = torch.tensor([job.temperatures[i] for job, i, _ in places], device=logits.device)[:, None]
+    greedy = logits.argmax(dim=-1)
+    if not temperatures.any():
+        return greedy
+    uniforms = [job.uniforms[i, n] for job, i, n in places]
+    logits = logits.float() / torch.where(temperatures > 0, temperatures, 1.0)
+    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+    if top_p < 1:
+        ordered, _ = weights.sort(dim=-1, descending=True)
+        before = (ordered.cumsum(dim=-1) - ordered) / ordered.sum(dim=-1, keepdim=True)
+        smallest = torch.where(before < top_p, ordered, torch.inf).amin(dim=-1, keepdim=True)
+        weights = torch.where(weights >= smallest, weights, 0.0)
+    drawn = _inverse_cdf(weights, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+    return torch.where(temperatures[:, 0] > 0, drawn, greedy)
+
+
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """
+    The index at which the running sum of each row first exceeds its uniform number times the row's sum.
+
+    Sums by blocks first and looks into one block then: the running sum over a whole vocabulary would cost more than the
+    softmax.
+    """
+    weights = torch.nn.functional.pad(weights, (0, -weights.size(1) % _BLOCK)).view(weights.size(0), -1, _BLOCK)
+    blocks = weights.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    target = uniforms[:, None] * blocks[:, -1:]
+    block = _first_above(blocks, target)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = weights[torch.arange(len(weights), device=weights.device), block[:, 0]].double().cumsum(dim=1)
+    # Rounding can leave the target beyond the block's sum: then the last entry with any weight counts
+    return (block * _BLOCK + _first_above(inside, target - before))[:, 0]
+
+
+def _first_above(sums: Tensor, target: Tensor) -> Tensor:
+    index = torch.searchsorted(sums, target, right=True)
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    return torch.minimum(index, last)
+
+
+class _DrawWithOwnNumbers(LogitsProcessor):
+    """Draws the token itself and leaves `generate` no other choice."""
+
+    def __init__(self, rows: list[tuple[Job, int]], prompt_length: int, top_p: float):
+        self.rows, self.prompt_length, self.top_p = rows, prompt_length, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        number = input_ids.size(1) - self.prompt_length
+        drawn = _draw(scores, [(job, i, number) for job, i in self.rows], self.top_p)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
+
+
+def _generate(
+    model: PreTrainedModel,
+    rows: list[tuple[Job, int]],
+    max_new_tokens: int,
+    end_ids: set[int],
+    pad_id: int,
+    top_p: float,
+) -> list[list[int]]:
+    """Completions by `generate`, for models that keep something else than keys and values. Prompts of one length."""
+    input_ids = torch.tensor([job.prompt_ids for job, _ in rows], device=model.device)
+    length = input_ids.size(1)
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(end_ids) or None,
+        pad_token_id=pad_id,
+        logits_processor=LogitsProcessorList([_DrawWithOwnNumbers(rows, length, top_p)]),
+    )
+    completions = output[:, length:].tolist()
+    return [ids[: next((n + 1 for n, token in enumerate(ids) if token in end_ids), len(ids))] for ids in completions]

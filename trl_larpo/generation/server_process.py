@@ -1,0 +1,195 @@
+"""Starts, checks and stops the servers that sample completions."""
+
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from ..errors import ConfigError, LarPOError
+from ..storage import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_TIME_TO_STOP = 15.0  # seconds that a server gets to exit on its own
+
+
+@contextmanager
+def running_servers(
+    command: str,
+    model: str,
+    num_servers: int,
+    log_folder: Path,
+    *,
+    health_route: str = "/health",
+    start_timeout: float = 900.0,
+) -> Iterator[list[str]]:
+    """
+    Servers of one model, started from a command and stopped when the context closes.
+
+    Args:
+        command: E.g. `vllm serve {model} --port {port}`. `{index}` counts the servers from 0. Words such as
+            `CUDA_VISIBLE_DEVICES={index}` in front set the environment.
+        model: Folder or hub id.
+        num_servers: How many.
+        log_folder: Where the output of each server is kept, and the process ids: servers that a killed run has left
+            behind are stopped first.
+        health_route: Answers with status 200 when the server is ready.
+        start_timeout: Seconds until then.
+
+    Yields:
+        The base addresses.
+
+    Raises:
+        LarPOError: If a server ends before it is ready or does not get ready in time.
+    """
+    log_folder.mkdir(parents=True, exist_ok=True)
+    record = log_folder / "servers.json"
+    stop_leftovers(record)
+    processes, urls = [], []
+    try:
+        for index in range(num_servers):
+            port = _free_port()
+            words, environment = server_command(command, model=model, port=port, index=index)
+            with open(log_folder / f"server_{index}.log", "ab") as log:
+                try:
+                    process = subprocess.Popen(
+                        words, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+                    )
+                except OSError as error:
+                    raise LarPOError(f"`server_command` cannot be started: {error}.") from error
+            processes.append(process)
+            urls.append(f"http://127.0.0.1:{port}/v1")
+            write_json(record, [[p.pid, _start_time(p.pid)] for p in processes])
+        for index, (process, url) in enumerate(zip(processes, urls, strict=True)):
+            log = log_folder / f"server_{index}.log"
+            _await_health(process, url.removesuffix("/v1") + health_route, start_timeout, log)
+        yield urls
+    finally:
+        for process in processes:
+            _stop(process.pid)
+            process.wait()
+        record.unlink(missing_ok=True)
+
+
+def server_command(command: str, **values: object) -> tuple[list[str], dict[str, str]]:
+    """
+    Words and environment of a server's command.
+
+    Raises:
+        ConfigError: If the command lacks `{model}` or `{port}`, or has braces that mean nothing.
+    """
+    for name in ("{model}", "{port}"):
+        if name not in command:
+            raise ConfigError(f"`server_command` has no {name}; write e.g. 'vllm serve {{model}} --port {{port}}'.")
+    try:
+        words = [os.path.expandvars(word).format(**values) for word in shlex.split(command)]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f"`server_command` cannot be read ({error}); it may hold {{model}}, {{port}} and {{index}}."
+        ) from None
+    environment = {}
+    while words and "=" in words[0] and words[0].split("=")[0].isidentifier():
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    return words, environment
+
+
+def stop_leftovers(record: Path) -> None:
+    """Stops servers that a killed process left behind, and no others: process ids are used again in time."""
+    if not record.exists():
+        return
+    for pid, start_time in read_json(record):
+        if start_time is not None and _start_time(pid) == start_time:
+            logger.warning(f"Stopping the server with process id {pid} that an earlier run left behind.")
+            _stop(pid)
+    record.unlink()
+
+
+def check_servers(urls: list[str] | None, command: str | None, api_key_variable: str) -> None:
+    """
+    Looks at what servers need before any time is spent.
+
+    Args:
+        urls: Addresses of running servers, which are asked for their models.
+        command: What starts servers later.
+        api_key_variable: Environment variable with their key.
+
+    Raises:
+        ConfigError: If the package openai is missing, or a server does not answer.
+    """
+    for url in urls or []:
+        check_url(url, api_key_variable)
+    if urls or command:
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise ConfigError("Servers need the package openai: pip install 'trl-larpo[server]'.") from None
+
+
+def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
+    """
+    Asks a running server for its models.
+
+    Raises:
+        ConfigError: If it does not answer.
+    """
+    request = urllib.request.Request(url.rstrip("/") + "/models")
+    request.add_header("Authorization", f"Bearer {os.environ.get(api_key_variable) or 'EMPTY'}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`server_urls`: {url} does not answer ({' '.join(str(error).split())}). Start the server, or correct the "
+            "address; it ends in /v1 for most servers."
+        ) from None
+
+
+def _await_health(process: subprocess.Popen, url: str, timeout: float, log: Path) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise LarPOError(f"The server ended with status {process.returncode} before it was ready; see {log}.")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError, ValueError):
+            time.sleep(0.5)
+    raise LarPOError(f"The server was not ready after {timeout:.0f} s ({url}); see {log}.")
+
+
+def _stop(pid: int) -> None:
+    """Ends a server and what it started: asks first, then kills."""
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for process in family:
+            try:
+                process.send_signal(sign)
+            except psutil.NoSuchProcess:
+                continue
+        _, family = psutil.wait_procs(family, timeout=_TIME_TO_STOP)
+
+
+def _start_time(pid: int) -> float | None:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

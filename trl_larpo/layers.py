@@ -1,0 +1,32 @@
+"""What is known of the layers of a model."""
+
+import inspect
+import sys
+
+from transformers import PreTrainedModel
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def layer_obstacle(model: PreTrainedModel) -> str | None:
+    """
+    Why keys and values are not all that a bare model knows of earlier tokens, or its positions cannot be given.
+
+    Returns:
+        The reason, to be read after "because"; `None` if they are and can.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    # A state that runs along the row would carry one candidate over into the next
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if getattr(model, "_is_stateful", False) or layer_types - _LAYER_TYPES:
+        kinds = ", ".join(sorted(layer_types - _LAYER_TYPES)) or "recurrent"
+        return f"{name} has layers of another kind than full or sliding attention ({kinds})"
+    if getattr(config, "alibi", False):
+        return f"{name} biases attention by the distance in the row (ALiBi)"
+    backbone = model.base_model
+    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+        return f"{name} takes no `position_ids`"
+    if not hasattr(sys.modules[type(backbone).__module__], "create_causal_mask"):
+        return f"{name} does not take its mask the way transformers' own models do"
+    return None

@@ -1,0 +1,223 @@
+"""A run's pictures, health and candidate lists as one HTML page that needs nothing else."""
+
+import base64
+import gzip
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import DataError
+from ..prompts import completion_text
+from ..storage import read_json, read_jsonl, write_text
+from .charts import draw
+
+Row = dict[str, Any]
+
+
+MAX_DATA_BYTES = 10_000_000
+"""Size of the packed lists in the page. Beyond it long texts are cut, and say so."""
+
+
+_TEXT_LIMITS = (None, 20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
+
+_TEMPLATE = Path(__file__).with_name("template.html")
+
+
+def write_report(run: str | Path) -> Path:
+    """
+    Writes `report.html` and the folder `plots` of a run, finished or not.
+
+    Args:
+        run: Folder of the run.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: If the folder holds no run.
+    """
+    run = Path(run)
+    if not (run / "run.yaml").is_file():
+        raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
+    settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    iterations = _read_iterations(run)
+    pictures = draw(iterations, run / "plots")
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    data, cut = _pack(iterations)
+    values = {
+        "title": html.escape(f"LarPO run {run.resolve().name}"),
+        "subtitle": html.escape(
+            f"{_model_name(settings['model_name_or_path'])} · {' + '.join(settings['loss_type'])} · "
+            f"{settings['num_samples']} samples per prompt · memory {settings['memory']} · "
+            f"{max(iterations, default=0)} of {settings['num_iterations']} iterations done"
+        ),
+        "iterations": _iterations_table(iterations),
+        "charts": "".join(f"<figure>{svg}</figure>" for svg in pictures),
+        "health": _health_table(iterations),
+        "about_lists": html.escape(cut),
+        "data": data,
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)
+    path = run / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _read_iterations(run: Path) -> dict[int, Row]:
+    """What is there of each iteration, 0 being the initial model."""
+    iterations: dict[int, Row] = {}
+    number = 0
+    while (folder := run / f"iteration_{number}").is_dir():
+        found: Row = {}
+        for name in ("evaluation", "selection", "health", "monitor"):
+            if (folder / f"{name}.json").exists():
+                found[name] = read_json(folder / f"{name}.json")
+        for name in ("samples", "rewarded", "lists", "training_log"):
+            if (folder / f"{name}.jsonl").exists():
+                found[name] = read_jsonl(folder / f"{name}.jsonl")
+        if "evaluation" in found:
+            iterations[number] = found
+        number += 1
+    return iterations
+
+
+def _model_name(name: str) -> str:
+    """The hub id, or the last part of a path: a page that is passed on tells nothing of the machine."""
+    return Path(name).name if Path(name).exists() or name.startswith((".", "/", "~")) else name
+
+
+# Tables
+
+
+def _iterations_table(iterations: dict[int, Row]) -> str:
+    head = [
+        "",
+        "held-out reward",
+        "gain over the start",
+        "tokens",
+        "end on their own",
+        "KL from the start",
+        "lists",
+        "candidates",
+    ]
+    lines = []
+    for number, found in iterations.items():
+        evaluation, selection = found["evaluation"], found.get("selection", {})
+        kl = evaluation.get("kl_from_initial")
+        lines.append(
+            [
+                "start" if number == 0 else f"iteration {number}",
+                _with_error(evaluation["reward"]),
+                _with_error(evaluation["gain"], "+") if number else "",
+                _number(evaluation["tokens"], ".1f"),
+                f"{evaluation['finished']:.0%}",
+                _with_error(kl) if kl else "",
+                str(selection.get("lists", "")),
+                str(selection.get("candidates", "")),
+            ]
+        )
+    return _table(head, lines, first_is_text=True)
+
+
+def _health_table(iterations: dict[int, Row]) -> str:
+    checked = {number: found["health"] for number, found in iterations.items() if "health" in found}
+    if not checked:
+        return "<p>No iteration is finished yet.</p>"
+    names = [check["name"] for check in next(iter(checked.values()))]
+    cells = "".join(f"<th class=number>iteration {number}</th>" for number in checked)
+    lines = [f"<tr><th>check</th>{cells}<th>should be</th><th>if it is not</th></tr>"]
+    for row, name in enumerate(names):
+        values = [checks[row] for checks in checked.values()]
+        cells = "".join(
+            "<td class='number "
+            f"{'good' if x['ok'] else 'bad'}'>{_number(x['value'], '.3g')}{'' if x['ok'] else ' ⚠'}</td>"
+            for x in values
+        )
+        texts = "".join(f"<td class=text>{_with_code(values[-1][x])}</td>" for x in ("limit", "meaning"))
+        lines.append(f"<tr><td>{html.escape(name.replace('_', ' '))}</td>{cells}{texts}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _with_code(text: str) -> str:
+    """Escaped text in which names of options look like code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+
+
+def _table(head: list[str], lines: list[list[str]], first_is_text: bool) -> str:
+    def cells(tag: str, values: list[str]) -> str:
+        return "".join(
+            f"<{tag}{'' if first_is_text and i == 0 else ' class=number'}>{html.escape(v)}</{tag}>"
+            for i, v in enumerate(values)
+        )
+
+    body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
+    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+
+
+def _with_error(value: dict[str, Any], sign: str = "") -> str:
+    if value["mean"] is None:
+        return "–"
+    error = value.get("standard_error")
+    return f"{value['mean']:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+# Candidate lists
+
+
+def _pack(iterations: dict[int, Row]) -> tuple[str, str]:
+    """All lists, packed for the page, and a sentence where texts had to be cut."""
+    for limit in _TEXT_LIMITS:
+        packed = gzip.compress(json.dumps(_list_data(iterations, limit), ensure_ascii=True).encode(), mtime=0)
+        data = base64.b64encode(packed).decode()
+        if len(data) <= MAX_DATA_BYTES:
+            break
+    return (
+        data,
+        "" if limit is None else f"Texts of more than {limit} characters are cut; the run's lists.jsonl has all.",
+    )
+
+
+def _list_data(iterations: dict[int, Row], limit: int | None) -> Row:
+    numbers: dict[str, int] = {}
+
+    def text_number(text: str) -> int:
+        if limit is not None and len(text) > limit:
+            text = f"{text[:limit]} […{len(text) - limit} more characters]"
+        return numbers.setdefault(text, len(numbers))
+
+    def as_candidate(completion: Any, reward: float | None, about: Row, why: str | None) -> Row:
+        names = ("rank", "source", "iteration", "temperature", "count")
+        return {"text": text_number(completion_text(completion)), "reward": reward, "why": why} | {
+            n: about[n] for n in names
+        }
+
+    lists = []
+    for number, found in iterations.items():
+        for row in found.get("lists", []):
+            candidates = [
+                as_candidate(completion, reward, about, None)
+                for completion, reward, about in zip(row["completions"], row["rewards"], row["candidates"], strict=True)
+            ]
+            candidates += [as_candidate(x["completion"], x["reward"], x, x["why"]) for x in row["left_out"]]
+            candidates.sort(key=lambda c: math.inf if c["rank"] is None else c["rank"])
+            prompt = row["prompt"]
+            if not isinstance(prompt, str):
+                prompt = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
+            lists.append(
+                {
+                    "iteration": number,
+                    "prompt": text_number(prompt),
+                    "problem": row["problem"],
+                    "candidates": candidates,
+                }
+            )
+    return {"texts": list(numbers), "lists": lists}

@@ -1,0 +1,280 @@
+"""
+Rewards: one number per completion, larger is better.
+
+A reward is a callable in TRL's convention, `reward(prompts, completions, **columns) -> list[float | None]`: flat lists
+with one entry per completion, and the user's other columns in the same order; `None` says that it does not apply. A
+pairwise ranker is a callable `ranker(prompt, completions) -> matrix` of preferences. [`load_rewards`] finds them by
+name, [`score_rows`] calls them, checks what comes back and adds it up. They get copies: what a reward does to its
+arguments changes neither candidates nor prompts.
+"""
+
+import copy
+import hashlib
+import importlib
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from ..errors import ConfigError, DataError, LarPOError
+from ..prompts import prompt_text
+from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward, verifiable_instructions_reward
+
+Row = dict[str, Any]
+Prompt = str | list[dict[str, Any]]
+
+RewardFunction = Callable[..., list[float | None]]
+
+
+PAIRWISE = "pairwise:"
+"""In front of the name of a ranker that compares the completions of a prompt with each other."""
+
+
+OWN_ARGUMENTS = ("prompts", "completions", "finished")
+"""Arguments of every reward function. The user's columns of these names are not passed on."""
+
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "verifiable_instruction": verifiable_instruction_reward,
+    "verifiable_instructions": verifiable_instructions_reward,
+    "gsm8k": gsm8k_reward,
+    "math": math_reward,
+}
+"""Rewards that go by a short name."""
+
+
+@dataclass
+class Reward:
+    """
+    One of the rewards of a run.
+
+    Attributes:
+        name: As it was asked for.
+        function: A reward function, or a pairwise ranker.
+        weight: Its factor in the sum.
+        pairwise: Whether it compares the completions of a prompt with each other.
+    """
+
+    name: str
+    function: Callable
+    weight: float = 1.0
+    pairwise: bool = False
+
+
+def load_rewards(
+    names: list[str], weights: list[float] | None = None, load_model: Callable[[str, bool], Callable] | None = None
+) -> list[Reward]:
+    """
+    Finds rewards by their names.
+
+    Args:
+        names: Each is one of [`BUILT_IN`], `package.module:function`, or the folder or hub id of a sequence
+            classification model; after `"pairwise:"` a function that ranks, or the folder or hub id of PairRM.
+        weights: Factor of each in the sum. By default 1.
+        load_model: Makes a reward function (or a ranker, where its second argument is true) of a model's folder or hub
+            id. `None` leaves models out: what is returned then is for checking only.
+
+    Raises:
+        ConfigError: If a reward cannot be found or there is another number of weights.
+    """
+    if not names:
+        raise ConfigError("`reward_funcs` is empty; name at least one reward.")
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(f"`reward_weights` has {len(weights)} numbers for {len(names)} rewards; give one for each.")
+    rewards = []
+    for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
+        pairwise, path = name.startswith(PAIRWISE), name.removeprefix(PAIRWISE)
+        if path in BUILT_IN and not pairwise:
+            function = BUILT_IN[path]
+        elif ":" in path:
+            function = import_function(path, "reward_funcs")
+        elif path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
+            raise ConfigError(f"`reward_funcs` names the folder {path!r}, and there is no such folder.")
+        elif "/" not in path and not os.path.isdir(path):
+            known = ", ".join(BUILT_IN)
+            raise ConfigError(
+                f"`reward_funcs` names {path!r}, which is neither one of {known} nor a folder; a function is written "
+                "'package.module:function', a model as its folder or hub id 'owner/name', a ranker with 'pairwise:' "
+                "in front."
+            )
+        elif load_model is None:
+            continue
+        else:
+            function = load_model(os.path.expanduser(path) if path.startswith("~") else path, pairwise)
+        rewards.append(Reward(name, function, weight, pairwise))
+    return rewards
+
+
+def reward_id(names: list[str], weights: list[float] | None, **settings: Any) -> str:
+    """A name for rewards and their settings: where it differs, rewards are not to be compared."""
+    described = json.dumps([names, weights or [1.0] * len(names), settings], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def score_rows(rewards: list[Reward], rows: list[Row], normalize: bool = False) -> list[Row]:
+    """
+    Rewards all completions of some prompts.
+
+    Args:
+        rewards: From [`load_rewards`].
+        rows: Each with `prompt`, `completions` (texts or lists of messages), `finished` (one bool for each) and, where
+            a reward asks for more, `columns`: the user's columns by name.
+        normalize: Whether each reward is brought to mean 0 and standard deviation 1 over the completions of a prompt
+            before it is weighted. Of use where several rewards have different scales.
+
+    Returns:
+        For each row `rewards`, one number for each completion or `None` where no reward applies, and `reward_parts`,
+        the same for each reward by its name.
+
+    Raises:
+        DataError: If a reward fails, returns another number of values, or one that is neither finite nor `None`; names
+            the reward, the prompt and the completion.
+    """
+    parts: list[dict[str, list[float | None]]] = [{} for _ in rows]
+    for reward in rewards:
+        values = _rank_rows(reward, rows) if reward.pairwise else _score_flat(reward, rows)
+        for part, of_row in zip(parts, values, strict=True):
+            part[reward.name] = of_row
+    scored = []
+    for row, part in zip(rows, parts, strict=True):
+        columns = [
+            [None if value is None else reward.weight * value for value in _normalized(part[reward.name], normalize)]
+            for reward in rewards
+        ]
+        totals = []
+        for values in zip(*columns, strict=True):
+            known = [value for value in values if value is not None]
+            totals.append(math.fsum(known) if known else None)
+        scored.append({"rewards": totals if row["completions"] else [], "reward_parts": part})
+    return scored
+
+
+def win_rates(preferences: list[list[float]]) -> list[float]:
+    """
+    Rewards from preferences: how often each completion is preferred to another one, on average.
+
+    Args:
+        preferences: `preferences[i][j]` is the probability that completion i is better than j. The diagonal does not
+            count.
+    """
+    count = len(preferences)
+    if count == 1:
+        return [0.5]
+    return [math.fsum(row[j] for j in range(count) if j != i) / (count - 1) for i, row in enumerate(preferences)]
+
+
+def _score_flat(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
+    """One call for all completions of all rows."""
+    owners = [i for i, row in enumerate(rows) for _ in row["completions"]]
+    if not owners:
+        return [[] for _ in rows]
+    of_rows = [row.get("columns") or {} for row in rows]
+    names = dict.fromkeys(name for of_row in of_rows for name in of_row)  # in the order of the file
+    columns = [name for name in names if name not in OWN_ARGUMENTS]
+    try:
+        values = reward.function(
+            prompts=[copy.deepcopy(rows[i]["prompt"]) for i in owners],
+            completions=[copy.deepcopy(completion) for row in rows for completion in row["completions"]],
+            finished=[finished for row in rows for finished in row["finished"]],
+            **{name: [copy.deepcopy(of_rows[i].get(name)) for i in owners] for name in columns},
+        )
+    except LarPOError:
+        raise
+    except Exception as error:  # whatever a function of the user's raises
+        raise DataError(
+            f"The reward {reward.name} failed: {_describe(error)}{_missing_column(error, columns)}"
+        ) from error
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list | tuple) or len(values) != len(owners):
+        got = f"{len(values)} values" if isinstance(values, list | tuple) else type(values).__name__
+        raise DataError(f"The reward {reward.name} returned {got} for {len(owners)} completions; return one for each.")
+    result: list[list[float | None]] = [[] for _ in rows]
+    for owner, value in zip(owners, values, strict=True):
+        where = f"for completion {len(result[owner])} of the prompt {_shorten(rows[owner]['prompt'])!r}"
+        result[owner].append(_checked(value, reward.name, where))
+    return result
+
+
+def _rank_rows(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
+    """One call for each row."""
+    result = []
+    for row in rows:
+        count, where = len(row["completions"]), f"for the prompt {_shorten(row['prompt'])!r}"
+        try:
+            matrix = reward.function(copy.deepcopy(row["prompt"]), copy.deepcopy(row["completions"]))
+        except LarPOError:
+            raise
+        except Exception as error:  # whatever a function of the user's raises
+            raise DataError(f"The ranker {reward.name} failed {where}: {_describe(error)}") from error
+        matrix = matrix.tolist() if hasattr(matrix, "tolist") else matrix
+        if len(matrix) != count or any(len(line) != count for line in matrix):
+            raise DataError(
+                f"The ranker {reward.name} returned no matrix of {count} × {count} preferences {where}; entry [i][j] "
+                "is "
+                "the probability that completion i is better than j."
+            )
+        for i, line in enumerate(matrix):
+            for j, value in enumerate(line):
+                if i != j and _checked(value, reward.name, f"as preference [{i}][{j}] {where}") is None:
+                    raise DataError(f"The ranker {reward.name} returned None as preference [{i}][{j}] {where}.")
+        result.append(win_rates(matrix))
+    return result
+
+
+def _checked(value: Any, name: str, where: str) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise DataError(
+            f"The reward {name} returned {value!r} {where}; it must return a finite number, or None where it does not "
+            "apply."
+        )
+    return float(value)
+
+
+def _normalized(values: list[float | None], normalize: bool) -> list[float | None]:
+    known = [value for value in values if value is not None]
+    if not normalize or not known:
+        return values
+    mean, deviation = statistics.fmean(known), statistics.pstdev(known)
+    return [None if value is None else (value - mean) / deviation if deviation > 0 else 0.0 for value in values]
+
+
+def import_function(path: str, option: str) -> Callable:
+    """
+    The function `package.module:function`, also of a module in the current folder.
+
+    Raises:
+        ConfigError: Names the option if there is no such function.
+    """
+    module_name, _, function_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file beside the YAML file is found
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module of the user's can raise anything
+        raise ConfigError(f"`{option}`: the module of {path!r} cannot be imported: {_describe(error)}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"`{option}`: the module {module_name} has no function {function_name!r}.")
+    return function
+
+
+def _missing_column(error: Exception, columns: list[str]) -> str:
+    if isinstance(error, TypeError) and "required keyword-only argument" in str(error):
+        return f" (The prompts have the columns {', '.join(columns) or 'none'}.)"
+    return ""
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _shorten(prompt: Prompt, length: int = 60) -> str:
+    text = prompt_text(prompt)
+    return text if len(text) <= length else text[: length - 1] + "…"

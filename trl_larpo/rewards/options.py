@@ -1,0 +1,49 @@
+"""Options of rewards."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from ..options import DTYPES, CheckedOptions, check_choice, option
+
+
+@dataclass
+class RewardOptions(CheckedOptions):
+    """Who judges completions."""
+
+    reward_funcs: list[str] = option(
+        [],
+        "Rewards, summed up: 'verifiable_instruction', 'gsm8k', 'math', 'package.module:function' (called as TRL calls "
+        "its reward functions), the folder or hub id of a sequence classification model, or, for a ranker that "
+        "compares the completions of a prompt, 'pairwise:package.module:function' or PairRM, "
+        "'pairwise:llm-blender/PairRM-hf'.",
+    )
+    reward_weights: list[float] | None = option(None, "Factor of each reward in the sum. None: 1 each.")
+    normalize_rewards: bool = option(
+        False, "Bring each reward to mean 0 and deviation 1 over the completions of a prompt before it is weighted."
+    )
+    reward_batch_size: int = option(16, "Completions that a reward model scores at the same time.")
+    reward_max_length: int | None = option(
+        None,
+        "Longest prompt plus completion for a reward model, in tokens; the start of longer ones is cut off. Of PairRM, "
+        "which cuts off ends: prompt plus two completions; None: 2048.",
+    )
+    reward_dtype: str = option(
+        "auto", "Arithmetic of reward models. 'auto': bfloat16 on a GPU, float32 on a CPU.", choices=[*DTYPES]
+    )
+
+    def check_rewards(self) -> None:
+        if not self.reward_funcs:
+            raise ConfigError(
+                "No reward: give `reward_funcs`, e.g. 'package.module:function' or a reward model's folder."
+            )
+        if len(set(self.reward_funcs)) < len(self.reward_funcs):
+            raise ConfigError("`reward_funcs` names a reward twice; give it a weight in `reward_weights` instead.")
+        if self.reward_batch_size < 1:
+            raise ConfigError(f"`reward_batch_size` is {self.reward_batch_size}; it must be at least 1.")
+        check_choice("reward_dtype", self.reward_dtype, DTYPES)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on beside names and weights."""
+        return {"normalize": self.normalize_rewards, "max_length": self.reward_max_length, "dtype": self.reward_dtype}

@@ -1,0 +1,176 @@
+"""Reward models: sequence classifiers that score a prompt with its completion."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ConfigError, DataError
+
+Prompt = str | list[dict[str, Any]]
+logger = logging.getLogger(__name__)
+
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def load_judge(
+    model_class: type, path: str, dtype: str = "auto", device: str | torch.device | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """
+    A model that judges completions, in eval mode, with the tokenizer it was trained with.
+
+    Args:
+        model_class: Has `from_pretrained`.
+        path: Folder or hub id.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
+        device: `None`: a GPU where there is one.
+
+    Raises:
+        ConfigError: If there is no tokenizer, no model, or weights are missing.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"The reward model {path!r} has no tokenizer of its own ({' '.join(str(error).split())[:200]}). Save the "
+            "one it was trained with beside it."
+        ) from error
+    try:
+        model, loading = model_class.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"The reward model {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if loading["missing_keys"]:
+        raise ConfigError(
+            f"{path!r} is no trained reward model: it has no weights for {', '.join(sorted(loading['missing_keys']))}."
+        )
+    return tokenizer, model.to(device).eval()
+
+
+class RewardModel:
+    """
+    A sequence classification model of one label as a reward function.
+
+    It always goes with its own tokenizer and chat template. Before the first batch it checks that the reward of a
+    completion does not depend on what else is in the batch and how it is padded.
+
+    Args:
+        path: Folder or hub id.
+        batch_size: Completions scored at the same time.
+        max_length: Longest prompt plus completion in tokens; of longer ones the start is cut off. `None`: no limit.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
+        device: `None`: a GPU where there is one.
+
+    Raises:
+        ConfigError: If it is no reward model, or has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+    ):
+        self.__name__ = path
+        self.tokenizer, self.model = load_judge(AutoModelForSequenceClassification, path, dtype, device)
+        if self.model.config.num_labels != 1:
+            raise ConfigError(
+                f"The reward model {path!r} has {self.model.config.num_labels} labels; a reward has 1. Wrap it in a "
+                "function that makes one number of them."
+            )
+        self.batch_size, self.max_length, self.checked, self.num_cut = batch_size, max_length, False, 0
+
+    def __call__(self, prompts: list[Prompt], completions: list[Any], **columns: list[Any]) -> list[float]:
+        """The reward of each completion."""
+        sequences = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        if not self.checked and sequences:
+            self._check(sequences)
+            self.checked = True
+        # Similar lengths together, longest first
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        rewards = [0.0] * len(sequences)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for i, reward in zip(batch, self._score([sequences[i] for i in batch]), strict=True):
+                rewards[i] = reward
+        return rewards
+
+    def _encode(self, prompt: Prompt, completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt + completion)["input_ids"]
+        else:
+            if self.tokenizer.chat_template is None:
+                raise ConfigError(
+                    f"The tokenizer of the reward model {self.__name__!r} has no chat template, but the prompts are "
+                    "conversations. Save its template beside it, or wrap the model in a function of your own."
+                )
+            ids = self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and self.tokenizer.eos_token_id != bos:
+            ids = ids[1:]  # the chat template and the tokenizer have both added one
+        if self.max_length is not None and len(ids) > self.max_length:
+            self.num_cut += 1
+            if self.num_cut == 1:
+                logger.warning(
+                    f"{self.__name__}: a prompt with its completion has {len(ids)} tokens; the start of what is longer "
+                    f"than `reward_max_length={self.max_length}` is cut off. Said once."
+                )
+            ids = ids[-self.max_length :]
+        return ids
+
+    @torch.no_grad()
+    def _score(self, sequences: list[list[int]], extra_padding: int = 0, pad_id: int | None = None) -> list[float]:
+        """
+        Rewards of some token sequences.
+
+        Decoders take the reward from the last token that is not padding, and tell padding by its id. Where that id is
+        also the end token, or unset, they would look at the wrong token: so padding gets an id that ends no sequence.
+        """
+        length = max(map(len, sequences)) + extra_padding
+        pad_id = self._pad_id(sequences) if pad_id is None else pad_id
+        input_ids = torch.full((len(sequences), length), pad_id)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(sequences):
+            input_ids[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+        configured, self.model.config.pad_token_id = self.model.config.pad_token_id, pad_id
+        try:
+            output = self.model(input_ids=input_ids.to(self.model.device), attention_mask=mask.to(self.model.device))
+        finally:
+            self.model.config.pad_token_id = configured
+        return output.logits[:, 0].float().tolist()
+
+    def _pad_id(self, sequences: list[list[int]]) -> int:
+        last = {ids[-1] for ids in sequences}
+        own = self.tokenizer.pad_token_id
+        if own is not None and own not in last:
+            return own
+        return next(i for i in range(len(last) + 1) if i not in last)
+
+    def _check(self, sequences: list[list[int]]) -> None:
+        """Scores a short and a long completion alone, together, with further padding and another padding token."""
+        short, long = min(sequences, key=len), max(sequences, key=len)
+        alone = [self._score([short])[0], self._score([long])[0]]
+        used = {short[-1], long[-1]}
+        other_pad = next(i for i in range(3, 10) if i not in used)
+        settings = {
+            "in one batch": self._score([short, long]),
+            "in the other order": self._score([long, short])[::-1],
+            "with more padding": self._score([short, long], extra_padding=7),
+            "with another padding token": self._score([short, long], pad_id=other_pad),
+        }
+        tolerance = _TOLERANCE[self.model.dtype] * max(1.0, *map(abs, alone))
+        for setting, rewards in settings.items():
+            for expected, found in zip(alone, rewards, strict=True):
+                if not abs(expected - found) <= tolerance:
+                    raise DataError(
+                        f"The reward model {self.__name__!r} cannot be trusted: it gives a completion {expected:.4f} "
+                        f"alone and {found:.4f} {setting}. Wrap it in a function of your own that scores one at a "
+                        "time."
+                    )

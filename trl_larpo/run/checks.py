@@ -1,0 +1,125 @@
+"""Checks a run before any time is spent."""
+
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import yaml
+from transformers import AutoConfig, AutoTokenizer
+
+from ..errors import ConfigError
+from ..generation.server_process import check_servers, server_command
+from ..rewards.functions import PAIRWISE, load_rewards
+from .folder import RunFolder
+from .health import CHECKS
+
+_REFUSED = {  # option of the trainer: (what it must be, why)
+    "resume_from_checkpoint": (None, "`larpo run` resumes on its own: run the same command again."),
+    "push_to_hub": (False, "push the models of a finished run with `hf upload`."),
+    "eval_strategy": ("no", "each iteration ends with an evaluation on held-out prompts."),
+    "save_only_model": (False, "a killed training could not be resumed."),
+    "sync_ref_model": (False, "the reference is fixed within an iteration (`reference`)."),
+    "precompute_ref_log_probs": (False, "`larpo run` always computes them once; leave it out."),
+    "load_best_model_at_end": (False, "the model at the end of an iteration is the next policy."),
+}
+
+
+def check_run(folder: RunFolder) -> None:
+    """
+    Checks every option, path, reward and server, before any time is spent.
+
+    Raises:
+        LarPOError: Names what is invalid and how to fix it.
+    """
+    options, training, model = folder.options, folder.training, folder.model
+    options.check()
+    for name, (expected, reason) in _REFUSED.items():
+        value = getattr(training, name)
+        if getattr(value, "value", value) != expected:
+            raise ConfigError(f"`{name}` is {value!r} in a run: {reason}")
+    if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False):
+        raise ConfigError(
+            "`load_in_4bit` and `load_in_8bit` do not go with `larpo run`: each iteration saves whole weights."
+        )
+    for name in options.stop_on:
+        if name not in (*CHECKS, "any", "none"):
+            raise ConfigError(
+                f"`stop_on` names {name!r}; the health checks are {', '.join(CHECKS)}, or 'any' or 'none'."
+            )
+    path = model.model_name_or_path
+    if not path:
+        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
+    if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
+        raise ConfigError(f"`model_name_or_path` is {path!r}, and there is no such folder.")
+    model.model_name_or_path = os.path.expanduser(path)
+    folder.check_configuration()
+    load_rewards(options.reward_funcs, options.reward_weights)
+    for candidates in options.earlier_candidates or []:
+        if "://" not in candidates and not Path(candidates).exists():
+            raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")
+    if options.accelerate_config:
+        _check_accelerate_config(options.accelerate_config)
+    if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
+        program = shlex.split(options.train_launcher)[0]
+        raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
+    if options.server_command:
+        words, _ = server_command(options.server_command, model="model", port=1, index=0)
+        if not words or shutil.which(words[0]) is None:
+            raise ConfigError(f"`server_command`: there is no program {words[0] if words else ''!r} on this machine.")
+    check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
+    try:
+        AutoConfig.from_pretrained(path, revision=model.model_revision)
+        AutoTokenizer.from_pretrained(path, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`model_name_or_path`: {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for name in (name.removeprefix(PAIRWISE) for name in options.reward_funcs):
+        if ":" not in name and os.path.isdir(os.path.expanduser(name)):
+            try:
+                AutoConfig.from_pretrained(os.path.expanduser(name))
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}"
+                ) from None
+    _check_disk(folder)
+
+
+def _check_accelerate_config(path: str) -> None:
+    """Whole models must come out of the training, not shards."""
+    if not Path(path).is_file():
+        raise ConfigError(f"`accelerate_config` is {path!r}, and there is no such file.")
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or "distributed_type" not in settings:
+        raise ConfigError(f"`accelerate_config`: {path!r} is no configuration file of accelerate.")
+    deepspeed, fsdp = settings.get("deepspeed_config") or {}, settings.get("fsdp_config") or {}
+    if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
+        raise ConfigError(f"`accelerate_config`: set `zero3_save_16bit_model: true` in {path!r}, to save whole models.")
+    if fsdp and fsdp.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
+        raise ConfigError(
+            f"`accelerate_config`: set `fsdp_state_dict_type: FULL_STATE_DICT` in {path!r}, to save whole models."
+        )
+
+
+def _check_disk(folder: RunFolder) -> None:
+    path = folder.model.model_name_or_path
+    if not os.path.isdir(path):
+        return
+    weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    missing = sum(not (folder.iteration(i) / "model").exists() for i in range(1, folder.options.num_iterations + 1))
+    # A model for each iteration; in a training its best weights, and two checkpoints with the optimizer's two moments
+    needed = weights * missing + (7 * weights if missing else 0)
+    existing = folder.path
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"`output_dir`: the disk has {_size(free)} free, and the run may need {_size(needed)} for models and "
+            "checkpoints. Free some space, or take a folder on another disk."
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

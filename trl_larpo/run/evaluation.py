@@ -1,0 +1,97 @@
+"""Numbers of an evaluation on held-out prompts: rewards, best of N, lengths, and the gain over the initial model."""
+
+import math
+import statistics
+from typing import Any
+
+from ..prompts import completion_text
+
+Row = dict[str, Any]
+
+
+MIN_PROMPTS_TO_JUDGE = 8
+"""With fewer prompts a standard error is too uncertain to act on."""
+
+
+def fell(change: dict[str, float | None], num_prompts: int) -> bool:
+    """Whether a reward fell by more than two standard errors. `change` is its mean and error over `num_prompts`."""
+    if num_prompts < MIN_PROMPTS_TO_JUDGE or change["mean"] is None or change["standard_error"] is None:
+        return False
+    return change["mean"] < -2 * change["standard_error"]
+
+
+def evaluate_rows(rows: list[Row], start: list[Row]) -> dict[str, Any]:
+    """
+    Sums up scored samples of held-out prompts.
+
+    Args:
+        rows: Scored samples of a model: `prompt_id`, `completions`, `rewards`, `candidates`.
+        start: The same of the initial model.
+
+    Returns:
+        `reward` and `gain` (over the initial model, by prompt) as mean and standard error over prompts; `best_of_n`,
+        the expected best reward of N samples for N from 1 to the number of samples; `tokens`, the mean number of
+        tokens; `finished` and `distinct`, shares of the samples; `unrewarded`, samples to which no reward applied.
+    """
+    means = {row["prompt_id"]: mean for row in rows if (mean := mean_reward(row)) is not None}
+    before = {row["prompt_id"]: mean for row in start if (mean := mean_reward(row)) is not None}
+    descriptions = [description for row in rows for description in row["candidates"]]
+    lengths = [x["num_tokens"] for x in descriptions if x["num_tokens"] is not None]
+    return {
+        "prompts": len(rows),
+        "samples": len(descriptions),
+        "reward": mean_and_error(list(means.values())),
+        "gain": mean_and_error([means[name] - before[name] for name in means if name in before]),
+        "best_of_n": best_of_n(rows),
+        "tokens": statistics.fmean(lengths) if lengths else None,
+        "finished": statistics.fmean(x["finished"] for x in descriptions),
+        "distinct": statistics.fmean(
+            len(set(map(completion_text, row["completions"]))) / len(row["completions"]) for row in rows
+        ),
+        "unrewarded": sum(reward is None for row in rows for reward in row["rewards"]),
+    }
+
+
+def mean_and_error(values: list[float]) -> dict[str, float | None]:
+    """Mean and its standard error; `None` where there are too few values."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+    }
+
+
+def with_error(value: dict[str, float | None], sign: str = "") -> str:
+    """Mean and standard error as text; `sign` `"+"` shows the sign of a positive mean."""
+    if value["mean"] is None:
+        return "unknown"
+    error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.3f}"
+    return f"{value['mean']:{sign}.3f}{error}"
+
+
+def best_of_n(rows: list[Row]) -> list[float]:
+    """
+    Expected best reward among N samples of a prompt, averaged over prompts, for N = 1, 2, ...
+
+    The average over all choices of N of the samples, without repetition: unbiased, as recall@N is, which it equals for
+    rewards of 0 and 1.
+    """
+    rewards = [[reward for reward in row["rewards"] if reward is not None] for row in rows]
+    rewards = [sorted(of_prompt) for of_prompt in rewards if of_prompt]
+    if not rewards:
+        return []
+    return [
+        statistics.fmean(_expected_best(of_prompt, n) for of_prompt in rewards)
+        for n in range(1, min(map(len, rewards)) + 1)
+    ]
+
+
+def _expected_best(ascending: list[float], n: int) -> float:
+    """The i-th smallest is the best of n in C(i, n - 1) of C(count, n) choices (i from 0)."""
+    count = len(ascending)
+    return math.fsum(math.comb(i, n - 1) / math.comb(count, n) * value for i, value in enumerate(ascending))
+
+
+def mean_reward(row: Row) -> float | None:
+    """Mean reward of a prompt's samples; `None` if none has a reward."""
+    known = [reward for reward in row["rewards"] if reward is not None]
+    return statistics.fmean(known) if known else None

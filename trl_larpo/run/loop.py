@@ -1,0 +1,231 @@
+"""
+`larpo run`: Algorithm 1 of the paper, from prompts to aligned models, in a folder that survives being killed.
+
+Each iteration samples completions from the current policy, rewards them, builds candidate lists, trains on them with
+the policy that starts the iteration as reference, and evaluates on held-out prompts. The next iteration starts from
+the result.
+"""
+
+import dataclasses
+import math
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from transformers import AutoTokenizer
+from trl import ModelConfig
+
+from ..errors import ConfigError, LarPOError
+from ..report.page import write_report
+from ..storage import exclusive_lock, explain_full_disk, read_json, read_jsonl, write_json
+from ..training.config import LarPOConfig
+from .checks import check_run
+from .evaluation import with_error
+from .folder import RunFolder
+from .health import Check, check_iteration
+from .mirror import Mirror
+from .options import RunConfig, RunTrainingConfig
+from .plan import plan
+from .stages import SHARDED_STAGES, STAGES, Stages
+from .tracking import Tracking
+
+
+def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
+    """
+    Runs all iterations, or what is left of them.
+
+    Args:
+        options: What the loop does.
+        training: How the trainer trains; `output_dir` is the folder of the run.
+        model: The initial model, and LoRA.
+
+    Returns:
+        Path of the report page.
+
+    Raises:
+        LarPOError: If the input is invalid; nothing computed is lost.
+    """
+    folder = RunFolder(options, training, model)
+    mirror = None
+    if options.mirror:
+        mirror = Mirror(folder.path, options.mirror)
+        if not options.dry_run:
+            with exclusive_lock(folder.path), explain_full_disk(folder.path):
+                _fetch(mirror)
+    check_run(folder)
+    if options.dry_run:
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+        folder.prepare_prompts(tokenizer, save=False)
+        print(plan(folder))
+        return folder.path / "report.html"
+    with exclusive_lock(folder.path), explain_full_disk(folder.path):
+        folder.prepare_prompts(AutoTokenizer.from_pretrained(model.model_name_or_path))
+        folder.save_configuration()
+        print(plan(folder))
+        return _run_all(folder, mirror)
+
+
+def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
+    options, started = folder.options, time.monotonic()
+    stages, tracking = Stages(folder), Tracking(folder)
+    page = folder.path / "report.html"
+    try:
+        for iteration in range(options.num_iterations + 1):
+            for stage in STAGES if iteration else ("held_out", "evaluate"):
+                _run_stage(folder, stages, stage, iteration)
+                _push(mirror)
+            if iteration:
+                checks = _check_health(folder, iteration)
+                _announce(folder, iteration, checks)
+                _track(tracking, iteration, checks)
+            page = write_report(folder.path)
+            _push(mirror)
+            bad = [c for c in checks if not c.ok] if iteration else []
+            stops = [c for c in bad if c.name in options.stop_on or "any" in options.stop_on]
+            if stops and "none" not in options.stop_on:
+                raise LarPOError(
+                    f"Stopped after iteration {iteration}, as `stop_on` asks: {stops[0].name}. {stops[0].meaning} See "
+                    f"{page}. Best model so far: {_best_model(folder, iteration)}. To go on all the same, run the same "
+                    "command with `--stop_on none`."
+                )
+    except KeyboardInterrupt:
+        raise LarPOError("Interrupted. Run the same command again to go on; nothing is lost.") from None
+    finally:
+        stages.close()
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")
+    return page
+
+
+def _best_model(folder: RunFolder, iteration: int) -> str:
+    """Path of the model with the highest held-out reward, among those of iterations 0 to `iteration`."""
+
+    def reward(number: int) -> float:
+        mean = read_json(folder.iteration(number) / "evaluation.json")["reward"]["mean"]
+        return -math.inf if mean is None else mean
+
+    return folder.model_path(max(range(iteration + 1), key=reward))
+
+
+def _run_stage(folder: RunFolder, stages: Stages, stage: str, iteration: int) -> None:
+    if stages.output(stage, iteration).exists():
+        return
+    started = time.monotonic()
+    num_processes = folder.options.processes_of(stage)
+    sharded = stage in SHARDED_STAGES
+    launcher = folder.options.train_launcher if sharded else None
+    in_processes = num_processes > 1 or launcher or (sharded and folder.options.accelerate_config)
+    if in_processes and not (iteration == 0 and stage == "evaluate"):  # which runs no model
+        stages.close()
+        _launch_stage(folder, stage, iteration, num_processes, launcher)
+    else:
+        stages.run(stage, iteration)
+    with open(folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"iteration": {iteration}, "stage": "{stage}", "seconds": {time.monotonic() - started:.2f}}}\n')
+
+
+def _launch_stage(folder: RunFolder, stage: str, iteration: int, num_processes: int, launcher: str | None) -> None:
+    """Runs a stage in several processes."""
+    words = ["stage", "--folder", str(folder.path), "--stage", stage, "--iteration", str(iteration)]
+    log, message = (folder.path / "logs" / f"iteration_{iteration}_{stage}.{kind}" for kind in ("log", "message"))
+    if launcher:
+        command = shlex.split(launcher.replace("{stage}", shlex.join(["-m", "trl_larpo", *words])))
+    else:
+        command = [sys.executable, "-m", "trl_larpo", "launch", "--num_processes", str(num_processes)]
+        command += ["--log", str(log), "--message", str(message)]
+        if folder.options.accelerate_config and stage in SHARDED_STAGES:
+            precision = "bf16" if folder.training.bf16 else "fp16" if folder.training.fp16 else "no"
+            command += ["--accelerate_config", folder.options.accelerate_config, "--mixed_precision", precision]
+        command += words
+    log.parent.mkdir(parents=True, exist_ok=True)
+    message.unlink(missing_ok=True)
+    if subprocess.run(command).returncode != 0:
+        said = message.read_text(encoding="utf-8") if message.exists() else "its message is above."
+        raise LarPOError(
+            f"The stage {stage!r} of iteration {iteration} failed. {said} What was saved so far is kept; run the same "
+            "command again to go on."
+        )
+
+
+def _check_health(folder: RunFolder, iteration: int) -> list[Check]:
+    path = folder.iteration(iteration)
+    checks = check_iteration(
+        samples=read_jsonl(path / "samples.jsonl"),
+        selection=read_json(path / "selection.json"),
+        training_log=read_jsonl(path / "training_log.jsonl"),
+        start=read_json(folder.iteration(0) / "evaluation.json"),
+        evaluations=[read_json(folder.iteration(i) / "evaluation.json") for i in range(1, iteration + 1)],
+        monitor=read_json(path / "monitor.json") if (path / "monitor.json").exists() else None,
+        beta=folder.training.beta,
+    )
+    write_json(path / "health.json", [dataclasses.asdict(check) for check in checks])
+    return checks
+
+
+def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
+    """A few lines for a person at the end of an iteration."""
+    start, now = (read_json(folder.iteration(i) / "evaluation.json") for i in (0, iteration))
+    print(
+        f"\nIteration {iteration}: held-out reward {with_error(now['reward'])}, at the start "
+        f"{with_error(start['reward'])}; gain {with_error(now['gain'], '+')}; {now['tokens']:.0f} tokens, at the "
+        "start "
+        f"{start['tokens']:.0f}"
+    )
+    for check in checks:
+        if not check.ok:
+            print(f"  WARNING {check.name}: {check.value:.3g}, should be {check.limit}. {check.meaning}")
+
+
+def _fetch(mirror: Mirror) -> None:
+    try:
+        count = mirror.fetch()
+    except Exception as error:  # of any store's
+        raise ConfigError(f"`mirror`: {mirror.url} cannot be read: {type(error).__name__}: {error}") from error
+    if count:
+        print(f"Fetched {count} files of the run from {mirror.url}")
+
+
+def _push(mirror: Mirror | None) -> None:
+    """A store that is out of reach does not stop the run; the next stage tries again."""
+    try:
+        if mirror is not None:
+            mirror.push()
+    except Exception as error:  # of any store's
+        print(f"  WARNING mirror: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
+
+
+def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:
+    """A tracker that is out of reach at three in the morning does not stop the run."""
+    try:
+        tracking.log(iteration, checks)
+    except Exception as error:  # of any tracker's, the network's
+        print(f"  WARNING tracking: {type(error).__name__}: {error} The same numbers are in {tracking.folder.path}.")
+
+
+def run_stage_of(path: str, stage: str, iteration: int) -> None:
+    """
+    Does one stage of a run, as one of several processes.
+
+    Args:
+        path: Folder of the run.
+        stage: One of [`STAGES`].
+        iteration: From 0 on.
+    """
+    values = yaml.safe_load((Path(path) / "run.yaml").read_text(encoding="utf-8"))
+
+    def restore(options_class):
+        names = {option.name for option in dataclasses.fields(options_class) if option.init}
+        return options_class(**{name: value for name, value in values.items() if name in names})
+
+    folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(ModelConfig))
+    folder.path = Path(path)
+    folder.prepare_prompts(AutoTokenizer.from_pretrained(folder.model.model_name_or_path))
+    stages = Stages(folder)
+    try:
+        with explain_full_disk(folder.path):
+            stages.run(stage, iteration)
+    finally:
+        stages.close()

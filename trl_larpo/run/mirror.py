@@ -1,0 +1,79 @@
+"""
+A copy of a run's folder in an object store, or wherever fsspec reaches: s3://, gs://, hf://, file://, ...
+
+Stages append and rename, which object stores cannot do; so a run works in a folder of the machine, and what is whole
+is copied after each stage. On a machine whose folder is empty, the run is fetched first and resumes there.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from ..errors import ConfigError
+from ..storage import finish, partial_path
+
+_MANIFEST = "mirror.json"  # names of all files that are whole
+
+_SCRATCH = ("trainer", "servers", "tracking", "plots")  # of no use on another machine, or made again
+
+
+class Mirror:
+    """
+    Keeps a copy of a folder.
+
+    Args:
+        folder: The run's folder.
+        url: Where the copy is. Credentials come from where the protocol's package looks for them, never from the URL.
+
+    Raises:
+        ConfigError: If the protocol is unknown, or its package is missing.
+    """
+
+    def __init__(self, folder: Path, url: str):
+        self.folder, self.url = folder, url
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"`mirror`: {url!r} cannot be used: {error}") from None
+        self._copied: dict[str, tuple[int, int]] = {}  # name → size and time of change when it was copied
+
+    def fetch(self) -> int:
+        """Fetches the run if the folder has none. Returns the number of files."""
+        manifest = f"{self.root}/{_MANIFEST}"
+        if (self.folder / "run.yaml").exists() or not self.files.exists(manifest):
+            return 0
+        names = json.loads(self.files.cat_file(manifest))
+        for name in sorted(names, key=lambda name: name == "run.yaml"):  # which marks a folder as a run, last
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.files.get_file(f"{self.root}/{name}", str(partial_path(target)))
+            finish(partial_path(target), target)
+            self._copied[name] = _state(target)
+        return len(names)
+
+    def push(self) -> int:
+        """Copies what is new or has changed, and is whole. Returns the number of files."""
+        changed = {name: path for name, path in self._whole_files() if self._copied.get(name) != _state(path)}
+        for name, path in changed.items():
+            state = _state(path)
+            self.files.makedirs(os.path.dirname(f"{self.root}/{name}"), exist_ok=True)
+            self.files.put_file(str(path), f"{self.root}/{name}")
+            self._copied[name] = state
+        if changed:  # last: what is not named here was not copied to its end, and is not fetched
+            self.files.pipe_file(f"{self.root}/{_MANIFEST}", json.dumps(sorted(self._copied), indent=1).encode())
+        return len(changed)
+
+    def _whole_files(self) -> Iterator[tuple[str, Path]]:
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            parts = name.split("/")
+            if path.is_file() and ".partial" not in name and parts[-1] != ".lock" and not set(parts) & set(_SCRATCH):
+                yield name, path
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,81 @@
+"""What a run will do, in a few lines."""
+
+import math
+
+from .folder import RunFolder
+from .options import RunConfig
+
+
+def plan(folder: RunFolder) -> str:
+    """What will be done, in a few lines."""
+    options, training, counts = folder.options, folder.training, folder.prompt_counts
+    left_out = [
+        f"{counts[name]} {text}"
+        for name, text in (
+            ("duplicates", "duplicates"),
+            ("too_long", "too long"),
+            ("also_held_out", "held out too"),
+            ("unused", "not used"),
+        )
+        if counts[name]
+    ]
+    counts_by_iteration = [len(folder.prompts_of(i)) for i in range(1, options.num_iterations + 1)]
+    same = len(set(counts_by_iteration)) == 1
+    k, added = options.num_samples, options.num_negatives * len(options.negatives)
+    evaluation = f"evaluate {len(folder.held_out)} × {options.num_eval_samples} samples"
+    lines = [
+        f"Run in {folder.path}",
+        f"  model      {folder.model.model_name_or_path}; reference: the {options.reference} model",
+        f"  prompts    {counts_by_iteration[0] if same else ', '.join(map(str, counts_by_iteration))} in "
+        f"{'each iteration' if same else 'the iterations'}, {options.prompt_schedule}; {len(folder.held_out)} held out"
+        + (f"; left out: {', '.join(left_out)}" if left_out else ""),
+        f"  rewards    {', '.join(options.reward_funcs)}",
+        f"  lists      {_selection_text(options)}; memory: {options.memory}",
+        f"  loss       {' + '.join(training.loss_type)}, beta {training.beta:g}, learning rate "
+        f"{training.learning_rate:g}",
+        f"  start      {evaluation}",
+    ]
+    if training.per_token_scores and training.beta < 0.5:
+        lines.append(
+            f"  note       beta {training.beta:g} is weak for scores per token, whose default is 2; for sums, as in "
+            "DPO, set `per_token_scores: false`"
+        )
+    total_samples = len(folder.held_out) * options.num_eval_samples
+    total_steps = total_rewards = 0
+    for iteration, prompts in enumerate(counts_by_iteration, start=1):
+        samples = prompts * k
+        remembered = {"none": 0, "previous": 1, "all": iteration - 1}[options.memory]
+        pool = k * (1 + min(remembered, iteration - 1)) + added
+        steps = _num_steps(folder, prompts)
+        lines.append(
+            f"  iteration {iteration}: sample {prompts} × {k}{f' + {added} negatives' if added else ''} at temperature "
+            f"{options.temperature_in(iteration):g}, reward {prompts * (k + added)}, up to {prompts} lists of up to "
+            f"{_list_size(options, pool)}, {steps} optimizer steps, {evaluation}"
+        )
+        total_samples += samples + len(folder.held_out) * options.num_eval_samples
+        total_rewards += prompts * (k + added) + len(folder.held_out) * options.num_eval_samples
+        total_steps += steps
+    total_rewards += len(folder.held_out) * options.num_eval_samples
+    lines.append(
+        f"  in all     {total_samples} samples, {total_rewards} reward calls, {total_steps} optimizer steps at most"
+    )
+    return "\n".join(lines)
+
+
+def _selection_text(options: RunConfig) -> str:
+    if options.num_best is not None:
+        return f"best {options.num_best} and worst {options.num_worst} of each prompt"
+    return "all candidates" + (f", at most {options.max_list_size}" if options.max_list_size else "")
+
+
+def _list_size(options: RunConfig, pool: int) -> int:
+    if options.num_best is not None:
+        return min(pool, options.num_best + options.num_worst)
+    return min(pool, options.max_list_size or pool)
+
+
+def _num_steps(folder: RunFolder, num_lists: int) -> int:
+    training = folder.training
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(num_lists / folder.global_batch_size * training.num_train_epochs)

@@ -1,0 +1,263 @@
+"""From validated rows to token ids: `prompt_ids`, `completion_ids`, `relevance`."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.compute as pc
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import _tokenize, common_prefix_length, prepare_multimodal_messages
+
+from ..errors import DataError
+from .datasets import column_names
+from .validation import canonical_row
+
+logger = get_logger(__name__)
+Row = dict[str, Any]
+
+
+def tokenize_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    where: str,
+    eos_token: str,
+    max_length: int | None,
+    truncation_mode: str,
+    num_proc: int | None = None,
+    length_column: str = "length",
+    truncated_completions: str = "rank_last",
+) -> Dataset | IterableDataset:
+    """
+    Adds the columns `prompt_ids`, `completion_ids`, `relevance` and a length to a dataset of lists or pairs.
+
+    Tokens are those that `DPOTrainer` would see: the chat template for conversations, the end-of-sequence token
+    appended to plain strings. A completion that is not `finished` stops where its text does: no end-of-sequence token,
+    and nothing of what the chat template puts after a message. Where a column `completion_ids` has the tokens that were
+    sampled, those are taken, unless they are another tokenizer's.
+
+    As in TRL, a list whose prompt alone fills `max_length` is dropped when the start is kept; how many were is logged.
+
+    Args:
+        dataset: Raw dataset.
+        processing_class: Tokenizer or processor.
+        where: Name of the dataset in messages.
+        eos_token: Appended to plain-text completions that do not end with it.
+        max_length: Longest prompt plus completion, in tokens. `None`: no limit.
+        truncation_mode: `"keep_start"` or `"keep_end"`.
+        num_proc: Processes to use on a map-style dataset.
+        length_column: Name of the column for the tokens of a list, its prompt counted once, by which batches can be
+            grouped. A column of that name that is there already stays.
+        truncated_completions: As in [`canonical_row`].
+
+    Returns:
+        The dataset with four more columns. With `truncated_completions="drop"`, lists of which fewer than two
+        completions are left are dropped.
+
+    Raises:
+        DataError: If a row is unusable, or no row is left.
+    """
+    # Nothing but plain values is handed to `map` and `filter`, so that datasets can find their results in its cache
+    map_kwargs: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        map_kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {where}"}
+    dataset = dataset.map(
+        _tokenize_row,
+        with_indices=True,
+        fn_kwargs={
+            "processing_class": processing_class,
+            "eos_token": eos_token,
+            "where": where,
+            "length_column": length_column,
+            "truncated_completions": truncated_completions,
+        },
+        **map_kwargs,
+    )
+    # The first row of a stream need not have all columns
+    if truncated_completions == "drop" and (
+        "finished" in column_names(dataset) or isinstance(dataset, IterableDataset)
+    ):
+        reason, remedy = "fewer than 2 of their completions are finished", "Set `truncated_completions` to 'rank_last'."
+        dataset = _drop(dataset, _has_two_candidates, {}, where, reason, remedy)
+    if max_length is None or truncation_mode != "keep_start":
+        return dataset
+    reason = f"their prompt alone has at least `max_length={max_length}` tokens"
+    remedy = "Raise `max_length` or shorten the prompts."
+    dataset = _drop(dataset, _prompt_fits, {"max_length": max_length}, where, reason, remedy)
+    if isinstance(dataset, Dataset):
+        num_cut, num_candidates = _count_cut_completions(dataset, max_length)
+        if num_cut:
+            logger.warning(
+                f"{where}: {num_cut} of {num_candidates} completions are cut at `max_length={max_length}` tokens and "
+                "lose their end."
+            )
+    return dataset
+
+
+def _drop(
+    dataset: Dataset | IterableDataset,
+    keeps: Callable[..., bool],
+    arguments: dict[str, Any],
+    where: str,
+    reason: str,
+    remedy: str,
+) -> Dataset | IterableDataset:
+    """
+    Drops the lists for which `keeps` is false, and logs how many and why.
+
+    Raises:
+        DataError: If no list is left; says what to do.
+    """
+    if isinstance(dataset, IterableDataset):
+        arguments = {
+            "keeps": keeps,
+            "arguments": arguments,
+            "message": f"{where}: lists are dropped, because {reason}.",
+        }
+        return dataset.filter(_keeps_and_announces, fn_kwargs=arguments)
+    kept = dataset.filter(keeps, fn_kwargs=arguments, desc=f"Filtering {where}")
+    num_dropped = len(dataset) - len(kept)
+    if len(kept) == 0:
+        raise DataError(f"{where}: no list is left, because {reason}. {remedy}")
+    if num_dropped:
+        logger.warning(f"{where}: dropped {num_dropped} of {len(dataset)} lists, because {reason}.")
+    return kept
+
+
+def _keeps_and_announces(row: Row, keeps: Callable[..., bool], arguments: dict[str, Any], message: str) -> bool:
+    kept = keeps(row, **arguments)
+    if not kept:
+        logger.warning_once(f"{message} Said once.")
+    return kept
+
+
+def _has_two_candidates(row: Row) -> bool:
+    return len(row["completion_ids"]) >= 2
+
+
+def _prompt_fits(row: Row, max_length: int) -> bool:
+    return len(row["prompt_ids"]) < max_length
+
+
+def _tokenize_row(
+    row: Row,
+    index: int,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    eos_token: str,
+    where: str,
+    length_column: str,
+    truncated_completions: str,
+) -> Row:
+    ranked = canonical_row(row, index, where, truncated_completions)
+    prompt = ranked["prompt"]
+    template_kwargs = {}
+    if isinstance(prompt, list):
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
+    else:
+        prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    sequences = []
+    of_completions = (ranked[name] for name in ("completions", "finished", "completion_ids"))
+    for position, (completion, finished, ids) in enumerate(zip(*of_completions, strict=True)):
+        if ids is not None and not _are_tokens_of(completion, ids, tokenizer):
+            logger.warning_once(
+                f"{where} row {index}, column `completion_ids`: entry {position} does not hold the tokens of the "
+                "completion with this tokenizer, so its text is tokenised. Said once; other rows may be affected too."
+            )
+            ids = None
+        if ids is not None:
+            sequence = prompt_ids + ids
+            if isinstance(prompt, str) and prompt_ids[-1:] == [tokenizer.eos_token_id]:  # added by the tokenizer
+                sequence = prompt_ids[:-1] + ids
+        elif isinstance(prompt, str):
+            text = completion.removesuffix(eos_token)
+            sequence = _tokenize(processing_class, prompt + text + eos_token * finished)["input_ids"]
+        elif finished:
+            sequence = _tokenize(processing_class, prompt + completion, **template_kwargs)["input_ids"]
+        else:
+            text = _render_up_to_end_of_content(processing_class, prompt + completion, template_kwargs)
+            if text is None:
+                raise DataError(
+                    f"{where} row {index}, column `finished`: entry {position} is false, but its end cannot be found "
+                    "in the rendered chat template. Give its tokens in a column `completion_ids`, or remove it."
+                )
+            sequence = tokenizer(text, add_special_tokens=False)["input_ids"]
+        while not finished and len(sequence) > len(prompt_ids) + 1 and sequence[-1] == tokenizer.eos_token_id:
+            sequence = sequence[:-1]  # some tokenizers add it on their own
+        sequences.append(sequence)
+
+    # A completion starts where prompt and prompt + completion part ways, which can be before the end of the prompt.
+    # The candidates of a list share one prompt, so the earliest such place counts.
+    prompt_length = min((common_prefix_length(prompt_ids, x) for x in sequences), default=len(prompt_ids))
+    if prompt_length < len(prompt_ids):
+        logger.warning_once(
+            f"{where} row {index}: the tokenised prompt is not how the tokenised prompt with completion begins. The "
+            f"prompt's end {processing_class.decode(prompt_ids[prompt_length:])!r} is left out of training, so the "
+            "model will see another context when it generates. Use a chat template that renders the prompt alike in "
+            "both, or end the prompt where a token ends. Said once; other rows may be affected too."
+        )
+    length = prompt_length + sum(len(sequence) - prompt_length for sequence in sequences)
+    tokenized = {
+        length_column: row.get(length_column, length),
+        "prompt_ids": prompt_ids[:prompt_length],
+        "completion_ids": [sequence[prompt_length:] for sequence in sequences],
+        "relevance": ranked["relevance"],
+    }
+    return tokenized | ({"ref_logps": ranked["ref_logps"]} if "ref_logps" in ranked else {})
+
+
+def _are_tokens_of(completion: str | list[Row], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tokens are those of a completion. They are not where another tokenizer made them."""
+    text = completion if isinstance(completion, str) else completion[-1].get("content")
+    return max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def _render_up_to_end_of_content(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, messages: list[Row], template_kwargs: dict[str, Any]
+) -> str | None:
+    """
+    A conversation as text that ends where the content of its last message does.
+
+    What the chat template puts there (an end token, a line break, anything else) is found by a mark at the end of the
+    content, which also keeps blanks that the template would strip. `continue_final_message` of transformers loses them,
+    and refuses templates that change the text.
+
+    Returns:
+        The text; `None` if the last message has no text, or the template does not show its end.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        messages = prepare_multimodal_messages(messages)
+    mark = "ENDOFCONTENT"
+    while mark in str(messages):
+        mark += "X"
+    last = dict(messages[-1])
+    if isinstance(last.get("content"), str):
+        last["content"] += mark
+    elif isinstance(last.get("content"), list) and isinstance((part := last["content"][-1]).get("text"), str):
+        last["content"] = [*last["content"][:-1], part | {"text": part["text"] + mark}]
+    else:
+        return None
+    rendered = processing_class.apply_chat_template([*messages[:-1], last], tokenize=False, **template_kwargs)
+    text, found, _ = rendered.partition(mark)  # the first, where a template shows a message twice
+    return text if found else None
+
+
+def _count_cut_completions(dataset: Dataset, max_length: int) -> tuple[int, int]:
+    """How many completions do not fit into `max_length` after their prompt, and how many there are."""
+    num_cut = num_candidates = 0
+    columns = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    for table in columns.iter(batch_size=1000):
+        completions = table["completion_ids"].combine_chunks()
+        prompt_lengths = pc.list_value_length(table["prompt_ids"].combine_chunks())
+        lengths = pc.add(
+            pc.take(prompt_lengths, pc.list_parent_indices(completions)),
+            pc.list_value_length(pc.list_flatten(completions)),
+        )
+        num_cut += pc.sum(pc.greater(lengths, max_length)).as_py() or 0
+        num_candidates += len(lengths)
+    return num_cut, num_candidates

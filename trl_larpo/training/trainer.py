@@ -1,0 +1,599 @@
+"""[`LarPOTrainer`]: TRL's `DPOTrainer` for ranked lists of completions."""
+
+import contextlib
+import math
+import os
+import textwrap
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, is_peft_model, tqdm
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+from trl.models import prepare_deepspeed
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first, use_adapter
+
+from ..errors import ConfigError
+from ..losses import RankingLoss, best_and_worst
+from ..metrics import kendall_tau, mrr, ndcg, pair_accuracy
+from .attention import attention_masks, enable_sharing, sharing_obstacle, split_rows, splits_rows, uses_blocks
+from .chunking import enable_passes, passes_in_chunks, run_rows
+from .collator import DataCollatorForCandidateLists
+from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
+from .datasets import column_names, has_images
+from .token_rows import Rows, count_tokens, pack, separate_rows, shared_prompt_rows
+from .tokenization import tokenize_dataset
+from .validation import check_dataset, dataset_format
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class CandidateOutputs:
+    """
+    What one forward pass says of the candidates of a batch.
+
+    Attributes:
+        logps: Log-probability of each completion, the sum over its tokens, `(batch, list_size)`, 0 in the padding.
+        tokens: Statistics of each completion, summed over its tokens and without gradient, float `(batch, list_size)`:
+            `"count"`, `"entropy"`, `"mean_logits"`, `"is_top1"`. Empty for a reference model.
+        aux_loss: Load-balancing loss of a mixture of experts, a scalar.
+    """
+
+    logps: Tensor
+    tokens: dict[str, Tensor]
+    aux_loss: Tensor | None
+
+    def up_to(self, list_size: int) -> "CandidateOutputs":
+        """Without the candidates from `list_size` on."""
+        tokens = {name: values[:, :list_size] for name, values in self.tokens.items()}
+        return CandidateOutputs(self.logps[:, :list_size], tokens, self.aux_loss)
+
+
+class LarPOTrainer(DPOTrainer):
+    """
+    Trainer for LarPO: aligns a language model with ranked lists of completions by the losses of information retrieval.
+
+    It takes the place of [`~trl.DPOTrainer`]. Given a list of completions per prompt, the policy and the reference
+    score every completion once, and a ranking loss compares them. Chosen/rejected pairs are lists of two; with TRL's
+    own losses, or options that only pairs have, they go through `DPOTrainer`'s own code.
+
+    Paper: "LLM Alignment as Retriever Optimization: An Information Retrieval Perspective", arXiv 2502.03699.
+
+    Args:
+        model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+        callbacks, optimizers, quantization_config, peft_config:
+            As in [`~trl.DPOTrainer`], with these additions. `args` is a [`LarPOConfig`]. Datasets may hold lists
+            (`prompt`, `completions` and, unless the completions stand best first, `rewards`). A column `ref_logps`, the
+            reference's log-probability of each completion (the sum over its tokens, of what is left of it under
+            `max_length`), takes the place of a reference model. On lists,
+            `compute_metrics` receives as predictions the tuple (scores, candidate_mask) and as labels the relevance,
+            each `(prompts, list_size)` and padded with -100 where lists differ in size: what counts are the entries
+            whose candidate_mask is 1.
+        loss_fn (`Callable`, *optional*):
+            Takes the place of `loss_type`: a function of `scores`, `relevance` (float32) and `mask` (bool), each
+            `(batch, list_size)`, that returns one loss per list, `(batch,)`. See [`trl_larpo.losses`].
+
+    Raises:
+        ConfigError: If options exclude each other or have no meaning on the given data.
+        DataError: If a dataset cannot be used; names row, column and fix. Raised before the model is loaded.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from trl_larpo import LarPOConfig, LarPOTrainer
+
+    dataset = Dataset.from_list(
+        [{"prompt": "The sky is", "completions": [" blue.", " green.", " a dog."], "rewards": [1.0, 0.2, -1.0]}]
+    )
+    trainer = LarPOTrainer(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        args=LarPOConfig(loss_type="listmle"),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "dpo", "larpo"]  # noqa: RUF012
+    _name = "LarPO"
+    _paper = {  # noqa: RUF012
+        "title": "LLM Alignment as Retriever Optimization: An Information Retrieval Perspective",
+        "id": "2502.03699",
+        "citation": textwrap.dedent("""\
+            @inproceedings{jin2025llm,
+                title        = {{LLM Alignment as Retriever Optimization: An Information Retrieval Perspective}},
+                author       = {Jin, Bowen and Yoon, Jinsung and Qin, Zhen and Wang, Ziqi and Xiong, Wei and
+                                Meng, Yu and Han, Jiawei and Ar{\\i}k, Sercan {\\"O}.},
+                year         = 2025,
+                booktitle    = {Proceedings of the 42nd International Conference on Machine Learning},
+                series       = {Proceedings of Machine Learning Research},
+                volume       = 267,
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        ref_model: PreTrainedModel | None = None,
+        args: LarPOConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        *,
+        loss_fn: RankingLoss | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = LarPOConfig(f"{model_name.split('/')[-1]}-LarPO")
+        check_loss_types(args.loss_type)
+        self._list_mode = False
+        if isinstance(train_dataset, Dataset | IterableDataset):  # anything else DPOTrainer refuses by name
+            self._list_mode = trains_lists(
+                args,
+                formats=_check_datasets(
+                    train_dataset,
+                    eval_dataset,
+                    losses_need_pairs=loss_fn is None and DPO_LOSSES.issuperset(args.loss_type),
+                    truncated_completions=_truncated_completions(args),
+                ),
+                loss_fn=loss_fn,
+                has_images=has_images(train_dataset),
+                has_collator=data_collator is not None,
+                has_compute_metrics=compute_metrics is not None,
+            )
+        if self._list_mode and "ref_logps" in column_names(train_dataset):
+            if ref_model is not None:
+                raise ConfigError(
+                    "train_dataset has the column `ref_logps`, and `ref_model` is given as well. Pass one of the two."
+                )
+            args.precompute_ref_log_probs = True  # what this dataset brings, and others still need
+        loss_types = args.loss_type
+        # DPOTrainer checks its options against its own losses. Every ranking loss depends on differences of scores
+        # alone, as "sigmoid" does, so what is sound for "sigmoid" is sound for it.
+        args.loss_type = [name if name in DPO_LOSSES else "sigmoid" for name in loss_types]
+        self._datasets_are_checked = True
+        self._chunk_size = getattr(args, "candidate_chunk_size", None)
+        self._layouts: dict[int, bool] = {}  # id of a model: whether its candidates share a row
+        try:
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.loss_type = loss_types
+        self._datasets_are_checked = False  # those still to come, in `evaluate`
+        if self._list_mode:
+            self.data_collator = self._list_collator()
+            self.loss_types = loss_types if loss_fn is None else ["loss_fn"]
+            self._ranking_losses = {name: ranking_loss(name, args) for name in loss_types if name not in DPO_LOSSES}
+            if loss_fn is not None:
+                self._ranking_losses, self.loss_weights = {"loss_fn": loss_fn}, [1.0]
+            self._shares_prompt(self.accelerator.unwrap_model(self.model))  # now, in case it is impossible
+            if self.ref_model is not None:
+                self._shares_prompt(self.accelerator.unwrap_model(self.ref_model))
+
+    # From rows to batches
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        where = f"{dataset_name} dataset"
+        if not self._datasets_are_checked:
+            row_format = _check_dataset(dataset, where, not self._list_mode, _truncated_completions(args))
+            if row_format == "list" and not self._list_mode:
+                raise ConfigError(f"{where} holds lists, but this trainer was built for pairs. Evaluate it on pairs.")
+        if not self._list_mode:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        with global_then_local_main_first():
+            return tokenize_dataset(
+                dataset,
+                processing_class,
+                where=where,
+                eos_token=self._tokenizer.eos_token,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+                length_column=args.length_column_name,
+                truncated_completions=_truncated_completions(args),
+            )
+
+    def _set_signature_columns_if_needed(self):
+        if self._list_mode and self._signature_columns is None:
+            self._signature_columns = ["prompt_ids", "completion_ids", "relevance", "ref_logps"]
+            self._signature_columns.append(self.args.length_column_name)  # what batches may be grouped by
+        super()._set_signature_columns_if_needed()
+
+    def _list_collator(self):
+        """The collator for lists, with the padding that DPOTrainer settled on. A collator of the user's stays."""
+        collator = self.data_collator
+        if not isinstance(collator, DataCollatorForPreference):
+            return collator
+        return DataCollatorForCandidateLists(
+            pad_token_id=collator.pad_token_id,
+            max_length=collator.max_length,
+            truncation_mode=collator.truncation_mode,
+        )
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if not self._list_mode:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if "ref_logps" in column_names(dataset):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise ConfigError(
+                f"`precompute_ref_log_probs` needs a dataset that can be read twice, but the {name} dataset is an "
+                "IterableDataset. Turn the option off, pass a map-style Dataset, or bring a column `ref_logps`."
+            )
+        # Everything the values depend on, and the same file for every process
+        args = self.args
+        settings = (args.max_length, args.truncation_mode, args.bf16, args.fp16)
+        fingerprint = [Hasher.hash((dataset._fingerprint, self._precompute_model_hash, settings))]
+        broadcast_object_list(fingerprint, from_process=0)
+        cache_file = dataset._get_cache_file_path(fingerprint[0])
+        if not os.path.exists(cache_file):
+            ref_logps = self._compute_all_ref_logps(dataset, name, batch_size)
+            if self.accelerator.is_main_process:
+                dataset.map(
+                    lambda _, indices: {"ref_logps": [ref_logps[i] for i in indices]},
+                    with_indices=True,
+                    batched=True,
+                    remove_columns=dataset.column_names,
+                    new_fingerprint=fingerprint[0],
+                    cache_file_name=cache_file,
+                    desc=f"Caching reference log probs for {name} dataset",
+                )
+            self.accelerator.wait_for_everyone()
+        return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+
+    def _compute_all_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> list[list[float]]:
+        """Reference log-probabilities of every candidate, list by list."""
+        loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=self._list_collator(),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
+        )
+        model = self.ref_model or self.model
+        # As in DPOTrainer: the policy is prepared in `train`, so until then DeepSpeed needs an engine to run it
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            if self._precompute_engine is None:
+                self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+            model = self._precompute_engine
+        ref_logps = []
+        for batch in tqdm(
+            self.accelerator.prepare(loader),
+            desc=f"Computing reference log probs for {name} dataset",
+            disable=bool(os.environ.get("TQDM_DISABLE", "")),
+        ):
+            batch_logps = self.compute_ref_log_probs(model, batch)
+            # Lists on other processes may be longer
+            batch_logps = self.accelerator.pad_across_processes(batch_logps, dim=1)
+            sizes = batch["candidate_mask"].sum(dim=1)
+            batch_logps, sizes = self.accelerator.gather_for_metrics((batch_logps, sizes))
+            ref_logps += [logps[:size] for logps, size in zip(batch_logps.tolist(), sizes.tolist(), strict=True)]
+        return ref_logps
+
+    # From batches to the loss
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **model_kwargs) -> CandidateOutputs:
+        """Runs each candidate of the batch once. The one place that calls a model."""
+        bare_model = self.accelerator.unwrap_model(model)
+        shared_prompt = self._shares_prompt(bare_model)
+        if self._chunk_size is None:
+            if shared_prompt:
+                rows = shared_prompt_rows(inputs, self.args.pad_to_multiple_of)
+                rows = pack(rows) if uses_blocks(bare_model) else rows
+                split = split_rows(rows) if splits_rows(bare_model) else None
+                if split is not None:
+                    model_kwargs["split"] = split
+                mask = attention_masks(bare_model, rows) if split is None else split.mask
+            else:
+                rows = separate_rows(inputs, self.args.pad_to_multiple_of)
+                mask = rows.real.long()
+            return _candidate_outputs(rows, run_rows(model, rows, mask, **model_kwargs))
+
+        list_size = inputs["candidate_mask"].size(1)
+        if self.accelerator.num_processes > 1:
+            sizes = self.accelerator.gather(torch.tensor([list_size], device=self.accelerator.device))
+            list_size = int(sizes.max())
+        passes = passes_in_chunks(
+            bare_model, inputs, shared_prompt, self._chunk_size, list_size, prompts_first=not self.is_fsdp_enabled
+        )
+        outputs = iter(model(passes=passes, **model_kwargs))
+        return _concatenate(
+            [
+                _concatenate([_candidate_outputs(rows, next(outputs)) for rows in lists.chunks], dim=1)
+                for lists in passes
+            ],
+            dim=0,
+        ).up_to(inputs["candidate_mask"].size(1))
+
+    def _shares_prompt(self, model: PreTrainedModel) -> bool:
+        """Whether the candidates of a list share their prompt in this model. Decided, and said in the log, once."""
+        if id(model) not in self._layouts:
+            wish = getattr(self.args, "shared_prompt", "auto")
+            obstacle = "`shared_prompt` is 'off'" if wish == "off" else self._sharing_obstacle(model)
+            if wish == "on" and obstacle:
+                raise ConfigError(
+                    f"`shared_prompt='on'` is not possible, because {obstacle}. With 'auto' such models get a row for "
+                    "each completion."
+                )
+            kind = "Reference" if model is not self.accelerator.unwrap_model(self.model) else "Policy"
+            if obstacle is None:
+                enable_sharing(model)
+                logger.info(f"{kind}: one row for each list; its completions share one pass over their prompt.")
+            else:
+                log = logger.info if wish == "off" else logger.warning
+                log(f"{kind}: a row for each completion, with the prompt in each, because {obstacle}.")
+            if self._chunk_size is not None:
+                if is_peft_model(model) and any(x.is_prompt_learning for x in model.peft_config.values()):
+                    raise ConfigError(
+                        "`candidate_chunk_size` does not work with prompt-learning PEFT. Remove it, or use LoRA."
+                    )
+                enable_passes(model.get_base_model() if is_peft_model(model) else model)
+            self._layouts[id(model)] = obstacle is None
+        return self._layouts[id(model)]
+
+    def _sharing_obstacle(self, model: PreTrainedModel) -> str | None:
+        if self.args.max_length is not None and self.args.truncation_mode == "keep_end":
+            return "`truncation_mode='keep_end'` leaves each completion another prompt"
+        return sharing_obstacle(model)
+
+    def compute_ref_log_probs(self, model, inputs):
+        """
+        Reference log-probabilities of one batch.
+
+        Returns:
+            On lists, a float tensor `(batch, list_size)`, 0 in the padding; else what `DPOTrainer` returns.
+        """
+        if not self._list_mode:
+            return super().compute_ref_log_probs(model, inputs)
+        adapter_context = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            # A new adapter is switched off; of an adapter that was there before, a frozen copy named "ref" is used
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter_context = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter_context,
+            self.accelerator.autocast(),
+        ):
+            return self._forward(model, inputs).logps
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if not self._list_mode:
+            return super()._compute_loss(model, inputs, return_outputs)
+        relevance, candidate_mask = inputs["relevance"], inputs["candidate_mask"]
+        policy = self._forward(model, inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {}))
+        if self.precompute_ref_logps:
+            ref_logps = inputs["ref_logps"]
+        else:
+            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        log_ratios = policy.logps - ref_logps
+        scores = self.beta * divergence_scores(log_ratios.float(), self.f_divergence_type, self.f_alpha_divergence_coef)
+        if getattr(self.args, "per_token_scores", False):
+            scores = scores / policy.tokens["count"].clamp(min=1)
+
+        loss = 0.0
+        for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
+            if name == "sft":
+                loss = loss + weight * _sft_loss(policy, relevance, candidate_mask)
+            else:
+                loss = loss + weight * self._ranking_losses[name](scores, relevance, candidate_mask).mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * policy.aux_loss
+
+        with torch.no_grad():
+            self._log_list_metrics(inputs, policy, self.beta * log_ratios, scores)
+        return (loss, {"scores": scores.detach()}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        if not self._list_mode or prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, (outputs["scores"], inputs["candidate_mask"].long()), inputs["relevance"]
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """Of one forward and backward pass over the batch by the policy, as transformers estimates them."""
+        if not self._list_mode:
+            return super().floating_point_ops(inputs)
+        shared = self._shares_prompt(self.accelerator.unwrap_model(self.model))
+        return 6 * int(count_tokens(inputs, shared)) * self.model.num_parameters(exclude_embeddings=True)
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
+            if self._list_mode and any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+                error.add_note(self._how_to_save_memory())
+            raise
+
+    def _how_to_save_memory(self) -> str:
+        size = self._chunk_size
+        now = "None: all candidates of a batch are" if size is None else f"{size}: as many candidates are"
+        return (
+            f"LarPO: out of memory. `candidate_chunk_size` is {now} in memory at the same time. Lower it (1 is the "
+            "least); results stay the same, and a step takes somewhat longer."
+        )
+
+    # What is logged
+
+    def _log_list_metrics(
+        self, inputs: dict[str, Tensor], policy: CandidateOutputs, rewards: Tensor, scores: Tensor
+    ) -> None:
+        """
+        Adds this batch to the metrics, under DPOTrainer's names where there is one.
+
+        The best candidate of a list is its "chosen" one and the worst its "rejected" one; where several tie, their mean
+        counts. Lists with nothing to compare are left out of every metric that compares.
+
+        Args:
+            inputs: The batch.
+            policy: The policy's forward pass.
+            rewards: Implicit rewards β · (log π_θ - log π_ref), `(batch, list_size)`.
+            scores: What the losses saw, `(batch, list_size)`: the same but for scores per token and for f-divergences
+                other than reverse KL.
+        """
+        mode = "train" if self.model.training else "eval"
+        relevance, mask, tokens = inputs["relevance"], inputs["candidate_mask"], policy.tokens
+        best, worst = best_and_worst(relevance, mask)
+        chosen, rejected = _shares(best), _shares(worst)
+        comparable = chosen.any(dim=1)
+        num_comparable = comparable.sum()
+        chosen_rewards, rejected_rewards = (chosen * rewards).sum(dim=1), (rejected * rewards).sum(dim=1)
+        chosen_tokens, rejected_tokens = (chosen * tokens["count"]).sum(), (rejected * tokens["count"]).sum()
+        # On the CPU, because they need float64
+        lists = [tensor[comparable].cpu() for tensor in (scores, relevance, mask)]
+
+        averages = {  # name: (sum, number of things summed)
+            "entropy": (tokens["entropy"].sum(), tokens["count"].sum()),
+            "logits/chosen": ((chosen * tokens["mean_logits"]).sum(), chosen_tokens),
+            "logits/rejected": ((rejected * tokens["mean_logits"]).sum(), rejected_tokens),
+            "mean_token_accuracy": ((chosen * tokens["is_top1"]).sum(), chosen_tokens),
+            "rewards/chosen": (chosen_rewards.sum(), num_comparable),
+            "rewards/rejected": (rejected_rewards.sum(), num_comparable),
+            "rewards/accuracies": ((chosen_rewards > rejected_rewards).sum(), num_comparable),
+            "rewards/margins": ((chosen_rewards - rejected_rewards).sum(), num_comparable),
+            "logps/chosen": ((chosen * policy.logps).sum(), num_comparable),
+            "logps/rejected": ((rejected * policy.logps).sum(), num_comparable),
+            "ranking/ndcg": (ndcg(*lists).sum(), num_comparable),
+            "ranking/mrr": (mrr(*lists).sum(), num_comparable),
+            # NaN where all scores are equal, as at the very first step: no correlation
+            "ranking/kendall_tau": (kendall_tau(*lists).nan_to_num(0.0).sum(), num_comparable),
+            "ranking/accuracy": (pair_accuracy(*lists).sum(), num_comparable),
+            "list_size": (mask.sum(), torch.tensor(mask.size(0))),
+            "completions/mean_length": (tokens["count"].sum(), mask.sum()),
+            "num_tokens": (count_tokens(inputs), torch.tensor(1)),
+        }
+        # Sums and counts, so that every candidate of every process weighs the same
+        flat = torch.stack([x.to(scores.device, torch.float32) for pair in averages.values() for x in pair])
+        totals = self.accelerator.reduce(flat, reduction="sum").view(-1, 2).tolist()
+        metrics = self._metrics[mode]
+        for name, (total, count) in zip(averages, totals, strict=True):
+            if name == "num_tokens":
+                if mode == "train":
+                    self._total_train_tokens += int(total) // self._tp_size
+                metrics[name] = [self._total_train_tokens]
+            elif count > 0:
+                metrics[name].append(total / count)
+        if policy.aux_loss is not None:
+            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(policy.aux_loss.detach()).mean().item())
+
+
+def _candidate_outputs(rows: Rows, raw: FusedCausalLMOutput) -> CandidateOutputs:
+    """What a model says of the tokens of some rows, summed up by candidate."""
+    statistics = {name: getattr(raw, name) for name in ("entropy", "mean_logits", "is_top1")}
+    tokens = {name: rows.per_token(v.detach()).sum(dim=-1).float() for name, v in statistics.items() if v is not None}
+    return CandidateOutputs(
+        logps=rows.per_token(raw.log_probs).sum(dim=-1),
+        tokens={"count": rows.token_mask.sum(dim=-1).float()} | tokens,
+        aux_loss=raw.aux_loss,
+    )
+
+
+def _concatenate(parts: list[CandidateOutputs], dim: int) -> CandidateOutputs:
+    """Joins lists (dim 0) or candidates of the same lists (dim 1). Load-balancing losses are averaged."""
+    if len(parts) == 1:
+        return parts[0]
+    aux_losses = [part.aux_loss for part in parts]
+    return CandidateOutputs(
+        logps=torch.cat([part.logps for part in parts], dim=dim),
+        tokens={name: torch.cat([part.tokens[name] for part in parts], dim=dim) for name in parts[0].tokens},
+        aux_loss=None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+    )
+
+
+def divergence_scores(log_ratios: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
+    """
+    f'(π_θ / π_ref): what takes the place of the log ratio under another divergence (f-DPO, arXiv 2309.16240).
+
+    Args:
+        log_ratios: log π_θ - log π_ref, float32 of any shape.
+        f_divergence_type: `"reverse_kl"` (the log ratio itself), `"forward_kl"`, `"js_divergence"` or
+            `"alpha_divergence"`.
+        alpha: Coefficient of the α-divergence.
+
+    Returns:
+        Tensor of the same shape. A constant is added where it keeps the value finite; ranking losses do not see it.
+
+    Raises:
+        ConfigError: If the divergence is unknown.
+    """
+    if f_divergence_type == "reverse_kl":
+        return log_ratios
+    if f_divergence_type == "forward_kl":
+        return -torch.expm1(-log_ratios)
+    if f_divergence_type == "js_divergence":
+        return math.log(2) + F.logsigmoid(log_ratios)
+    if f_divergence_type == "alpha_divergence":
+        if abs(alpha - 1) < 1e-6:
+            return log_ratios
+        # exp overflows float32 at 88; DPOTrainer stops at 80 too
+        return torch.expm1(((alpha - 1) * log_ratios).clamp(max=80.0)) / (alpha - 1)
+    raise ConfigError(
+        f"`f_divergence_type` is {f_divergence_type!r}; it must be 'reverse_kl', 'forward_kl', 'js_divergence' or "
+        "'alpha_divergence'."
+    )
+
+
+def _sft_loss(policy: CandidateOutputs, relevance: Tensor, candidate_mask: Tensor) -> Tensor:
+    """Negative log-likelihood per token of the best candidates; of several tied for best, each weighs its share."""
+    weight = _shares(best_and_worst(relevance, candidate_mask)[0])
+    return -(weight * policy.logps).sum() / (weight * policy.tokens["count"]).sum().clamp(min=1)
+
+
+def _shares(members: Tensor) -> Tensor:
+    """Equal shares of 1 for the `True` entries of each row."""
+    return members / members.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _truncated_completions(args: DPOConfig) -> str:
+    return getattr(args, "truncated_completions", "rank_last")
+
+
+def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool, truncated_completions: str) -> dict[str, str]:
+    """Validates all rows that can be read in advance. Name of each dataset, the training set first → its format."""
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
+    return {
+        where: _check_dataset(dataset, where, losses_need_pairs, truncated_completions)
+        for where, dataset in datasets.items()
+    }
+
+
+def _check_dataset(dataset, where: str, losses_need_pairs: bool, truncated_completions: str) -> str:
+    row_format = dataset_format(dataset, where, losses_need_pairs)
+    if row_format == "list":
+        check_dataset(dataset, where, truncated_completions)
+    return row_format
