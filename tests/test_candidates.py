@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from trl_larpo import ConfigError
-from trl_larpo.candidates import Candidate, Selection, build_list, build_lists, candidates_of, earlier_iterations
-from trl_larpo.prompts import prompt_id
+from trl_larpo.candidates import Candidate, CandidateList, CandidatePool, Selection, build_list, build_lists
+from trl_larpo.prompts import Prompt, prompt_id
+from trl_larpo.run.memory import earlier_iterations
 from trl_larpo.run.negatives import random_prompts, related_prompts
 
 
@@ -108,7 +109,10 @@ def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
     ]
     other = [Candidate("x", 1.0), Candidate("y", 1.0)]
     selection = Selection(1, 1, truncated_completions="drop")
-    rows, counts = build_lists([({"prompt": "p"}, pool), ({"prompt": "q"}, other)], selection)
+    pools = [CandidatePool(Prompt.of(text), candidates) for text, candidates in (("p", pool), ("q", other))]
+    lists, counts = build_lists(pools, selection)
+    rows = [made.to_row() for made in lists]
+    assert [row["prompt"] for row in rows] == ["p", "q"]
     assert rows[0]["completions"] == ["best", "worst"] and rows[0]["rewards"] == [3.0, 1.0]
     assert rows[0]["candidates"][0] == {
         "iteration": 2, "source": "policy", "temperature": 0.8, "finished": True, "num_tokens": None,
@@ -118,7 +122,7 @@ def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
         "cut": "cut off", "middle": "not selected", " ": "empty", "unjudged": "no reward",
     }  # fmt: skip
     assert rows[1]["problem"] == "tied" and rows[1]["completions"] == []
-    assert [c.completion for c in candidates_of(rows[0])] == ["best", "worst"]
+    assert [CandidateList.from_row(row) for row in rows] == [replace(made, num_duplicates=0) for made in lists]
     assert counts.summary() == (
         "1 lists of 2 candidates; left out: 1 prompts with all rewards equal, 1 completions cut off, 1 empty, 1 "
         "without "
@@ -147,7 +151,8 @@ ENDED = [Candidate("good", 3.0), Candidate("fair", 2.0), Candidate("poor", 1.0)]
 def test_what_becomes_of_completions_that_were_cut_off(selection, expected):
     made = build_list([CUT_OFF[0], *ENDED, *CUT_OFF[1:]], selection)
     assert " ".join(c.completion.replace(" ", "-") for c in made.selected) == expected
-    [row], counts = build_lists([({}, [*CUT_OFF, *ENDED])], selection)
+    [made], counts = build_lists([CandidatePool(Prompt.of("p"), [*CUT_OFF, *ENDED])], selection)
+    row = made.to_row()
     assert row["finished"] == [c.finished for c in made.selected]
     assert counts.truncated == row["finished"].count(False)
 
@@ -162,12 +167,14 @@ def test_ending_alone_makes_no_list():
 
 def test_a_cut_off_completion_keeps_its_tokens():
     pool = [Candidate("a", 1.0), Candidate("c", 0.0), Candidate("b\ufffd", None, finished=False, token_ids=[5, 6])]
-    [row], _ = build_lists([({}, pool)], Selection())
+    [made], _ = build_lists([CandidatePool(Prompt.of("p"), pool)], Selection())
+    row = made.to_row()
     assert row["completion_ids"] == ["", "", "5 6"]
 
 
 def test_short_lists_are_kept_and_counted():
-    _, counts = build_lists([({}, [Candidate("a", 1.0), Candidate("b", 0.0)])], Selection(2, 2))
+    pool = CandidatePool(Prompt.of("p"), [Candidate("a", 1.0), Candidate("b", 0.0)])
+    _, counts = build_lists([pool], Selection(2, 2))
     assert (counts.lists, counts.prompts_short) == (1, 1)
     assert counts.summary().endswith("1 lists are shorter than asked for.")
 

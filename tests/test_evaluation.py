@@ -6,31 +6,31 @@ import statistics
 
 import pytest
 
-from trl_larpo.run.evaluation import best_of_n, evaluate_rows, mean_and_error
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
+from trl_larpo.run.evaluation import best_of_n, evaluate, mean_and_error
 
 
 def row(name, rewards, tokens=5):
-    about = {"num_tokens": tokens, "finished": True}
-    return {
-        "prompt_id": name, "completions": [f"{name} {i}" for i in range(len(rewards))], "rewards": rewards,
-        "candidates": [about] * len(rewards),
-    }  # fmt: skip
+    candidates = [Candidate(f"{name} {i}", reward, num_tokens=tokens) for i, reward in enumerate(rewards)]
+    return CandidatePool(Prompt.of(name), candidates)
 
 
 def test_best_of_n_is_the_average_over_all_choices():
     rng = random.Random(0)
     rows = [row(str(i), [rng.choice([0.0, 0.5, 1.0, 2.5]) for _ in range(rng.randint(4, 7))]) for i in range(5)]
     for n, value in enumerate(best_of_n(rows), start=1):
-        by_prompt = [statistics.fmean(max(c) for c in itertools.combinations(r["rewards"], n)) for r in rows]
+        rewards = [[c.reward for c in pool.candidates] for pool in rows]
+        by_prompt = [statistics.fmean(max(c) for c in itertools.combinations(r, n)) for r in rewards]
         assert value == pytest.approx(statistics.fmean(by_prompt), abs=1e-12)
-    assert len(best_of_n(rows)) == min(len(r["rewards"]) for r in rows)
+    assert len(best_of_n(rows)) == min(len(pool.candidates) for pool in rows)
     assert best_of_n([row("p", [None])]) == []
 
 
 def test_gain_is_by_prompt():
     start = [row("a", [0.0, 1.0]), row("b", [0.0, 0.0]), row("c", [None, None])]
     now = [row("a", [1.0, 1.0], tokens=7), row("b", [0.0, 1.0], tokens=7), row("c", [1.0, None], tokens=7)]
-    found = evaluate_rows(now, start)
+    found = evaluate(now, start)
     assert found["gain"] == {"mean": 0.5, "standard_error": 0.0}  # a and b; c was not rewarded before
     assert found["reward"]["mean"] == pytest.approx((1.0 + 0.5 + 1.0) / 3)
     assert (found["tokens"], found["finished"], found["distinct"], found["unrewarded"]) == (7.0, 1.0, 1.0, 1)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
 from trl_larpo.run.health import CHECKS, check_iteration
 
 
@@ -13,8 +15,8 @@ def evaluation(tokens=40.0, finished=0.95, change=0.1, kl=5.0):
 
 
 def samples(tokens=40, finished=True, texts=("a", "b", "c", "d")):
-    about = {"source": "policy", "num_tokens": tokens, "finished": finished}
-    return [{"completions": list(texts), "candidates": [about] * len(texts)}]
+    candidates = [Candidate(text, num_tokens=tokens, finished=finished) for text in texts]
+    return [CandidatePool(Prompt.of("p"), candidates)]
 
 
 SELECTION = {"lists": 10, "prompts_too_few": 0, "prompts_tied": 0, "prompts_small_gap": 0}

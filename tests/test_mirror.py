@@ -8,7 +8,7 @@ import pytest
 from small_run import change_options, larpo_run, rows_of
 
 from trl_larpo import LarPOError
-from trl_larpo.run.candidate_files import read_candidate_rows
+from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.mirror import Mirror
 from trl_larpo.training.datasets import load_splits
 
@@ -86,8 +86,8 @@ def test_prompts_and_candidates_from_urls(tmp_path):
     assert load_splits(f"file://{tmp_path}/rows.jsonl")["train"][0] == {"prompt": "p"}
     candidates = {"prompt": "p", "responses": ["a", "b"], "rewards": [1.0, 2.0]}
     (tmp_path / "candidates.jsonl").write_text(json.dumps(candidates) + "\n")
-    [row] = read_candidate_rows(f"file://{tmp_path}/candidates.jsonl")
-    assert (row["completions"], row["rewards"]) == (["a", "b"], [1.0, 2.0])
+    [pool] = read_candidate_pools(f"file://{tmp_path}/candidates.jsonl")
+    assert [(c.completion, c.reward) for c in pool.candidates] == [("a", 1.0), ("b", 2.0)]
     for url, message in ((f"file://{tmp_path}/none.jsonl", "cannot be read"), ("file:///x.txt", "none of the kinds")):
         with pytest.raises(LarPOError, match=message):
             load_splits(url)

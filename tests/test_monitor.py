@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, write_prompts
 
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
 from trl_larpo.run import monitor as monitor_module
 from trl_larpo.run.monitor import MonitorPoint, TrainingMonitor
 
@@ -116,10 +118,9 @@ def test_it_only_watches_where_it_must_not_stop(long_project):
 # The parts, with rewards made up
 
 
-def rows(reward, num_prompts=12):
-    about = {"finished": True, "num_tokens": 5}
+def scored(reward, num_prompts=12):
     return [
-        {"prompt_id": str(i), "completions": ["a"], "rewards": [reward + i / 100], "candidates": [about]}
+        CandidatePool(Prompt(str(i), str(i)), [Candidate("a", reward + i / 100, num_tokens=5)])
         for i in range(num_prompts)
     ]
 
@@ -136,9 +137,9 @@ class Training:
         self.monitor = TrainingMonitor(
             trainer,
             self.sample,
-            lambda rows: rows,
+            lambda pools: pools,
             self.saved.append,
-            rows(0.5),
+            scored(0.5),
             path,
             **settings,
         )
@@ -149,10 +150,9 @@ class Training:
         reward = self.rewards[self.state.global_step]
         if isinstance(reward, BaseException):
             raise reward
-        offset = {row["prompt_id"]: (-1) ** int(row["prompt_id"]) / 50 for row in asked}
         return [
-            row | {"rewards": [reward + int(row["prompt_id"]) / 100 + offset[row["prompt_id"]]]}
-            for row in rows(0, len(asked))
+            CandidatePool(prompt, [Candidate("a", reward + number / 100 + (-1) ** number / 50, num_tokens=5)])
+            for prompt, number in ((prompt, int(prompt.id)) for prompt in asked)
         ]
 
     def run(self):
@@ -181,7 +181,7 @@ def test_an_end_below_the_best_is_not_kept_and_one_above_is(tmp_path, monkeypatc
 def test_a_fall_on_few_prompts_is_confirmed_on_all(tmp_path, monkeypatch):
     training = Training(tmp_path / "m.json", {2: 0.1, 4: 0.6, 6: 0.6, 8: 0.6}, monkeypatch)
     few = training.sample
-    monkeypatch.setattr(training.monitor, "sample", lambda asked: few(asked) if len(asked) == 8 else rows(0.6))
+    monkeypatch.setattr(training.monitor, "sample", lambda asked: few(asked) if len(asked) == 8 else scored(0.6))
     assert training.run().stopped_at is None
 
 
@@ -243,7 +243,7 @@ def test_without_stopping_it_only_watches(tmp_path, monkeypatch):
 
 def test_random_numbers_of_a_reward_are_not_those_of_the_training(tmp_path, monkeypatch):
     training = Training(tmp_path / "m.json", {2: 0.6, 4: 0.6, 6: 0.6, 8: 0.6}, monkeypatch)
-    training.monitor.score = lambda rows: [(torch.rand(1), random.random(), np.random.rand()), rows][1]
+    training.monitor.score = lambda pools: [(torch.rand(1), random.random(), np.random.rand()), pools][1]
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
@@ -266,6 +266,6 @@ def test_time_before_a_kill_counts(tmp_path, monkeypatch):
 
 
 def test_unknown_rewards_are_no_alarm(tmp_path, monkeypatch):
-    unknown = [row | {"rewards": [None]} for row in rows(0.5)]
-    point = MonitorPoint.of(3, unknown, rows(0.5))
+    unknown = [pool.with_candidates([Candidate("a", num_tokens=5)]) for pool in scored(0.5)]
+    point = MonitorPoint.of(3, unknown, scored(0.5))
     assert point.reward["mean"] is None and not point.is_harm and point.finished == 1.0

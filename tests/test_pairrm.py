@@ -8,7 +8,9 @@ import torch
 from transformers import DebertaV2Config
 
 from trl_larpo import ConfigError
-from trl_larpo.rewards.functions import Reward, score_rows
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
+from trl_larpo.rewards.functions import Reward, score_pools
 from trl_larpo.rewards.pairrm import FIRST, SECOND, SOURCE, PairRM, PairRMModel, source_text
 from trl_larpo.run.small import save_small_pairrm
 
@@ -64,10 +66,10 @@ def test_preferences_do_not_depend_on_the_place(ranker):
 
 def test_rewards_are_mean_win_rates(path):
     ranker = PairRM(path, device="cpu")
-    row = {"prompt": "why", "completions": COMPLETIONS, "finished": [True] * 3}
-    [scored] = score_rows([Reward("pairrm", ranker, pairwise=True)], [row])
+    pool = CandidatePool(Prompt.of("why"), [Candidate(text) for text in COMPLETIONS])
+    [scored] = score_pools([Reward("pairrm", ranker, pairwise=True)], [pool])
     matrix = ranker("why", COMPLETIONS)
-    assert scored["rewards"] == pytest.approx([(sum(line) - 0.5) / 2 for line in matrix])
+    assert [c.reward for c in scored.candidates] == pytest.approx([(sum(line) - 0.5) / 2 for line in matrix])
 
 
 def test_long_texts_lose_their_end_and_what_the_prompt_leaves_is_shared(path, caplog):

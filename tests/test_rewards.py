@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from trl_larpo import ConfigError, DataError
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
 from trl_larpo.rewards import verifiers
-from trl_larpo.rewards.functions import Reward, load_rewards, reward_id, score_rows, win_rates
+from trl_larpo.rewards.functions import Reward, load_rewards, reward_id, score_pools, win_rates
 from trl_larpo.rewards.verifiers import (
     INSTRUCTIONS,
     boxed_answer,
@@ -144,16 +146,22 @@ def test_gsm8k_reward_compares_numbers():
         gsm8k_reward(["p"], ["1"], answer=["none"])
 
 
-ROWS = [
-    {"prompt": "p", "completions": ["a", "b"], "finished": [True, False], "columns": {"kind": "x"}},
-    {"prompt": "q", "completions": [], "finished": [], "columns": {"kind": "y"}},
-    {"prompt": USER, "completions": [[{"role": "assistant", "content": "c"}]], "finished": [True],
-     "columns": {"kind": "z"}},
-]  # fmt: skip
+def pool(prompt, completions, columns=None, finished=None):
+    ended = [True] * len(completions) if finished is None else finished
+    candidates = [Candidate(text, finished=x) for text, x in zip(completions, ended, strict=True)]
+    return CandidatePool(Prompt.of(prompt, columns), candidates)
 
 
-def rewards_of(function, rows=ROWS, **options):
-    return [row["rewards"] for row in score_rows([Reward("mine", function, **options)], rows)]
+POOLS = [
+    pool("p", ["a", "b"], {"kind": "x"}, [True, False]),
+    pool("q", [], {"kind": "y"}),
+    pool(USER, [[{"role": "assistant", "content": "c"}]], {"kind": "z"}),
+]
+
+
+def rewards_of(function, pools=POOLS, **options):
+    scored = score_pools([Reward("mine", function, **options)], pools)
+    return [[candidate.reward for candidate in pool.candidates] for pool in scored]
 
 
 def test_rewards_come_back_by_prompt_and_columns_go_along():
@@ -185,10 +193,10 @@ def test_what_a_reward_does_to_its_arguments_changes_nothing():
         return [[0.5, 0.5], [0.5, 0.5]]
 
     messages = [[{"role": "assistant", "content": text}] for text in "ab"]
-    rows = [{"prompt": USER, "completions": messages, "finished": [True, True], "columns": {"notes": ["x"]}}]
-    before = copy.deepcopy(rows)
-    assert score_rows([Reward("a", careless), Reward("b", careless_ranker, pairwise=True)], rows)
-    assert rows == before
+    pools = [pool(USER, messages, {"notes": ["x"]})]
+    before = copy.deepcopy(pools)
+    assert score_pools([Reward("a", careless), Reward("b", careless_ranker, pairwise=True)], pools)
+    assert pools == before
 
 
 def test_columns_that_only_some_prompts_have_and_names_of_the_call_itself():
@@ -199,10 +207,7 @@ def test_columns_that_only_some_prompts_have_and_names_of_the_call_itself():
         return [0.0] * len(prompts)
 
     columns = {"prompts": "mine", "completions": 3, "finished": "yes", "rewards": [9.0], "known": True, "prompt_id": 7}
-    rows = [
-        {"prompt": p, "completions": ["a"], "finished": [True], "columns": c} for p, c in (("p", columns), ("q", {}))
-    ]
-    assert rewards_of(reward, rows) == [[0.0], [0.0]]
+    assert rewards_of(reward, [pool("p", ["a"], columns), pool("q", ["a"])]) == [[0.0], [0.0]]
     assert seen == {"prompts": ["p", "q"], "finished": [True, True], "rewards": [[9.0], None], "known": [True, None],
                     "prompt_id": [7, None]}  # fmt: skip
 
@@ -210,14 +215,16 @@ def test_columns_that_only_some_prompts_have_and_names_of_the_call_itself():
 def test_weights_normalisation_and_rewards_that_do_not_apply():
     length = Reward("length", lambda completions, **_: [float(len(c)) for c in completions], weight=2.0)
     some = Reward("some", lambda completions, **_: [1.0 if c == "aa" else None for c in completions])
-    rows = [{"prompt": "p", "completions": ["a", "aa", "aaa"], "finished": [True] * 3}]
-    [scored] = score_rows([length, some], rows)
-    assert scored == {
-        "rewards": [2.0, 5.0, 6.0], "reward_parts": {"length": [1.0, 2.0, 3.0], "some": [None, 1.0, None]}
-    }  # fmt: skip
-    [scored] = score_rows([length, some], rows, normalize=True)
+    pools = [pool("p", ["a", "aa", "aaa"])]
+    [scored] = score_pools([length, some], pools, scored_by="these")
+    assert [(c.reward, c.reward_parts, c.scored_by) for c in scored.candidates] == [
+        (2.0, {"length": 1.0, "some": None}, "these"),
+        (5.0, {"length": 2.0, "some": 1.0}, "these"),
+        (6.0, {"length": 3.0, "some": None}, "these"),
+    ]
+    [scored] = score_pools([length, some], pools, normalize=True)
     deviation = (2 / 3) ** 0.5
-    assert scored["rewards"] == pytest.approx([-2 / deviation, 0.0, 2 / deviation])
+    assert [c.reward for c in scored.candidates] == pytest.approx([-2 / deviation, 0.0, 2 / deviation])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +250,7 @@ def test_pairwise_rankers_become_mean_win_rates():
     def ranker(prompt, completions):
         return [[1.0 if a > b else 0.25 for b in completions] for a in completions]
 
-    rows = [{"prompt": "p", "completions": ["a", "c", "b"], "finished": [True] * 3}]
+    rows = [pool("p", ["a", "c", "b"])]
     assert rewards_of(ranker, rows, pairwise=True) == [[0.25, 1.0, 0.625]]
     assert win_rates([[0.0]]) == [0.5]
     for matrix in ([[1.0]], [[0.0, 1.0, 1.0]] * 2, [[0.0, math.nan, 0.0]] * 3, [[0.0, None, 0.0]] * 3):

@@ -119,7 +119,7 @@ def test_flex_attention_over_packed_lists(model_of, config, name, monkeypatch):
         trainer = LarPOTrainer(model=model, args=config(**options), train_dataset=LISTS)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
         with torch.no_grad():
-            logps.append(trainer._forward(trainer.model, batch).logps)
+            logps.append(trainer._policy_scorer(trainer.model, batch).logps)
     for found in logps[1:]:
         torch.testing.assert_close(found, logps[0], rtol=1e-4, atol=1e-4)
 

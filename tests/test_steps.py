@@ -9,8 +9,9 @@ from small_run import rows_of
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import cli
-from trl_larpo.prompts import prompt_id
-from trl_larpo.run.candidate_files import read_candidate_rows
+from trl_larpo.candidates import Candidate
+from trl_larpo.prompts import Prompt, prompt_id
+from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.options import PromptOptions
 from trl_larpo.run.prompts import load_prompts
 from trl_larpo.storage import write_jsonl
@@ -143,23 +144,28 @@ def test_unrewarded_files_cannot_be_selected_from(project, generate, capsys):
 # Shapes of files
 
 
-def read_row(folder, row):
+def read_pool(folder, row):
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    return read_candidate_rows(str(path))[0]
+    return read_candidate_pools(str(path))[0]
+
+
+def told(pool, name):
+    return [getattr(candidate, name) for candidate in pool.candidates]
 
 
 def test_shapes_of_candidate_files(tmp_path):
-    ours = read_row(tmp_path, {"prompt": "p", "completions": ["a", "b"], "more": 1})
-    assert (ours["completions"], ours["rewards"], ours["columns"]) == (["a", "b"], [None, None], {"more": 1})
+    ours = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "more": 1})
+    assert (told(ours, "completion"), told(ours, "reward")) == (["a", "b"], [None, None])
+    assert ours.prompt.columns == {"more": 1}
     conversation = [{"role": "user", "content": "p"}]
-    rlhflow = read_row(tmp_path, {"prompt": conversation, "responses": ["a", "b"], "rewards": [1, 2.5]})
-    assert rlhflow["completions"][1] == [{"role": "assistant", "content": "b"}]
-    assert rlhflow["rewards"] == [1, 2.5] and rlhflow["candidates"][0]["source"] == "rlhflow"
+    rlhflow = read_pool(tmp_path, {"prompt": conversation, "responses": ["a", "b"], "rewards": [1, 2.5]})
+    assert rlhflow.candidates[1].completion == [{"role": "assistant", "content": "b"}]
+    assert told(rlhflow, "reward") == [1, 2.5] and told(rlhflow, "source") == ["rlhflow"] * 2
     scored = [{"response": "a", "overall_score": 7.5}, {"response": "b", "overall_score": "6"}, {"response": "c"}]
-    feedback = read_row(tmp_path, {"instruction": "p", "completions": scored})
-    assert (feedback["prompt"], feedback["completions"]) == ("p", ["a", "b", "c"])
-    assert feedback["rewards"] == [7.5, 6.0, None] and feedback["candidates"][0]["source"] == "ultrafeedback"
+    feedback = read_pool(tmp_path, {"instruction": "p", "completions": scored})
+    assert (feedback.prompt.content, told(feedback, "completion")) == ("p", ["a", "b", "c"])
+    assert told(feedback, "reward") == [7.5, 6.0, None] and told(feedback, "source") == ["ultrafeedback"] * 3
 
 
 @pytest.mark.parametrize(
@@ -183,38 +189,36 @@ def test_shapes_of_candidate_files(tmp_path):
 )
 def test_bad_rows_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_row(tmp_path, row)
+        read_pool(tmp_path, row)
 
 
 def test_columns_of_the_user_have_any_name_in_files_of_others(tmp_path):
     mine = {"problem": "1 + 1", "prompt_id": 3, "left_out": "x", "columns": "c", "reward_id": 5}
-    row = read_row(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | mine)
-    assert row["columns"] == mine and row["prompt_id"] == prompt_id("p") and "reward_id" not in row
+    pool = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | mine)
+    assert pool.prompt == Prompt(prompt_id("p"), "p", mine) and told(pool, "scored_by") == [None, None]
     ours = {"candidates": [{"source": "policy"}] * 2, "columns": {"answer": "2"}, "reward_id": "r", "problem": None}
-    row = read_row(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | ours)
-    assert (row["columns"], row["reward_id"]) == ({"answer": "2"}, "r")
-    assert row["candidates"][0] == {
-        "iteration": 0, "source": "policy", "temperature": None, "num_tokens": None, "finished": True
-    }  # fmt: skip
+    pool = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | ours)
+    assert pool.prompt.columns == {"answer": "2"}
+    assert pool.candidates[0] == Candidate("a", 1, iteration=0, source="policy", scored_by="r")
 
 
 def test_rows_of_one_prompt_are_merged(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "p", "completions": [x], "rewards": [y]} for x, y in (("a", 1), ("b", 2))]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "q", "completions": ["c"]}]))
-    first, second = read_candidate_rows(str(path))
-    assert (first["completions"], first["rewards"], len(first["candidates"])) == (["a", "b"], [1, 2], 2)
-    assert second["completions"] == ["c"]
+    first, second = read_candidate_pools(str(path))
+    assert (told(first, "completion"), told(first, "reward")) == (["a", "b"], [1, 2])
+    assert told(second, "completion") == ["c"]
 
 
 def test_prompts_of_a_run_can_be_prompts_again(tmp_path):
     rows = [{"prompt": "p", "answer": "2", "rewards": "mine"}, {"prompt": "q", "answer": None, "rewards": None}]
     write_jsonl(tmp_path / "a.jsonl", rows)
     options = PromptOptions(prompts=[str(tmp_path / "a.jsonl")])
-    rows = load_prompts(options.prompts[0], options)
-    assert rows[0]["columns"] == {"answer": "2", "rewards": "mine"}
-    write_jsonl(tmp_path / "b.jsonl", rows)
-    assert load_prompts(str(tmp_path / "b.jsonl"), options) == rows
+    prompts = load_prompts(options.prompts[0], options)
+    assert prompts[0].columns == {"answer": "2", "rewards": "mine"}
+    write_jsonl(tmp_path / "b.jsonl", [prompt.to_row() for prompt in prompts])
+    assert load_prompts(str(tmp_path / "b.jsonl"), options) == prompts
 
 
 def test_a_reward_gets_the_same_columns_in_every_call(project):
@@ -234,4 +238,4 @@ def test_a_reward_gets_the_same_columns_in_every_call(project):
 def test_an_empty_file_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"rows.jsonl' is empty"):
-        read_candidate_rows(str(tmp_path / "rows.jsonl"))
+        read_candidate_pools(str(tmp_path / "rows.jsonl"))

@@ -1,23 +1,18 @@
 """
-Candidate lists: scored completions of a prompt, merged with those of earlier iterations, ranked and selected.
+Candidates and candidate lists: completions of a prompt, merged with those of earlier iterations, ranked and selected.
 
-[`build_list`] is the rule for one prompt, [`build_lists`] applies it to all and counts what became of every completion.
-[`related_prompts`] and [`random_prompts`] choose the prompts whose responses serve as easy negatives. Source: "LLM
-Alignment as Retriever Optimization", section 3.2 (hard negatives, candidate lists) and Algorithm 1.
+A [`Candidate`] is made by the sampler and travels through the pool of its prompt ([`CandidatePool`]) and the list to
+train on ([`CandidateList`]) to the trainer's dataset and the page. [`build_list`] is the rule for one prompt,
+[`build_lists`] applies it to all and counts what became of every completion. Source: "LLM Alignment as Retriever
+Optimization", section 3.2 (hard negatives, candidate lists) and Algorithm 1.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .errors import ConfigError
-from .prompts import completion_text
-
-Row = dict[str, Any]
-
-
-MEMORIES = ("none", "previous", "all")
-
+from .prompts import Content, Prompt, Row, completion_text
 
 TRUNCATED_COMPLETIONS = ("rank_last", "by_reward", "drop")
 """What becomes of completions that `max_new_tokens` cut off. Those that stay are trained on without an end token."""
@@ -29,11 +24,11 @@ _FINISHED_PER_TRUNCATED = 4
 @dataclass(frozen=True)
 class Candidate:
     """
-    One scored completion and where it came from.
+    One completion of a prompt: where it came from, and what is known of it. Made by the sampler or read from a file.
 
     Attributes:
         completion: Its text, or its list of messages.
-        reward: What the judge says, larger is better; `None` if it says nothing.
+        reward: What the judge says, larger is better; `None` if it says nothing, or nothing yet.
         iteration: Iteration that sampled it, from 1 on.
         source: `"policy"`, `"low_temperature"`, `"high_temperature"`, `"related_prompt"`, `"random_prompt"`, or a name
             that came with a file.
@@ -45,10 +40,13 @@ class Candidate:
         count: How many times it was sampled.
         rank: Its place among all distinct usable completions of its prompt, 1 for the best; `None` where it has none.
         of_prompt: Name of the prompt that it answers, where that is another one.
+        reward_parts: What each reward says, by its name; empty where unknown.
+        scored_by: Name of the rewards that gave `reward`, with their settings; `None` if none did.
+        ref_logp: Its log-probability under the reference model, the sum over its tokens; `None` if not computed.
     """
 
-    completion: Any
-    reward: float | None
+    completion: Content
+    reward: float | None = None
     iteration: int = 1
     source: str = "policy"
     temperature: float | None = None
@@ -58,21 +56,77 @@ class Candidate:
     count: int = 1
     rank: int | None = None
     of_prompt: str | None = None
+    reward_parts: dict[str, float | None] = field(default_factory=dict)
+    scored_by: str | None = None
+    ref_logp: float | None = None
 
     @property
     def text(self) -> str:
         return completion_text(self.completion)
 
     def description(self) -> Row:
-        """Everything but completion, reward and tokens, which have columns of their own."""
-        own_columns = ("completion", "reward", "token_ids")
-        return {name: value for name, value in asdict(self).items() if name not in own_columns}
+        """Everything but what rows keep in columns of their own."""
+        return {name: getattr(self, name) for name in _DESCRIPTION}
 
     @classmethod
-    def from_row(cls, completion: Any, reward: float | None, description: Row) -> "Candidate":
+    def from_row(cls, completion: Content, reward: float | None, description: Row, **known: Any) -> "Candidate":
         """A candidate from its columns. What a description holds beyond the attributes is left out."""
-        known = {each.name for each in fields(cls)}
-        return cls(completion, reward, **{name: value for name, value in description.items() if name in known})
+        names = {each.name for each in fields(cls)}
+        return cls(completion, reward, **{k: v for k, v in description.items() if k in names}, **known)
+
+
+_DESCRIPTION = ("iteration", "source", "temperature", "finished", "num_tokens", "count", "rank", "of_prompt")
+_ALWAYS_WRITTEN = ("iteration", "source", "temperature", "finished", "num_tokens")
+
+
+@dataclass(frozen=True)
+class CandidatePool:
+    """
+    A prompt and all of its candidates.
+
+    Attributes:
+        prompt: The prompt.
+        candidates: Its candidates; those of the current iteration first.
+    """
+
+    prompt: Prompt
+    candidates: list[Candidate]
+
+    @classmethod
+    def from_row(cls, row: Row) -> "CandidatePool":
+        """From a row of a run's files: `completions` and `candidates`, and `rewards` and `reward_id` if scored."""
+        rewards = row.get("rewards") or [None] * len(row["completions"])
+        candidates = [
+            Candidate.from_row(completion, reward, description, scored_by=row.get("reward_id"))
+            for completion, reward, description in zip(row["completions"], rewards, row["candidates"], strict=True)
+        ]
+        return cls(Prompt.from_row(row), candidates)
+
+    def to_row(self) -> Row:
+        """A row whose columns `prompt`, `completions` and `rewards` are those of a dataset of lists."""
+        row = self.prompt.to_row() | {
+            "completions": [candidate.completion for candidate in self.candidates],
+            "candidates": [_short_description(candidate) for candidate in self.candidates],
+        }
+        judges = {candidate.scored_by for candidate in self.candidates}
+        if judges == {None}:
+            return row
+        [reward_id] = judges
+        return row | {"rewards": [candidate.reward for candidate in self.candidates], "reward_id": reward_id}
+
+    def with_candidates(self, candidates: list[Candidate]) -> "CandidatePool":
+        return CandidatePool(self.prompt, candidates)
+
+
+def _short_description(candidate: Candidate) -> Row:
+    """What is always written, and of the rest what is not at its default."""
+    row = {name: getattr(candidate, name) for name in _ALWAYS_WRITTEN}
+    further = {name: getattr(candidate, name) for name in ("token_ids", "of_prompt", "reward_parts")}
+    return (
+        row
+        | {name: value for name, value in further.items() if value}
+        | ({"count": candidate.count} if candidate.count != 1 else {})
+    )
 
 
 @dataclass(frozen=True)
@@ -170,6 +224,24 @@ class SelectionCounts:
     prompts_small_gap: int = 0
     prompts_short: int = 0
 
+    def add(self, made: "CandidateList", selection: Selection) -> None:
+        """Counts one prompt."""
+        reasons = [reason for _, reason in made.left_out]
+        self.unfinished += reasons.count("cut off")
+        self.empty += reasons.count("empty")
+        self.unrewarded += reasons.count("no reward")
+        self.not_selected += reasons.count("not selected")
+        self.duplicates += made.num_duplicates
+        if made.problem:
+            name = f"prompts_{made.problem}"
+            setattr(self, name, getattr(self, name) + 1)
+            return
+        self.lists += 1
+        self.candidates += len(made.selected)
+        self.truncated += sum(not candidate.finished for candidate in made.selected)
+        wanted = 0 if selection.num_best is None else selection.num_best + selection.num_worst
+        self.prompts_short += len(made.selected) < wanted
+
     def summary(self) -> str:
         """One sentence for a person."""
         left_out = {
@@ -201,15 +273,57 @@ class CandidateList:
         left_out: Candidate and the reason it is not in the list.
         problem: Why there is no list at all: `"too_few"`, `"tied"` or `"small_gap"`; `None` if there is one.
         num_duplicates: Completions that occur among the others already.
+        prompt: Their prompt.
     """
 
     selected: list[Candidate] = field(default_factory=list)
     left_out: list[tuple[Candidate, str]] = field(default_factory=list)
     problem: str | None = None
     num_duplicates: int = 0
+    prompt: Prompt | None = None
+
+    def to_row(self) -> Row:
+        """
+        A row of a dataset of lists (`prompt`, `completions`, `rewards`, `finished`, `completion_ids`, and `ref_logps`
+        if known), with what else there is to know: `candidates` (source, iteration, temperature, rank, ... of each),
+        `left_out` (the other candidates, and why) and `problem`.
+        """
+        row = {} if self.prompt is None else {"prompt_id": self.prompt.id, "prompt": self.prompt.content}
+        row |= {
+            "completions": [candidate.completion for candidate in self.selected],
+            "rewards": [candidate.reward for candidate in self.selected],
+            "finished": [candidate.finished for candidate in self.selected],
+            # As text: of lists that are empty for the first ten thousand rows Arrow would not know the type
+            "completion_ids": [" ".join(map(str, candidate.token_ids or [])) for candidate in self.selected],
+            "candidates": [candidate.description() for candidate in self.selected],
+            "left_out": [
+                {"completion": candidate.completion, "reward": candidate.reward, "why": reason}
+                | candidate.description()
+                for candidate, reason in self.left_out
+            ],
+            "problem": self.problem,
+        }
+        ref_logps = [candidate.ref_logp for candidate in self.selected]
+        return row if None in ref_logps or not ref_logps else row | {"ref_logps": ref_logps}
+
+    @classmethod
+    def from_row(cls, row: Row) -> "CandidateList":
+        """The inverse of `to_row`."""
+        token_ids = row.get("completion_ids") or [""] * len(row["completions"])
+        columns = zip(row["completions"], row["rewards"], row["candidates"], token_ids, strict=True)
+        selected = [
+            Candidate.from_row(completion, reward, about, token_ids=[int(x) for x in ids.split()] or None)
+            for completion, reward, about, ids in columns
+        ]
+        left_out = [(Candidate.from_row(x["completion"], x["reward"], _but(x)), x["why"]) for x in row["left_out"]]
+        return cls(selected, left_out, row["problem"], prompt=Prompt.from_row(row))
 
 
-def build_list(candidates: Iterable[Candidate], selection: Selection) -> CandidateList:
+def _but(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in ("completion", "reward", "why")}
+
+
+def build_list(candidates: Iterable[Candidate], selection: Selection, prompt: Prompt | None = None) -> CandidateList:
     """
     Ranks the candidates of one prompt and selects those to train on.
 
@@ -217,11 +331,12 @@ def build_list(candidates: Iterable[Candidate], selection: Selection) -> Candida
         candidates: Those of the current iteration first. Of completions that are equal word for word the first stays
             and counts for all; where rewards tie, the first ranks higher.
         selection: What to take.
+        prompt: Their prompt.
 
     Returns:
         The list; without anything selected where it would not be of use.
     """
-    result, distinct = CandidateList(), {}
+    result, distinct = CandidateList(prompt=prompt), {}
 
     def ranks_last(candidate: Candidate) -> bool:
         return selection.truncated_completions == "rank_last" and not candidate.finished
@@ -265,63 +380,23 @@ def build_list(candidates: Iterable[Candidate], selection: Selection) -> Candida
     return result
 
 
-def build_lists(pools: list[tuple[Row, list[Candidate]]], selection: Selection) -> tuple[list[Row], SelectionCounts]:
+def build_lists(pools: Iterable[CandidatePool], selection: Selection) -> tuple[list[CandidateList], SelectionCounts]:
     """
-    One row for each prompt, with its candidate list or the reason it has none.
+    The candidate list of each prompt, or the reason it has none.
 
     Args:
-        pools: Row of the prompt (with `prompt` and any other columns) and its candidates, current iteration first.
+        pools: Prompts and their candidates, current iteration first.
         selection: What to take.
 
     Returns:
-        Rows with the columns of the prompt and `completions`, `rewards`, `finished`, `completion_ids` (best first;
-        empty where there is no list), `candidates` (source, iteration, temperature, rank, ... of each), `left_out` (the
-        other candidates, and why) and `problem`; and the counts.
+        The lists, and the counts.
     """
-    rows, counts = [], SelectionCounts()
-    for prompt_row, candidates in pools:
-        made = build_list(candidates, selection)
-        reasons = [reason for _, reason in made.left_out]
-        counts.unfinished += reasons.count("cut off")
-        counts.empty += reasons.count("empty")
-        counts.unrewarded += reasons.count("no reward")
-        counts.not_selected += reasons.count("not selected")
-        counts.duplicates += made.num_duplicates
-        if made.problem:
-            name = f"prompts_{made.problem}"
-            setattr(counts, name, getattr(counts, name) + 1)
-        else:
-            counts.lists += 1
-            counts.candidates += len(made.selected)
-            counts.truncated += sum(not candidate.finished for candidate in made.selected)
-            wanted = 0 if selection.num_best is None else selection.num_best + selection.num_worst
-            counts.prompts_short += len(made.selected) < wanted
-        rows.append(
-            prompt_row
-            | {
-                "completions": [candidate.completion for candidate in made.selected],
-                "rewards": [candidate.reward for candidate in made.selected],
-                "finished": [candidate.finished for candidate in made.selected],
-                # As text: of lists that are empty for the first ten thousand rows Arrow would not know the type
-                "completion_ids": [" ".join(map(str, candidate.token_ids or [])) for candidate in made.selected],
-                "candidates": [candidate.description() for candidate in made.selected],
-                "left_out": [
-                    {"completion": c.completion, "reward": c.reward, "why": reason} | c.description()
-                    for c, reason in made.left_out
-                ],
-                "problem": made.problem,
-            }
-        )
-    return rows, counts
-
-
-def candidates_of(row: Row) -> list[Candidate]:
-    """The candidates in a row of scored completions: columns `completions`, `rewards` and perhaps `candidates`."""
-    descriptions = row.get("candidates") or [{} for _ in row["completions"]]
-    return [
-        Candidate.from_row(completion, reward, description)
-        for completion, reward, description in zip(row["completions"], row["rewards"], descriptions, strict=True)
-    ]
+    lists, counts = [], SelectionCounts()
+    for pool in pools:
+        made = build_list(pool.candidates, selection, pool.prompt)
+        counts.add(made, selection)
+        lists.append(made)
+    return lists, counts
 
 
 def check_truncated_completions(value: str) -> None:
@@ -333,17 +408,3 @@ def check_truncated_completions(value: str) -> None:
         raise ConfigError(
             f"`truncated_completions` is {value!r}; it must be one of {', '.join(TRUNCATED_COMPLETIONS)}."
         )
-
-
-def earlier_iterations(memory: str, iteration: int) -> list[int]:
-    """
-    Iterations whose candidates join those of `iteration`, latest first (paper, section 3.2: memorization).
-
-    Args:
-        memory: `"none"`, `"previous"` or `"all"`.
-        iteration: The current one, from 1 on.
-    """
-    if memory not in MEMORIES:
-        raise ConfigError(f"`memory` is {memory!r}; it must be one of {', '.join(MEMORIES)}.")
-    first = {"none": iteration, "previous": max(1, iteration - 1), "all": 1}[memory]
-    return list(range(iteration - 1, first - 1, -1))

@@ -192,10 +192,9 @@ def train(argv: list[str]) -> int:
     _show_log()
     import torch
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import get_peft_config, get_quantization_config
 
+    from .run.training_stages import make_trainer
     from .training.datasets import load_splits
-    from .training.trainer import LarPOTrainer
 
     _check_model_path(model_args.model_name_or_path)
     if mixture_args.datasets:
@@ -213,18 +212,12 @@ def train(argv: list[str]) -> int:
     if training_args.eval_strategy != "no":
         eval_dataset = _pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    trainer = LarPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
+    trainer = make_trainer(
+        model_args.model_name_or_path,
+        training_args,
+        model_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
     )
     if script_args.ignore_bias_buffers:  # as in TRL's scripts: a work-around for boolean buffers under DDP
         trainer.model._ddp_params_and_buffers_to_ignore = [

@@ -2,27 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from .candidates import TRUNCATED_COMPLETIONS, build_lists, candidates_of
+from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, build_lists
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
+from .generation.sampler import PolicySampler, SampleKind, SamplingTask
 from .generation.server_process import check_servers
 from .options import option
+from .prompts import Prompt
 from .rewards.functions import load_rewards
 from .rewards.options import RewardOptions
-from .run.candidate_files import read_candidate_rows
+from .rewards.scorer import RewardScorer
+from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts
-from .run.stages import Stages
 from .storage import GrowingFile, write_jsonl
-
-Row = dict[str, Any]
-
 
 _AS_MESSAGES = (
     "Make text prompts and their completions the messages of a conversation, so that the chat template is applied: for "
@@ -76,63 +73,55 @@ def generate(options: GenerateConfig, model: ModelConfig) -> None:
         raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
     options.check_generation()
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
-    kinds = [("policy", options.temperature[0])] * options.num_samples
-    rows = sample_file(options, model, prompts_of(options), kinds, output)
-    if rows:
-        print(f"{sum(len(row['completions']) for row in rows)} completions of {len(rows)} prompts in {output}")
+    kinds = [SampleKind("policy", options.temperature[0])] * options.num_samples
+    pools = sample_file(options, model, prompts_of(options), kinds, output)
+    if pools:
+        print(f"{sum(len(pool.candidates) for pool in pools)} completions of {len(pools)} prompts in {output}")
 
 
-def prompts_of(options: PromptOptions) -> list[Row]:
+def prompts_of(options: PromptOptions) -> list[Prompt]:
     """All prompts, each once."""
-    rows = [
-        row
+    prompts = [
+        prompt
         for path in options.prompts
-        for row in load_prompts(path, options, options.prompts_config, options.prompts_split)
+        for prompt in load_prompts(path, options, options.prompts_config, options.prompts_split)
     ]
-    return list({row["prompt_id"]: row for row in rows}.values())
+    return list({prompt.id: prompt for prompt in prompts}.values())
 
 
 def sample_file(
-    options: GenerateConfig, model: ModelConfig, rows: list[Row], kinds: list[tuple[str, float]], output: Path
-) -> list[Row]:
+    options: GenerateConfig, model: ModelConfig, prompts: list[Prompt], kinds: list[SampleKind], output: Path
+) -> list[CandidatePool]:
     """
     Samples completions into a JSONL file. Called again after a kill, it resumes from what it saved.
 
     Args:
         options: How to sample; of `num_samples` and `temperature` only `kinds` counts.
         model: The model.
-        rows: Prompts, with `prompt_id` and `prompt`.
-        kinds: A name and the temperature of each completion of a prompt.
+        prompts: The prompts.
+        kinds: One for each completion of a prompt.
         output: The file.
 
     Returns:
-        The rows with `completions` and `candidates` added. On processes but the first nothing.
+        The prompts with their candidates. On processes but the first nothing.
     """
-    AutoTokenizer.from_pretrained(model.model_name_or_path)
-    training = SimpleNamespace(seed=options.seed, use_cpu=options.use_cpu)
-    folder = SimpleNamespace(
-        options=options,
-        training=training,
-        model=model,
-        path=output.parent,
-        model_path=lambda _: model.model_name_or_path,
+    path = model.model_name_or_path
+    AutoTokenizer.from_pretrained(path)
+    sampler = PolicySampler(
+        options,
+        seed=options.seed,
+        log_folder=output.parent / "servers",
+        use_cpu=options.use_cpu,
+        attn_implementation=model.attn_implementation,
     )
-    stages = Stages(folder)
+    task = SamplingTask(kinds, path, iteration=1, key="1", revision=model.model_revision)
     try:
-        sampled = stages.sample(
-            rows,
-            kinds,
-            output,
-            model_path=model.model_name_or_path,
-            iteration=1,
-            key="1",
-            description="Sampling",
-        )
+        pools = sampler.sample(prompts, task, output)
     finally:
-        stages.close()
-    if sampled:
-        GrowingFile(output).finish(sampled)
-    return sampled
+        sampler.close()
+    if pools:
+        GrowingFile(output).finish([pool.to_row() for pool in pools])
+    return pools
 
 
 def reward(options: RewardConfig) -> None:
@@ -140,55 +129,58 @@ def reward(options: RewardConfig) -> None:
     samples, output = _path(options, "samples"), Path(_path(options, "output"))
     options.check_rewards()
     load_rewards(options.reward_funcs, options.reward_weights)
-    scored = reward_file(options, read_candidate_rows(samples, options.as_messages), output, use_cpu=options.use_cpu)
+    pools = read_candidate_pools(samples, options.as_messages)
+    scored = reward_file(options, pools, output, use_cpu=options.use_cpu)
     if scored:
         print(f"Rewards of {len(scored)} prompts in {output}")
 
 
 def reward_file(
-    options: RewardOptions, rows: list[Row], output: Path, *, use_cpu: bool = False, description: str = "Rewarding"
-) -> list[Row]:
+    options: RewardOptions,
+    pools: list[CandidatePool],
+    output: Path,
+    *,
+    use_cpu: bool = False,
+    description: str = "Rewarding",
+) -> list[CandidatePool]:
     """
     Rewards completions into a JSONL file. Called again after a kill, it resumes from what it saved.
 
     Args:
         options: Who judges.
-        rows: With `prompt_id`, `prompt`, `completions`, `candidates`.
+        pools: Prompts and their completions.
         output: The file.
         use_cpu: Do not use a GPU.
         description: What the progress bar says.
 
     Returns:
-        The rows with `rewards`. On processes but the first nothing.
+        The pools with rewards. On processes but the first nothing.
     """
-    for row in rows:
-        row["rewards"], row["known"] = [None] * len(row["completions"]), [False] * len(row["completions"])
-    stages = Stages(SimpleNamespace(options=options, training=SimpleNamespace(use_cpu=use_cpu)))
-    scored = stages.score(rows, output, description)
+    scored = RewardScorer(options, use_cpu=use_cpu).score(pools, output, description, again=True)
     if scored:
-        GrowingFile(output).finish(scored)
+        GrowingFile(output).finish([pool.to_row() for pool in scored])
     return scored
 
 
 def select(options: SelectConfig) -> None:
     """Makes candidate lists."""
     paths, output = _path(options, "candidates"), Path(_path(options, "output"))
-    pools: dict[str, tuple[dict, list]] = {}
+    pools: dict[str, CandidatePool] = {}
     judges: dict[str | None, str] = {}
     for path in paths:
-        for row in read_candidate_rows(path, options.as_messages):
-            judges.setdefault(row.get("reward_id"), path)
-            if all(reward is None for reward in row["rewards"]):
+        for new in read_candidate_pools(path, options.as_messages):
+            judges.setdefault(new.candidates[0].scored_by, path)
+            if all(candidate.reward is None for candidate in new.candidates):
                 raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
-            prompt = {name: row[name] for name in ("prompt_id", "prompt")}
-            pools.setdefault(row["prompt_id"], (prompt, []))[1].extend(candidates_of(row))
+            pool = pools.get(new.prompt.id, new.with_candidates([]))
+            pools[new.prompt.id] = pool.with_candidates([*pool.candidates, *new.candidates])
     if len(judges) > 1:
         raise DataError(
             f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
             "Score all of them again: larpo reward."
         )
-    rows, counts = build_lists(list(pools.values()), options.selection(options.truncated_completions))
-    write_jsonl(output, [row for row in rows if row["problem"] is None])
+    lists, counts = build_lists(pools.values(), options.selection(options.truncated_completions))
+    write_jsonl(output, [made.to_row() for made in lists if made.problem is None])
     print(f"{counts.summary()}\nLists in {output}")
 
 

@@ -1,13 +1,56 @@
-"""Prompts and completions: a name, the words, and what is wrong with one."""
+"""
+Prompts and completions: [`Prompt`], and functions of texts and messages.
+
+Prompts and completions are texts or lists of messages (`{"role": ..., "content": ...}`), as in TRL.
+"""
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
+Message = dict[str, Any]
+Content = str | list[Message]
+"""A text, or the messages of a conversation."""
+
 Row = dict[str, Any]
+"""A row of a file or a dataset: columns by name."""
 
 
 KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A prompt and what the user's files say about it.
+
+    Attributes:
+        id: A name that depends on the content alone ([`prompt_id`]).
+        content: Text or messages.
+        columns: The user's other columns by name. They never mix with ours, whatever their names.
+    """
+
+    id: str
+    content: Content
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: Content, columns: dict[str, Any] | None = None) -> "Prompt":
+        """A prompt under the name of its content."""
+        return cls(prompt_id(content), content, columns or {})
+
+    @classmethod
+    def from_row(cls, row: Row) -> "Prompt":
+        """From a row of a run's files."""
+        return cls(row["prompt_id"], row["prompt"], row.get("columns") or {})
+
+    def to_row(self) -> Row:
+        return {"prompt_id": self.id, "prompt": self.content, "columns": self.columns}
+
+    @property
+    def text(self) -> str:
+        return prompt_text(self.content)
 
 
 def prompt_problem(prompt: Any) -> str | None:
@@ -47,19 +90,31 @@ def says_something(message: dict[str, Any]) -> bool:
     return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
 
 
-def prompt_id(prompt: str | list[Row]) -> str:
+def prompt_id(prompt: Content) -> str:
     """A name for a prompt that depends on its content alone: 16 hexadecimal digits."""
     canonical = json.dumps(prompt, ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def prompt_text(prompt: str | list[Row]) -> str:
+def prompt_text(prompt: Content) -> str:
     """The words of a prompt: those of the user, where it is a conversation."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(str(m.get("content") or "") for m in prompt if m.get("role") not in ("system", "developer"))
 
 
-def completion_text(completion: str | list[Row]) -> str:
+def completion_text(completion: Content) -> str:
     """The words of a completion."""
     return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
+
+
+def completion_for(prompt: Content, text: str) -> Content:
+    """A completion with some text, as text or messages, whichever its prompt is."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def in_form_of(prompt: Content, completion: Content) -> Content:
+    """A completion as text or messages, whichever its prompt is."""
+    if isinstance(prompt, str) == isinstance(completion, str):
+        return completion
+    return completion_for(prompt, completion_text(completion))

@@ -18,23 +18,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from trl import ModelConfig
 
+from .candidates import CandidatePool
 from .commands import prompts_of, reward_file, sample_file
 from .errors import ConfigError, DataError
 from .generation.in_process import check_sampling
 from .generation.options import GenerationOptions
+from .generation.sampler import SampleKind
 from .generation.server_process import check_servers
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .options import option
-from .prompts import completion_text
 from .rewards.functions import import_function, load_rewards, reward_id
 from .rewards.options import RewardOptions
 from .rewards.verifiers import boxed_answer, final_number
-from .run.candidate_files import read_candidate_rows
-from .run.options import NEGATIVES, PromptOptions
-from .storage import exclusive_lock, keep_settings, read_jsonl, saving_to, write_json, write_text
-
-Row = dict[str, Any]
-
+from .run.candidate_files import read_candidate_pools
+from .run.context import read_pools
+from .run.negatives import NEGATIVES
+from .run.options import PromptOptions
+from .storage import exclusive_lock, keep_settings, saving_to, write_json, write_text
 
 N_VALUES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -150,9 +150,7 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
     with exclusive_lock(folder):
         _keep_settings(options, model, folder)
         sources = _sampled(options, model, folder) if not options.candidates else _read(options, folder)
-        groups = [
-            samples for name, rows, judged in sources for samples in _groups(name, rows, judged, answer_of, options)
-        ]
+        groups = [samples for source in sources for samples in _groups(source, answer_of, options)]
         if not groups:
             raise DataError("There is no completion with a reward. Give `reward_funcs`.")
         result = {
@@ -290,17 +288,28 @@ def _greedy(panel, curves: list[dict[str, Any]]) -> None:
         panel.axhline(mean, color="0.4", linestyle="--", linewidth=1, label=None if number else GREEDY)
 
 
-def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[tuple[str, list[Row], list | None]]:
+@dataclass
+class _Source:
+    """Scored samples under one name, and what the best-of-N reward says of each, if there is one."""
+
+    name: str
+    pools: list[CandidatePool]
+    judged: list[CandidatePool] | None = None
+
+
+def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[_Source]:
     samples, rewarded = folder / "samples.jsonl", folder / "rewarded.jsonl"
-    kinds = [("policy", value) for value in options.temperature for _ in range(options.num_samples)]
-    kinds += [(GREEDY, 0.0)] if options.greedy else []
-    rows = read_jsonl(samples) if samples.exists() else sample_file(options, model, prompts_of(options), kinds, samples)
-    rows = _rewarded(options, rows, rewarded, "Rewarding")
-    return [("", rows, _judged(options, rows, folder / "judged.jsonl"))]
+    kinds = [SampleKind("policy", value) for value in options.temperature for _ in range(options.num_samples)]
+    kinds += [SampleKind(GREEDY, 0.0)] if options.greedy else []
+    pools = (
+        read_pools(samples) if samples.exists() else sample_file(options, model, prompts_of(options), kinds, samples)
+    )
+    pools = _rewarded(options, pools, rewarded, "Rewarding")
+    return [_Source("", pools, _judged(options, pools, folder / "judged.jsonl"))]
 
 
-def _read(options: RecallConfig, folder: Path) -> list[tuple[str, list[Row], list | None]]:
-    """Rows of files and of the iterations of runs, each under its name."""
+def _read(options: RecallConfig, folder: Path) -> list[_Source]:
+    """Samples of files and of the iterations of runs, each under its name."""
     sources = []
     for path in map(Path, options.candidates):
         if path.is_dir() and (path / "run.yaml").exists():
@@ -313,63 +322,60 @@ def _read(options: RecallConfig, folder: Path) -> list[tuple[str, list[Row], lis
             sources.append((path.stem if len(options.candidates) > 1 else "", path))
     result = []
     for number, (name, path) in enumerate(sources):
-        rows = read_candidate_rows(str(path))
+        pools = read_candidate_pools(str(path))
         if options.reward_funcs:
-            rows = _rewarded(options, rows, folder / f"rewarded_{number}.jsonl", f"Rewarding {name or path}")
-        result.append((name, rows, _judged(options, rows, folder / f"judged_{number}.jsonl")))
+            pools = _rewarded(options, pools, folder / f"rewarded_{number}.jsonl", f"Rewarding {name or path}")
+        result.append(_Source(name, pools, _judged(options, pools, folder / f"judged_{number}.jsonl")))
     return result
 
 
-def _rewarded(options: RecallConfig, rows: list[Row], path: Path, description: str) -> list[Row]:
+def _rewarded(options: RecallConfig, pools: list[CandidatePool], path: Path, description: str) -> list[CandidatePool]:
     """Rewards as they are kept in the file, or computed into it."""
     if not path.exists():
-        return reward_file(options, [dict(row) for row in rows], path, use_cpu=options.use_cpu, description=description)
-    kept = read_jsonl(path)
-    if [row["completions"] for row in kept] != [row["completions"] for row in rows]:
+        return reward_file(options, pools, path, use_cpu=options.use_cpu, description=description)
+    kept = read_pools(path)
+    if [[c.completion for c in x.candidates] for x in kept] != [[c.completion for c in x.candidates] for x in pools]:
         raise ConfigError(f"{path} holds rewards of other completions. Take another `output`.")
     return kept
 
 
-def _judged(options: RecallConfig, rows: list[Row], path: Path) -> list[list[float | None]] | None:
-    """What the best-of-N reward says of all completions."""
+def _judged(options: RecallConfig, pools: list[CandidatePool], path: Path) -> list[CandidatePool] | None:
+    """All completions with what the best-of-N reward says of them."""
     if options.best_of_n_reward is None:
         return None
     judge = dataclasses.replace(options, reward_funcs=[options.best_of_n_reward], reward_weights=None)
-    return [row["rewards"] for row in _rewarded(judge, rows, path, "Judging")]
+    return _rewarded(judge, pools, path, "Judging")
 
 
-def _groups(
-    name: str,
-    rows: list[Row],
-    judged: list[list[float | None]] | None,
-    answer_of: Callable[[str], Any] | None,
-    options: RecallConfig,
-) -> list[CheckedSamples]:
+def _groups(source: _Source, answer_of: Callable[[str], Any] | None, options: RecallConfig) -> list[CheckedSamples]:
     """Samples by temperature. What is no sample of the policy (hard negatives, earlier iterations) is left out."""
     by_temperature: dict[float | None, CheckedSamples] = {}
     greedy: list[bool | None] = []
-    for number, row in enumerate(rows):
-        if all(reward is None for reward in row["rewards"]):
+    judged = source.judged
+    for number, pool in enumerate(source.pools):
+        if all(candidate.reward is None for candidate in pool.candidates):
             continue
-        correct = [reward is not None and reward >= options.threshold for reward in row["rewards"]]
-        own = max(about["iteration"] for about in row["candidates"])
+        correct = [c.reward is not None and c.reward >= options.threshold for c in pool.candidates]
+        own = max(candidate.iteration for candidate in pool.candidates)
         places: dict[float | None, list[int]] = {}
         greedy.append(None)
-        for place, about in enumerate(row["candidates"]):
-            if about["temperature"] == 0.0:
+        for place, candidate in enumerate(pool.candidates):
+            if candidate.temperature == 0.0:
                 greedy[-1] = correct[place]
-            elif about["source"] not in NEGATIVES and about["iteration"] == own:
-                places.setdefault(about["temperature"], []).append(place)
-        for temperature, of_row in places.items():
-            label = ", ".join(filter(None, [name, "" if temperature is None else f"temperature {temperature:g}"]))
+            elif candidate.source not in NEGATIVES and candidate.iteration == own:
+                places.setdefault(candidate.temperature, []).append(place)
+        for temperature, of_pool in places.items():
+            label = ", ".join(
+                filter(None, [source.name, "" if temperature is None else f"temperature {temperature:g}"])
+            )
             empty = CheckedSamples(label or "samples", [], [] if judged else None, [] if answer_of else None)
             samples = by_temperature.setdefault(temperature, empty)
-            samples.correct.append(np.array([correct[i] for i in of_row]))
+            samples.correct.append(np.array([correct[i] for i in of_pool]))
             if judged is not None:
-                values = [judged[number][i] for i in of_row]
+                values = [judged[number].candidates[i].reward for i in of_pool]
                 samples.judged.append(np.array([-math.inf if value is None else value for value in values]))
             if answer_of is not None:
-                samples.answers.append([answer_of(completion_text(row["completions"][i])) for i in of_row])
+                samples.answers.append([answer_of(pool.candidates[i].text) for i in of_pool])
     for samples in by_temperature.values():
         samples.greedy = None if None in greedy else greedy
     return list(by_temperature.values())

@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.generation.in_process import encode_prompt, end_token_ids, generate_completions
-from trl_larpo.run.stages import generation_dtype
+from trl_larpo.generation.sampler import generation_dtype
 
 PROMPTS = Path(__file__).parents[1] / "quickstart" / "prompts.jsonl"
 

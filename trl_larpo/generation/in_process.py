@@ -3,16 +3,14 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
+from ..prompts import Content
 from .continuous_batching import Job, sample
-
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Sample:
 def generate_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
+    prompts: list[Content],
     *,
     num_samples: int,
     temperature: float | Sequence[float] = 1.0,
@@ -153,7 +151,7 @@ def check_sampling(
     return [float(value) for value in temperatures]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> list[int]:
     """Tokens of a prompt: the chat template's for a conversation, up to where the assistant begins."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]

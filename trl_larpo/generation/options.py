@@ -49,6 +49,10 @@ class GenerationOptions(CheckedOptions):
         "OPENAI_API_KEY", "Environment variable with the key of the servers. The key itself is never stored."
     )
 
+    @property
+    def uses_servers(self) -> bool:
+        return bool(self.server_urls or self.server_command)
+
     def check_generation(self, num_iterations: int = 1) -> None:
         if self.num_samples < 2:
             raise ConfigError(

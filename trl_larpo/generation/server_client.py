@@ -16,12 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..errors import LarPOError
+from ..prompts import Content
 from .in_process import Sample
 
-Prompt = str | list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +41,7 @@ class Request:
     """
 
     key: str
-    prompt: Prompt
+    prompt: Content
     temperatures: list[float]
     prompt_ids: list[int]
     seed: int

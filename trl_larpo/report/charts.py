@@ -158,10 +158,10 @@ def _best_of_n(axes, iterations: dict[int, Row]):
 def _reward_distribution(axes, iterations: dict[int, Row]):
     rewards = {
         number: [
-            r
-            for row in found["rewarded"]
-            for r, x in zip(row["rewards"], row["candidates"], strict=True)
-            if r is not None and x["iteration"] == number and x["source"] == "policy"
+            candidate.reward
+            for pool in found["rewarded"]
+            for candidate in pool.candidates
+            if candidate.reward is not None and candidate.iteration == number and candidate.source == "policy"
         ]
         for number, found in iterations.items()
         if "rewarded" in found
@@ -189,10 +189,10 @@ def _lengths(axes, iterations: dict[int, Row]) -> None:
     )
     trained = {
         number: [
-            x["num_tokens"]
-            for row in found["samples"]
-            for x in row["candidates"]
-            if x["source"] == "policy" and x["num_tokens"] is not None
+            candidate.num_tokens
+            for pool in found["samples"]
+            for candidate in pool.candidates
+            if candidate.source == "policy" and candidate.num_tokens is not None
         ]
         for number, found in iterations.items()
         if "samples" in found
@@ -231,9 +231,11 @@ def _sources(axes, iterations: dict[int, Row]):
     for number, found in iterations.items():
         if "lists" in found:
             counts[number] = Counter(
-                f"iteration {x['iteration']}" if x["source"] == "policy" else x["source"].replace("_", " ")
-                for row in found["lists"]
-                for x in row["candidates"]
+                f"iteration {candidate.iteration}"
+                if candidate.source == "policy"
+                else candidate.source.replace("_", " ")
+                for made in found["lists"]
+                for candidate in made.selected
             )
     if not counts:
         return False
@@ -251,7 +253,7 @@ def _sources(axes, iterations: dict[int, Row]):
 
 def _list_sizes(axes, iterations: dict[int, Row]):
     sizes = {
-        number: Counter(len(row["completions"]) for row in found["lists"] if row["problem"] is None)
+        number: Counter(len(made.selected) for made in found["lists"] if made.problem is None)
         for number, found in iterations.items()
         if "lists" in found
     }

@@ -6,18 +6,17 @@ import html
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..candidates import Candidate, CandidateList, CandidatePool
 from ..errors import DataError
-from ..prompts import completion_text
+from ..prompts import Row
 from ..storage import read_json, read_jsonl, write_text
 from .charts import draw
-
-Row = dict[str, Any]
-
 
 MAX_DATA_BYTES = 10_000_000
 """Size of the packed lists in the page. Beyond it long texts are cut, and say so."""
@@ -26,6 +25,15 @@ MAX_DATA_BYTES = 10_000_000
 _TEXT_LIMITS = (None, 20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
 
 _TEMPLATE = Path(__file__).with_name("template.html")
+
+
+_KINDS: dict[str, Callable] = {
+    "samples": CandidatePool.from_row,
+    "rewarded": CandidatePool.from_row,
+    "lists": CandidateList.from_row,
+    "training_log": dict,
+}
+"""Files of JSON lines in the folder of an iteration, and what their rows are."""
 
 
 def write_report(run: str | Path) -> Path:
@@ -77,9 +85,9 @@ def _read_iterations(run: Path) -> dict[int, Row]:
         for name in ("evaluation", "selection", "health", "monitor"):
             if (folder / f"{name}.json").exists():
                 found[name] = read_json(folder / f"{name}.json")
-        for name in ("samples", "rewarded", "lists", "training_log"):
+        for name, kind in _KINDS.items():
             if (folder / f"{name}.jsonl").exists():
-                found[name] = read_jsonl(folder / f"{name}.jsonl")
+                found[name] = [kind(row) for row in read_jsonl(folder / f"{name}.jsonl")]
         if "evaluation" in found:
             iterations[number] = found
         number += 1
@@ -194,29 +202,25 @@ def _list_data(iterations: dict[int, Row], limit: int | None) -> Row:
             text = f"{text[:limit]} […{len(text) - limit} more characters]"
         return numbers.setdefault(text, len(numbers))
 
-    def as_candidate(completion: Any, reward: float | None, about: Row, why: str | None) -> Row:
-        names = ("rank", "source", "iteration", "temperature", "count")
-        return {"text": text_number(completion_text(completion)), "reward": reward, "why": why} | {
-            n: about[n] for n in names
-        }
+    def as_candidate(candidate: Candidate, why: str | None) -> Row:
+        names = ("reward", "rank", "source", "iteration", "temperature", "count")
+        about = {name: getattr(candidate, name) for name in names}
+        return {"text": text_number(candidate.text), "why": why} | about
 
     lists = []
     for number, found in iterations.items():
-        for row in found.get("lists", []):
-            candidates = [
-                as_candidate(completion, reward, about, None)
-                for completion, reward, about in zip(row["completions"], row["rewards"], row["candidates"], strict=True)
-            ]
-            candidates += [as_candidate(x["completion"], x["reward"], x, x["why"]) for x in row["left_out"]]
+        for made in found.get("lists", []):
+            candidates = [as_candidate(candidate, None) for candidate in made.selected]
+            candidates += [as_candidate(candidate, why) for candidate, why in made.left_out]
             candidates.sort(key=lambda c: math.inf if c["rank"] is None else c["rank"])
-            prompt = row["prompt"]
+            prompt = made.prompt.content
             if not isinstance(prompt, str):
                 prompt = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
             lists.append(
                 {
                     "iteration": number,
                     "prompt": text_number(prompt),
-                    "problem": row["problem"],
+                    "problem": made.problem,
                     "candidates": candidates,
                 }
             )

@@ -4,7 +4,7 @@ Rewards: one number per completion, larger is better.
 A reward is a callable in TRL's convention, `reward(prompts, completions, **columns) -> list[float | None]`: flat lists
 with one entry per completion, and the user's other columns in the same order; `None` says that it does not apply. A
 pairwise ranker is a callable `ranker(prompt, completions) -> matrix` of preferences. [`load_rewards`] finds them by
-name, [`score_rows`] calls them, checks what comes back and adds it up. They get copies: what a reward does to its
+name, [`score_pools`] calls them, checks what comes back and adds it up. They get copies: what a reward does to its
 arguments changes neither candidates nor prompts.
 """
 
@@ -17,16 +17,14 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
+from ..candidates import CandidatePool
 from ..errors import ConfigError, DataError, LarPOError
-from ..prompts import prompt_text
+from ..prompts import Prompt
 from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward, verifiable_instructions_reward
-
-Row = dict[str, Any]
-Prompt = str | list[dict[str, Any]]
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -116,41 +114,40 @@ def reward_id(names: list[str], weights: list[float] | None, **settings: Any) ->
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def score_rows(rewards: list[Reward], rows: list[Row], normalize: bool = False) -> list[Row]:
+def score_pools(
+    rewards: list[Reward], pools: list[CandidatePool], normalize: bool = False, scored_by: str | None = None
+) -> list[CandidatePool]:
     """
-    Rewards all completions of some prompts.
+    Rewards all candidates of some prompts.
 
     Args:
         rewards: From [`load_rewards`].
-        rows: Each with `prompt`, `completions` (texts or lists of messages), `finished` (one bool for each) and, where
-            a reward asks for more, `columns`: the user's columns by name.
+        pools: Prompts and their candidates.
         normalize: Whether each reward is brought to mean 0 and standard deviation 1 over the completions of a prompt
             before it is weighted. Of use where several rewards have different scales.
+        scored_by: Name of these rewards and settings, e.g. from [`reward_id`].
 
     Returns:
-        For each row `rewards`, one number for each completion or `None` where no reward applies, and `reward_parts`,
-        the same for each reward by its name.
+        The pools, each candidate with its `reward` (`None` where no reward applies) and `reward_parts`.
 
     Raises:
         DataError: If a reward fails, returns another number of values, or one that is neither finite nor `None`; names
             the reward, the prompt and the completion.
     """
-    parts: list[dict[str, list[float | None]]] = [{} for _ in rows]
-    for reward in rewards:
-        values = _rank_rows(reward, rows) if reward.pairwise else _score_flat(reward, rows)
-        for part, of_row in zip(parts, values, strict=True):
-            part[reward.name] = of_row
+    by_reward = [_rank_pools(reward, pools) if reward.pairwise else _score_flat(reward, pools) for reward in rewards]
     scored = []
-    for row, part in zip(rows, parts, strict=True):
-        columns = [
-            [None if value is None else reward.weight * value for value in _normalized(part[reward.name], normalize)]
-            for reward in rewards
+    for pool, *of_pool in zip(pools, *by_reward, strict=True):
+        weighted = [
+            [None if value is None else reward.weight * value for value in _normalized(values, normalize)]
+            for reward, values in zip(rewards, of_pool, strict=True)
         ]
-        totals = []
-        for values in zip(*columns, strict=True):
-            known = [value for value in values if value is not None]
-            totals.append(math.fsum(known) if known else None)
-        scored.append({"rewards": totals if row["completions"] else [], "reward_parts": part})
+        candidates = []
+        for place, candidate in enumerate(pool.candidates):
+            known = [values[place] for values in weighted if values[place] is not None]
+            parts = {reward.name: values[place] for reward, values in zip(rewards, of_pool, strict=True)}
+            total = math.fsum(known) if known else None
+            candidates.append(replace(candidate, reward=total, reward_parts=parts, scored_by=scored_by))
+        scored.append(pool.with_candidates(candidates))
     return scored
 
 
@@ -168,20 +165,19 @@ def win_rates(preferences: list[list[float]]) -> list[float]:
     return [math.fsum(row[j] for j in range(count) if j != i) / (count - 1) for i, row in enumerate(preferences)]
 
 
-def _score_flat(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
-    """One call for all completions of all rows."""
-    owners = [i for i, row in enumerate(rows) for _ in row["completions"]]
-    if not owners:
-        return [[] for _ in rows]
-    of_rows = [row.get("columns") or {} for row in rows]
-    names = dict.fromkeys(name for of_row in of_rows for name in of_row)  # in the order of the file
+def _score_flat(reward: Reward, pools: list[CandidatePool]) -> list[list[float | None]]:
+    """One call for all candidates of all prompts."""
+    each = [(pool.prompt, candidate) for pool in pools for candidate in pool.candidates]
+    if not each:
+        return [[] for _ in pools]
+    names = dict.fromkeys(name for pool in pools for name in pool.prompt.columns)  # in the order of the file
     columns = [name for name in names if name not in OWN_ARGUMENTS]
     try:
         values = reward.function(
-            prompts=[copy.deepcopy(rows[i]["prompt"]) for i in owners],
-            completions=[copy.deepcopy(completion) for row in rows for completion in row["completions"]],
-            finished=[finished for row in rows for finished in row["finished"]],
-            **{name: [copy.deepcopy(of_rows[i].get(name)) for i in owners] for name in columns},
+            prompts=[copy.deepcopy(prompt.content) for prompt, _ in each],
+            completions=[copy.deepcopy(candidate.completion) for _, candidate in each],
+            finished=[candidate.finished for _, candidate in each],
+            **{name: [copy.deepcopy(prompt.columns.get(name)) for prompt, _ in each] for name in columns},
         )
     except LarPOError:
         raise
@@ -190,23 +186,29 @@ def _score_flat(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
             f"The reward {reward.name} failed: {_describe(error)}{_missing_column(error, columns)}"
         ) from error
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple) or len(values) != len(owners):
+    if not isinstance(values, list | tuple) or len(values) != len(each):
         got = f"{len(values)} values" if isinstance(values, list | tuple) else type(values).__name__
-        raise DataError(f"The reward {reward.name} returned {got} for {len(owners)} completions; return one for each.")
-    result: list[list[float | None]] = [[] for _ in rows]
-    for owner, value in zip(owners, values, strict=True):
-        where = f"for completion {len(result[owner])} of the prompt {_shorten(rows[owner]['prompt'])!r}"
-        result[owner].append(_checked(value, reward.name, where))
+        raise DataError(f"The reward {reward.name} returned {got} for {len(each)} completions; return one for each.")
+    remaining, result = iter(values), []
+    for pool in pools:
+        where = f"of the prompt {_shorten(pool.prompt)!r}"
+        result.append(
+            [
+                _checked(next(remaining), reward.name, f"for completion {place} {where}")
+                for place in range(len(pool.candidates))
+            ]
+        )
     return result
 
 
-def _rank_rows(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
-    """One call for each row."""
+def _rank_pools(reward: Reward, pools: list[CandidatePool]) -> list[list[float | None]]:
+    """One call for each prompt."""
     result = []
-    for row in rows:
-        count, where = len(row["completions"]), f"for the prompt {_shorten(row['prompt'])!r}"
+    for pool in pools:
+        count, where = len(pool.candidates), f"for the prompt {_shorten(pool.prompt)!r}"
+        completions = [copy.deepcopy(candidate.completion) for candidate in pool.candidates]
         try:
-            matrix = reward.function(copy.deepcopy(row["prompt"]), copy.deepcopy(row["completions"]))
+            matrix = reward.function(copy.deepcopy(pool.prompt.content), completions)
         except LarPOError:
             raise
         except Exception as error:  # whatever a function of the user's raises
@@ -215,8 +217,7 @@ def _rank_rows(reward: Reward, rows: list[Row]) -> list[list[float | None]]:
         if len(matrix) != count or any(len(line) != count for line in matrix):
             raise DataError(
                 f"The ranker {reward.name} returned no matrix of {count} × {count} preferences {where}; entry [i][j] "
-                "is "
-                "the probability that completion i is better than j."
+                "is the probability that completion i is better than j."
             )
         for i, line in enumerate(matrix):
             for j, value in enumerate(line):
@@ -276,5 +277,5 @@ def _describe(error: BaseException) -> str:
 
 
 def _shorten(prompt: Prompt, length: int = 60) -> str:
-    text = prompt_text(prompt)
+    text = prompt.text
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel
 
 from ..errors import ConfigError
-from ..prompts import completion_text
+from ..prompts import Content, completion_text
 from .reward_models import load_judge
 
-Prompt = str | list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
@@ -103,7 +102,7 @@ class PairRM:
         self.num_cut = 0
 
     @torch.no_grad()
-    def __call__(self, prompt: Prompt, completions: list[Any]) -> list[list[float]]:
+    def __call__(self, prompt: Content, completions: list[Any]) -> list[list[float]]:
         """Entry `[i][j]` is the probability that completion i is better than j; 0.5 on the diagonal."""
         count = len(completions)
         encoded = self.encode(source_text(prompt), [completion_text(completion) for completion in completions])
@@ -151,7 +150,7 @@ class PairRM:
         return self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).double().tolist()
 
 
-def source_text(prompt: Prompt) -> str:
+def source_text(prompt: Content) -> str:
     """A prompt as one text: the user's words; of several messages each with its role in front."""
     if isinstance(prompt, str):
         return prompt

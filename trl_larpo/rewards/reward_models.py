@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
+from ..prompts import Content
 
-Prompt = str | list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
@@ -87,7 +87,7 @@ class RewardModel:
             )
         self.batch_size, self.max_length, self.checked, self.num_cut = batch_size, max_length, False, 0
 
-    def __call__(self, prompts: list[Prompt], completions: list[Any], **columns: list[Any]) -> list[float]:
+    def __call__(self, prompts: list[Content], completions: list[Any], **columns: list[Any]) -> list[float]:
         """The reward of each completion."""
         sequences = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         if not self.checked and sequences:
@@ -102,7 +102,7 @@ class RewardModel:
                 rewards[i] = reward
         return rewards
 
-    def _encode(self, prompt: Prompt, completion: Any) -> list[int]:
+    def _encode(self, prompt: Content, completion: Any) -> list[int]:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt + completion)["input_ids"]
         else:

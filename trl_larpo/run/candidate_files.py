@@ -5,13 +5,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..candidates import Candidate, CandidatePool
 from ..errors import DataError
-from ..prompts import prompt_id, prompt_problem
+from ..prompts import Prompt, Row, completion_for, prompt_problem
 from ..storage import read_jsonl
 from ..training.datasets import load_splits
-
-Row = dict[str, Any]
-
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
 
@@ -23,15 +21,13 @@ _COMPLETION_COLUMNS = {"completions": "file", "responses": "rlhflow", "all_gener
 _REWARD_COLUMNS = ("rewards", "all_rm_scores")
 
 
-_KEPT = ("reward_id", "reward_parts")
-
-_REPLACED = ("prompt_id", "columns", "left_out", "problem")
+_OURS = ("prompt_id", "columns", "left_out", "problem", "reward_id", "reward_parts", "ref_logps")
 """Columns of this package's files that are read from, or made again. In files of others these are the user's."""
 
 
-def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
+def read_candidate_pools(path: str, as_messages: bool = False) -> list[CandidatePool]:
     """
-    Rows of completions, whichever of the known shapes they come in.
+    Prompts and their completions, whichever of the known shapes they come in.
 
     Args:
         path: A JSONL, JSON or Parquet file, a folder, or a hub id. Known shapes of a row: `prompt` and `completions`
@@ -41,9 +37,8 @@ def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
         as_messages: Makes text prompts and their completions the messages of a conversation.
 
     Returns:
-        Rows with `prompt_id`, `prompt`, `completions` (texts or messages), `rewards` (one for each, `None` where
-        unknown), `candidates` (source, iteration, ... of each), `columns` (other columns by name) and, if they are
-        there, `reward_id` and `reward_parts`.
+        One pool for each prompt, and for each of the rewards that scored its completions; other columns are the
+        prompt's.
 
     Raises:
         DataError: Names the file, the row and what is wrong with it.
@@ -54,18 +49,16 @@ def read_candidate_rows(path: str, as_messages: bool = False) -> list[Row]:
         raw = [dict(row) for row in next(iter(load_splits(path).values()))]
     if not raw:
         raise DataError(f"{path!r} is empty.")
-    rows: dict[tuple, Row] = {}
+    pools: dict[tuple[str, str | None], CandidatePool] = {}
     for number, row in enumerate(raw):
-        new = _canonical(row, f"{path!r} row {number}", as_messages)
-        first = rows.setdefault((new["prompt_id"], new.get("reward_id")), new)
-        if first is not new:  # the same prompt once more
-            for name in ("completions", "rewards", "candidates"):
-                first[name] = first[name] + new[name]
-            first.pop("reward_parts", None)
-    return list(rows.values())
+        new = _pool(row, f"{path!r} row {number}", as_messages)
+        key = (new.prompt.id, new.candidates[0].scored_by)
+        earlier = pools[key].candidates if key in pools else []
+        pools[key] = pools.get(key, new).with_candidates([*earlier, *new.candidates])
+    return list(pools.values())
 
 
-def _canonical(row: Row, where: str, as_messages: bool) -> Row:
+def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     name = next((name for name in _PROMPT_COLUMNS if name in row), None)
     if name is None:
         raise DataError(f"{where} has no column `prompt`. Its columns: {', '.join(row)}.")
@@ -96,10 +89,7 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
             raise DataError(f"{where}, column `{reward_column}`: entry {position} is {reward!r}, not a finite number.")
     if as_messages and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, str):
-        completions = [
-            [{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions
-        ]
+    completions = [completion_for(prompt, text) if isinstance(text, str) else text for text in completions]
     finished = [True] * len(completions) if row.get("finished") is None else list(row["finished"])
     if [type(x) for x in finished] != [bool] * len(completions):
         raise DataError(
@@ -117,26 +107,29 @@ def _canonical(row: Row, where: str, as_messages: bool) -> Row:
             f"{where}, column `candidates`: each entry describes a completion by `source`, `iteration`, ..."
         )
     is_ours = all("source" in about for about in candidates) and isinstance(row.get("columns") or {}, dict)
-    defaults = {"iteration": 0, "source": source, "temperature": None, "num_tokens": None}
-    candidates = [defaults | {"finished": ended} | about for ended, about in zip(finished, candidates, strict=True)]
-    if (of_completions := row.get("completion_ids")) is not None and len(of_completions) == len(completions):
-        of_completions = [list(map(int, ids.split())) if isinstance(ids, str) else ids for ids in of_completions]
-        candidates = [
-            ({"token_ids": ids} if ids else {}) | about for ids, about in zip(of_completions, candidates, strict=True)
-        ]
-    known = {name, column, reward_column, "finished", "completion_ids", "candidates"}
-    columns, kept = {}, {}
-    if is_ours:
-        known |= {*_KEPT, *_REPLACED}
-        columns, kept = row.get("columns") or {}, {k: row[k] for k in _KEPT if k in row}
-    return kept | {
-        "columns": columns | {k: v for k, v in row.items() if k not in known},
-        "prompt_id": prompt_id(prompt),
-        "prompt": prompt,
-        "completions": completions,
-        "rewards": rewards,
-        "candidates": candidates,
-    }
+    token_ids = row.get("completion_ids")
+    if token_ids is None or len(token_ids) != len(completions):
+        token_ids = [None] * len(completions)
+    defaults = {"iteration": 0, "source": source}
+    made = [
+        Candidate.from_row(
+            completion,
+            reward,
+            defaults | {"finished": ended, "token_ids": _token_ids(ids)} | about,
+            scored_by=row.get("reward_id") if is_ours else None,
+        )
+        for completion, reward, ended, ids, about in zip(
+            completions, rewards, finished, token_ids, candidates, strict=True
+        )
+    ]
+    known = {name, column, reward_column, "finished", "completion_ids", "candidates", *(_OURS if is_ours else ())}
+    columns = (row.get("columns") or {}) if is_ours else {}
+    return CandidatePool(Prompt.of(prompt, columns | {k: v for k, v in row.items() if k not in known}), made)
+
+
+def _token_ids(ids: Any) -> list[int] | None:
+    """Tokens from a list of ids or a text of ids; `None` where there are none."""
+    return (list(map(int, ids.split())) if isinstance(ids, str) else ids) or None
 
 
 def _score(completion: Row, where: str) -> float | None:

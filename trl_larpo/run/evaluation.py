@@ -4,10 +4,7 @@ import math
 import statistics
 from typing import Any
 
-from ..prompts import completion_text
-
-Row = dict[str, Any]
-
+from ..candidates import CandidatePool
 
 MIN_PROMPTS_TO_JUDGE = 8
 """With fewer prompts a standard error is too uncertain to act on."""
@@ -20,12 +17,12 @@ def fell(change: dict[str, float | None], num_prompts: int) -> bool:
     return change["mean"] < -2 * change["standard_error"]
 
 
-def evaluate_rows(rows: list[Row], start: list[Row]) -> dict[str, Any]:
+def evaluate(pools: list[CandidatePool], start: list[CandidatePool]) -> dict[str, Any]:
     """
     Sums up scored samples of held-out prompts.
 
     Args:
-        rows: Scored samples of a model: `prompt_id`, `completions`, `rewards`, `candidates`.
+        pools: Prompts with the scored samples of a model.
         start: The same of the initial model.
 
     Returns:
@@ -33,23 +30,26 @@ def evaluate_rows(rows: list[Row], start: list[Row]) -> dict[str, Any]:
         the expected best reward of N samples for N from 1 to the number of samples; `tokens`, the mean number of
         tokens; `finished` and `distinct`, shares of the samples; `unrewarded`, samples to which no reward applied.
     """
-    means = {row["prompt_id"]: mean for row in rows if (mean := mean_reward(row)) is not None}
-    before = {row["prompt_id"]: mean for row in start if (mean := mean_reward(row)) is not None}
-    descriptions = [description for row in rows for description in row["candidates"]]
-    lengths = [x["num_tokens"] for x in descriptions if x["num_tokens"] is not None]
+    means, before = means_by_prompt(pools), means_by_prompt(start)
+    samples = [candidate for pool in pools for candidate in pool.candidates]
+    lengths = [sample.num_tokens for sample in samples if sample.num_tokens is not None]
     return {
-        "prompts": len(rows),
-        "samples": len(descriptions),
+        "prompts": len(pools),
+        "samples": len(samples),
         "reward": mean_and_error(list(means.values())),
         "gain": mean_and_error([means[name] - before[name] for name in means if name in before]),
-        "best_of_n": best_of_n(rows),
+        "best_of_n": best_of_n(pools),
         "tokens": statistics.fmean(lengths) if lengths else None,
-        "finished": statistics.fmean(x["finished"] for x in descriptions),
-        "distinct": statistics.fmean(
-            len(set(map(completion_text, row["completions"]))) / len(row["completions"]) for row in rows
-        ),
-        "unrewarded": sum(reward is None for row in rows for reward in row["rewards"]),
+        "finished": statistics.fmean(sample.finished for sample in samples),
+        "distinct": statistics.fmean(len({c.text for c in pool.candidates}) / len(pool.candidates) for pool in pools),
+        "unrewarded": sum(sample.reward is None for sample in samples),
     }
+
+
+def means_by_prompt(pools: list[CandidatePool]) -> dict[str, float]:
+    """Mean reward of each prompt's samples, by the prompt's name. Prompts without any reward are left out."""
+    rewards = {pool.prompt.id: [c.reward for c in pool.candidates if c.reward is not None] for pool in pools}
+    return {name: statistics.fmean(known) for name, known in rewards.items() if known}
 
 
 def mean_and_error(values: list[float]) -> dict[str, float | None]:
@@ -68,14 +68,14 @@ def with_error(value: dict[str, float | None], sign: str = "") -> str:
     return f"{value['mean']:{sign}.3f}{error}"
 
 
-def best_of_n(rows: list[Row]) -> list[float]:
+def best_of_n(pools: list[CandidatePool]) -> list[float]:
     """
     Expected best reward among N samples of a prompt, averaged over prompts, for N = 1, 2, ...
 
     The average over all choices of N of the samples, without repetition: unbiased, as recall@N is, which it equals for
     rewards of 0 and 1.
     """
-    rewards = [[reward for reward in row["rewards"] if reward is not None] for row in rows]
+    rewards = [[c.reward for c in pool.candidates if c.reward is not None] for pool in pools]
     rewards = [sorted(of_prompt) for of_prompt in rewards if of_prompt]
     if not rewards:
         return []
@@ -89,9 +89,3 @@ def _expected_best(ascending: list[float], n: int) -> float:
     """The i-th smallest is the best of n in C(i, n - 1) of C(count, n) choices (i from 0)."""
     count = len(ascending)
     return math.fsum(math.comb(i, n - 1) / math.comb(count, n) * value for i, value in enumerate(ascending))
-
-
-def mean_reward(row: Row) -> float | None:
-    """Mean reward of a prompt's samples; `None` if none has a reward."""
-    known = [reward for reward in row["rewards"] if reward is not None]
-    return statistics.fmean(known) if known else None

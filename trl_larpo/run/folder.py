@@ -11,7 +11,6 @@ The folder of a run: which file is where, the configuration it belongs to, and i
 """
 
 import dataclasses
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError
-from ..generation.in_process import encode_prompt
+from ..prompts import Prompt
 from ..storage import read_json, read_jsonl, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
 from .options import RunConfig
-from .prompts import load_prompts
-
-Row = dict[str, Any]
-
+from .prompts import choose_prompts
 
 # May differ when a run is continued: they change where and how it runs, not what comes out
 _MAY_CHANGE = frozenset({
@@ -41,6 +37,8 @@ _MAY_CHANGE = frozenset({
     "save_strategy", "save_total_limit", "dataloader_num_workers", "project", "trackio_space_id",
 })  # fmt: skip
 
+
+TIMINGS = "timings.jsonl"
 
 _SECRETS = ("token", "hub_token", "push_to_hub_token")
 
@@ -58,6 +56,9 @@ class RunFolder:
     def __init__(self, options: RunConfig, training: LarPOConfig, model: ModelConfig):
         self.options, self.training, self.model = options, training, model
         self.path = Path(training.output_dir)
+        self.prompts: list[Prompt] = []
+        self.held_out: list[Prompt] = []
+        self.prompt_counts: dict[str, Any] = {}
 
     def iteration(self, number: int) -> Path:
         return self.path / f"iteration_{number}"
@@ -71,7 +72,12 @@ class RunFolder:
         """Lists of one optimizer step, as far as it is known here: not with `train_launcher`."""
         training = self.training
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        return batch * self.options.processes_of("train")
+        return batch * (self.options.train_processes or self.options.num_processes)
+
+    def seconds_of_stages(self) -> dict[tuple[int, str], float]:
+        """What each stage took, by iteration and name."""
+        path = self.path / TIMINGS
+        return {(x["iteration"], x["stage"]): x["seconds"] for x in (read_jsonl(path) if path.exists() else [])}
 
     # Configuration
 
@@ -147,93 +153,25 @@ class RunFolder:
         """Loads, checks and orders the prompts, once for the whole run."""
         paths = [self.path / name for name in ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")]
         if all(path.exists() for path in paths):
-            self.prompts, self.held_out, self.prompt_counts = (
-                read_jsonl(paths[0]),
-                read_jsonl(paths[1]),
-                read_json(paths[2]),
-            )
-            if any("columns" not in row for row in (self.prompts + self.held_out)[:1]):
+            rows, held_out_rows = read_jsonl(paths[0]), read_jsonl(paths[1])
+            if any("columns" not in row for row in (rows + held_out_rows)[:1]):
                 raise ConfigError(
                     f"The run in {str(self.path)!r} was made by another version of trl-larpo. Finish it with that "
                     "version, or take a new `output_dir`."
                 )
+            self.prompts = [Prompt.from_row(row) for row in rows]
+            self.held_out = [Prompt.from_row(row) for row in held_out_rows]
+            self.prompt_counts = read_json(paths[2])
             return
-        counts = {"read": 0, "duplicates": 0, "too_long": 0, "also_held_out": 0, "unused": 0}
-        sources, held_out = self._load_prompts(tokenizer, counts)
-        slices = self._slices(sources, len(held_out))
-        counts["unused"] = sum(map(len, sources)) - sum(map(len, slices))
-        if self.options.prompt_schedule == "fresh":
-            counts["slices"] = list(map(len, slices))
-        self.prompts, self.held_out, self.prompt_counts = [row for rows in slices for row in rows], held_out, counts
+        chosen = choose_prompts(self.options, tokenizer, self.training.seed, self.training.max_length)
+        self.prompts, self.held_out, self.prompt_counts = chosen.prompts, chosen.held_out, chosen.counts
         if save:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_jsonl(paths[0], self.prompts)
-            write_jsonl(paths[1], self.held_out)
-            write_json(paths[2], counts)
+            write_jsonl(paths[0], [prompt.to_row() for prompt in self.prompts])
+            write_jsonl(paths[1], [prompt.to_row() for prompt in self.held_out])
+            write_json(paths[2], self.prompt_counts)
 
-    def _load_prompts(self, tokenizer: PreTrainedTokenizerBase, counts: dict) -> tuple[list[list[Row]], list[Row]]:
-        """Usable prompts in the order of their use, from all sources or by source, and those held out."""
-        options, limit = self.options, self.options.max_prompt_length
-        if limit is None and self.training.max_length is not None:
-            limit = self.training.max_length - 1  # room for one token of the completion
-
-        def load(path: str, split: str, known: set[str]) -> list[Row]:
-            rows = []
-            config = options.prompts_config if path in options.prompts else None
-            for row in load_prompts(path, options, config, split):
-                counts["read"] += 1
-                if row["prompt_id"] in known:
-                    counts["duplicates"] += 1
-                elif limit is not None and len(encode_prompt(tokenizer, row["prompt"])) > limit:
-                    counts["too_long"] += 1
-                else:
-                    rows.append(row)
-                known.add(row["prompt_id"])
-            return rows
-
-        seed, known = self.training.seed, set()
-        sources = [load(path, options.prompts_split, known) for path in options.prompts]
-        if options.prompt_schedule == "same":
-            sources = [[row for rows in sources for row in rows]]
-        for rows in sources:
-            rows.sort(key=lambda row: hashlib.sha256(f"{seed}/{row['prompt_id']}".encode()).digest())
-        if options.held_out_prompts is None:
-            shares = [options.num_held_out // len(sources)] * len(sources)
-            shares[0] += options.num_held_out - sum(shares)
-            held_out = [row for rows, share in zip(sources, shares, strict=True) for row in rows[:share]]
-            sources = [rows[share:] for rows, share in zip(sources, shares, strict=True)]
-        else:
-            held_out = load(options.held_out_prompts, options.held_out_split, set())[: options.num_held_out]
-            ids = {row["prompt_id"] for row in held_out}
-            counts["also_held_out"] = sum(row["prompt_id"] in ids for rows in sources for row in rows)
-            sources = [[row for row in rows if row["prompt_id"] not in ids] for rows in sources]
-        if len(held_out) < options.num_held_out:
-            raise ConfigError(
-                f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
-            )
-        return sources, held_out
-
-    def _slices(self, sources: list[list[Row]], num_held_out: int) -> list[list[Row]]:
-        """Prompts of each iteration; where all have the same, one slice."""
-        options, size = self.options, self.options.prompts_per_iteration
-        fresh = options.prompt_schedule == "fresh"
-        if fresh and len(sources) == 1:
-            [rows] = sources
-            size = size or len(rows) // options.num_iterations
-            sources = [rows[i * size : (i + 1) * size] for i in range(options.num_iterations)]
-        for number, rows in enumerate(sources, start=1):
-            if len(rows) < (size or 1):
-                raise ConfigError(
-                    f"There are {sum(map(len, sources))} prompts beside the {num_held_out} held out, too few for "
-                    f"{f'the {size or 1} of iteration {number}' if fresh else size or 1}. Give more prompts, or lower "
-                    "`prompts_per_iteration` or `num_held_out`."
-                )
-        slices = [rows[:size] for rows in sources]
-        if {"related_prompt", "random_prompt"} & set(options.negatives) and min(map(len, slices)) < 2:
-            raise ConfigError("`negatives` from other prompts need at least 2 prompts in an iteration.")
-        return slices
-
-    def prompts_of(self, iteration: int) -> list[Row]:
+    def prompts_of(self, iteration: int) -> list[Prompt]:
         """Prompts of an iteration, from 1 on, in their order."""
         if self.options.prompt_schedule == "same":
             return self.prompts

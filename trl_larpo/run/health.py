@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from ..candidates import Candidate, CandidatePool
 from .evaluation import fell
 
 Row = dict[str, Any]
@@ -53,7 +54,7 @@ MAX_KL = 50.0
 
 
 def check_iteration(
-    samples: list[Row],
+    samples: list[CandidatePool],
     selection: Row,
     training_log: list[Row],
     start: Row,
@@ -65,7 +66,7 @@ def check_iteration(
     Looks at one iteration.
 
     Args:
-        samples: What was sampled for training: `completions`, `candidates`.
+        samples: What was sampled for training.
         selection: Counts of the selection.
         training_log: What the trainer logged.
         start: Evaluation of the initial model.
@@ -81,15 +82,8 @@ def check_iteration(
     lengths = [mean_tokens(samples), now["tokens"]]
     ratios = [length / start["tokens"] for length in lengths if length is not None and start["tokens"]]
     ratio = max(ratios, key=lambda x: max(x, 1 / x if x else float("inf")), default=None)
-    own = [
-        [
-            completion
-            for completion, about in zip(row["completions"], row["candidates"], strict=True)
-            if about["source"] == "policy"
-        ]
-        for row in samples
-    ]
-    duplicates = 1 - statistics.fmean(len({str(x) for x in texts}) / len(texts) for texts in own if texts)
+    own = [[str(c.completion) for c in pool.candidates if c.source == "policy"] for pool in samples]
+    duplicates = 1 - statistics.fmean(len(set(texts)) / len(texts) for texts in own if texts)
     prompts = selection["lists"] + sum(selection[x] for x in ("prompts_too_few", "prompts_tied", "prompts_small_gap"))
     tied = selection["prompts_tied"] / prompts
     # Samples shrinking to nothing are no fewer for being finished
@@ -153,19 +147,16 @@ def check_iteration(
     ]
 
 
-def mean_tokens(samples: list[Row]) -> float | None:
+def mean_tokens(samples: list[CandidatePool]) -> float | None:
     """Mean number of tokens of the policy's own samples."""
-    lengths = [
-        about["num_tokens"]
-        for row in samples
-        for about in row["candidates"]
-        if about["source"] == "policy" and about["num_tokens"] is not None
-    ]
+    lengths = [candidate.num_tokens for candidate in _own_samples(samples) if candidate.num_tokens is not None]
     return statistics.fmean(lengths) if lengths else None
 
 
-def finished_share(samples: list[Row]) -> float:
+def finished_share(samples: list[CandidatePool]) -> float:
     """Share of the policy's own samples that ended on their own."""
-    return statistics.fmean(
-        about["finished"] for row in samples for about in row["candidates"] if about["source"] == "policy"
-    )
+    return statistics.fmean(candidate.finished for candidate in _own_samples(samples))
+
+
+def _own_samples(samples: list[CandidatePool]) -> list[Candidate]:
+    return [candidate for pool in samples for candidate in pool.candidates if candidate.source == "policy"]

@@ -7,6 +7,7 @@ the result.
 """
 
 import dataclasses
+import json
 import math
 import shlex
 import subprocess
@@ -23,13 +24,14 @@ from ..report.page import write_report
 from ..storage import exclusive_lock, explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
+from .context import RunContext, read_pools
 from .evaluation import with_error
-from .folder import RunFolder
+from .folder import TIMINGS, RunFolder
 from .health import Check, check_iteration
 from .mirror import Mirror
 from .options import RunConfig, RunTrainingConfig
 from .plan import plan
-from .stages import SHARDED_STAGES, STAGES, Stages
+from .stages import STAGES, Stage, run_stage
 from .tracking import Tracking
 
 
@@ -70,13 +72,14 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
 
 def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
     options, started = folder.options, time.monotonic()
-    stages, tracking = Stages(folder), Tracking(folder)
+    context, tracking = RunContext(folder), Tracking(folder)
     page = folder.path / "report.html"
     try:
         for iteration in range(options.num_iterations + 1):
-            for stage in STAGES if iteration else ("held_out", "evaluate"):
-                _run_stage(folder, stages, stage, iteration)
-                _push(mirror)
+            for stage in STAGES.values():
+                if iteration or stage.at_start:
+                    _run_stage(context, stage, iteration)
+                    _push(mirror)
             if iteration:
                 checks = _check_health(folder, iteration)
                 _announce(folder, iteration, checks)
@@ -94,7 +97,7 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
     except KeyboardInterrupt:
         raise LarPOError("Interrupted. Run the same command again to go on; nothing is lost.") from None
     finally:
-        stages.close()
+        context.close()
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")
     return page
@@ -110,50 +113,51 @@ def _best_model(folder: RunFolder, iteration: int) -> str:
     return folder.model_path(max(range(iteration + 1), key=reward))
 
 
-def _run_stage(folder: RunFolder, stages: Stages, stage: str, iteration: int) -> None:
-    if stages.output(stage, iteration).exists():
+def _run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
+    folder, options = context.folder, context.options
+    if stage.path(folder, iteration).exists():
         return
     started = time.monotonic()
-    num_processes = folder.options.processes_of(stage)
-    sharded = stage in SHARDED_STAGES
-    launcher = folder.options.train_launcher if sharded else None
-    in_processes = num_processes > 1 or launcher or (sharded and folder.options.accelerate_config)
-    if in_processes and not (iteration == 0 and stage == "evaluate"):  # which runs no model
-        stages.close()
-        _launch_stage(folder, stage, iteration, num_processes, launcher)
+    num_processes = stage.num_processes(options)
+    in_processes = num_processes > 1 or (stage.sharded and (options.train_launcher or options.accelerate_config))
+    if in_processes and not (iteration == 0 and stage.name == "evaluate"):  # which runs no model
+        context.close()
+        _launch_stage(folder, stage, iteration, num_processes)
     else:
-        stages.run(stage, iteration)
-    with open(folder.path / "timings.jsonl", "a", encoding="utf-8") as file:
-        file.write(f'{{"iteration": {iteration}, "stage": "{stage}", "seconds": {time.monotonic() - started:.2f}}}\n')
+        run_stage(context, stage, iteration)
+    with open(folder.path / TIMINGS, "a", encoding="utf-8") as file:
+        seconds = round(time.monotonic() - started, 2)
+        file.write(json.dumps({"iteration": iteration, "stage": stage.name, "seconds": seconds}) + "\n")
 
 
-def _launch_stage(folder: RunFolder, stage: str, iteration: int, num_processes: int, launcher: str | None) -> None:
+def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes: int) -> None:
     """Runs a stage in several processes."""
-    words = ["stage", "--folder", str(folder.path), "--stage", stage, "--iteration", str(iteration)]
-    log, message = (folder.path / "logs" / f"iteration_{iteration}_{stage}.{kind}" for kind in ("log", "message"))
-    if launcher:
-        command = shlex.split(launcher.replace("{stage}", shlex.join(["-m", "trl_larpo", *words])))
+    options = folder.options
+    words = ["stage", "--folder", str(folder.path), "--stage", stage.name, "--iteration", str(iteration)]
+    log, message = (folder.path / "logs" / f"iteration_{iteration}_{stage.name}.{kind}" for kind in ("log", "message"))
+    if stage.sharded and options.train_launcher:
+        command = shlex.split(options.train_launcher.replace("{stage}", shlex.join(["-m", "trl_larpo", *words])))
     else:
         command = [sys.executable, "-m", "trl_larpo", "launch", "--num_processes", str(num_processes)]
         command += ["--log", str(log), "--message", str(message)]
-        if folder.options.accelerate_config and stage in SHARDED_STAGES:
+        if stage.sharded and options.accelerate_config:
             precision = "bf16" if folder.training.bf16 else "fp16" if folder.training.fp16 else "no"
-            command += ["--accelerate_config", folder.options.accelerate_config, "--mixed_precision", precision]
+            command += ["--accelerate_config", options.accelerate_config, "--mixed_precision", precision]
         command += words
     log.parent.mkdir(parents=True, exist_ok=True)
     message.unlink(missing_ok=True)
     if subprocess.run(command).returncode != 0:
         said = message.read_text(encoding="utf-8") if message.exists() else "its message is above."
         raise LarPOError(
-            f"The stage {stage!r} of iteration {iteration} failed. {said} What was saved so far is kept; run the same "
-            "command again to go on."
+            f"The stage {stage.name!r} of iteration {iteration} failed. {said} What was saved so far is kept; run the "
+            "same command again to go on."
         )
 
 
 def _check_health(folder: RunFolder, iteration: int) -> list[Check]:
     path = folder.iteration(iteration)
     checks = check_iteration(
-        samples=read_jsonl(path / "samples.jsonl"),
+        samples=read_pools(path / "samples.jsonl"),
         selection=read_json(path / "selection.json"),
         training_log=read_jsonl(path / "training_log.jsonl"),
         start=read_json(folder.iteration(0) / "evaluation.json"),
@@ -223,9 +227,9 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
     folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(ModelConfig))
     folder.path = Path(path)
     folder.prepare_prompts(AutoTokenizer.from_pretrained(folder.model.model_name_or_path))
-    stages = Stages(folder)
+    context = RunContext(folder)
     try:
         with explain_full_disk(folder.path):
-            stages.run(stage, iteration)
+            run_stage(context, STAGES[stage], iteration)
     finally:
-        stages.close()
+        context.close()

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 
+from ..candidates import CandidatePool
+from ..prompts import Prompt
 from ..storage import read_json, write_json
-from .evaluation import MIN_PROMPTS_TO_JUDGE, evaluate_rows, fell, mean_and_error, mean_reward, with_error
+from .evaluation import MIN_PROMPTS_TO_JUDGE, evaluate, fell, mean_and_error, means_by_prompt, with_error
 
-Row = dict[str, Any]
 logger = get_logger(__name__)
 
 
@@ -58,10 +58,11 @@ class MonitorPoint:
     by_prompt: dict[str, float]
 
     @classmethod
-    def of(cls, step: int, rows: list[Row], start: list[Row], seconds: float = 0.0) -> "MonitorPoint":
+    def of(
+        cls, step: int, pools: list[CandidatePool], start: list[CandidatePool], seconds: float = 0.0
+    ) -> "MonitorPoint":
         """Sums up scored samples of a model, beside those of the model that the training started from."""
-        found = evaluate_rows(rows, start)
-        by_prompt = {row["prompt_id"]: mean for row in rows if (mean := mean_reward(row)) is not None}
+        found, by_prompt = evaluate(pools, start), means_by_prompt(pools)
         return cls(step, found["reward"], found["gain"], found["finished"], found["tokens"], seconds, by_prompt)
 
     def change_from(self, other: "MonitorPoint") -> dict[str, float | None]:
@@ -85,9 +86,8 @@ class TrainingMonitor(TrainerCallback):
 
     Args:
         trainer: The trainer, to which this is added with `add_callback`.
-        sample: Samples held-out prompts with the trainer's model: `sample(rows)` returns rows with `completions` and
-            `candidates` added. Each process calls it with its share.
-        score: Adds `rewards` to such rows. Called in the main process.
+        sample: Samples held-out prompts with the trainer's model. Each process calls it with its share.
+        score: Rewards the samples. Called in the main process.
         save: Saves the weights as they are: `save(step)`. Called in all processes.
         start: Scored held-out samples of the model that training starts from. The first `num_prompts` are watched.
         path: JSON file for the points. What an earlier, killed training left there is taken over.
@@ -104,10 +104,10 @@ class TrainingMonitor(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        sample: Callable[[list[Row]], list[Row]],
-        score: Callable[[list[Row]], list[Row]],
+        sample: Callable[[list[Prompt]], list[CandidatePool]],
+        score: Callable[[list[CandidatePool]], list[CandidatePool]],
         save: Callable[[int], None],
-        start: list[Row],
+        start: list[CandidatePool],
         path: Path,
         *,
         num_evals: int = 4,
@@ -118,9 +118,9 @@ class TrainingMonitor(TrainerCallback):
         seconds_expected: float = 0.0,
     ):
         self.trainer, self.sample, self.score, self.save, self.path = trainer, sample, score, save, path
-        self.all_rows, self.rows, self.num_evals, self.stop = start, start[:num_prompts], num_evals, stop
+        self.all_start, self.start, self.num_evals, self.stop = start, start[:num_prompts], num_evals, stop
         self.time_share, self.seconds_before, self.seconds_expected = time_share, seconds_before, seconds_expected
-        self.points = [MonitorPoint.of(0, self.rows, self.rows)]
+        self.points = [MonitorPoint.of(0, self.start, self.start)]
         self.stopped_at: int | None = None
         self.seconds_spent = 0.0
         self._off = False
@@ -169,13 +169,13 @@ class TrainingMonitor(TrainerCallback):
         if not self._agreed(self._has_time(state.global_step)):
             return
         last = state.global_step == state.max_steps
-        point = self._evaluate(self.rows, state.global_step)
+        point = self._evaluate(self.start, state.global_step)
         if point is None:
             return
         harmful = self._agreed(self.stop and not last and point.is_harm)
-        more_rows = self.all_rows[: _CONFIRMATION * len(self.rows)]
-        if harmful and len(more_rows) > len(self.rows):  # chance makes a few prompts fall now and then
-            confirmed = self._evaluate(more_rows, state.global_step)
+        more = self.all_start[: _CONFIRMATION * len(self.start)]
+        if harmful and len(more) > len(self.start):  # chance makes a few prompts fall now and then
+            confirmed = self._evaluate(more, state.global_step)
             harmful = confirmed is not None and self._agreed(confirmed.is_harm)
         is_best = point.change["mean"] is not None and point.change["mean"] > (self.best.change["mean"] or 0.0)
         if self._agreed(is_best) and not last:
@@ -228,18 +228,19 @@ class TrainingMonitor(TrainerCallback):
         elapsed = self.seconds_before + training
         return self.seconds_spent + expected <= self.time_share * (elapsed + expected)
 
-    def _evaluate(self, rows: list[Row], step: int) -> MonitorPoint | None:
-        """`None` if it failed, which is logged and never ends the training."""
+    def _evaluate(self, start: list[CandidatePool], step: int) -> MonitorPoint | None:
+        """Samples the prompts of `start`. `None` if it failed, which is logged and never ends the training."""
         began, point, process = time.monotonic(), None, PartialState()
         with _random_states_kept():
-            sampled, problem = _attempt(self.sample, rows[process.process_index :: process.num_processes])
+            share = [pool.prompt for pool in start[process.process_index :: process.num_processes]]
+            sampled, problem = _attempt(self.sample, share)
         gathered = gather_object([(sampled, problem)])  # also where one process failed: none may wait for it
         problem = next((problem for _, problem in gathered if problem), None)
         if process.is_main_process and problem is None:
             with _random_states_kept():  # of the training, whatever a reward draws
-                scored, problem = _attempt(self.score, [row for of_process, _ in gathered for row in of_process])
+                scored, problem = _attempt(self.score, [pool for of_process, _ in gathered for pool in of_process])
             if problem is None:
-                point = MonitorPoint.of(step, scored, rows, time.monotonic() - began)
+                point = MonitorPoint.of(step, scored, start, time.monotonic() - began)
         point, problem = self._from_main([point, problem])
         self.seconds_spent += time.monotonic() - began
         if problem is not None:
@@ -259,10 +260,10 @@ class TrainingMonitor(TrainerCallback):
         return broadcast_object_list(values, from_process=0)
 
 
-def _attempt(function: Callable[[list[Row]], list[Row]], rows: list[Row]) -> tuple[list[Row], str | None]:
-    """The rows that a function returns, and what went wrong: out of memory, or a reward of the user's that fails."""
+def _attempt(function: Callable[[list], list[CandidatePool]], items: list) -> tuple[list[CandidatePool], str | None]:
+    """What a function returns, and what went wrong: out of memory, or a reward of the user's that fails."""
     try:
-        return function(rows), None
+        return function(items), None
     except (Exception, SystemExit) as error:
         return [], f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

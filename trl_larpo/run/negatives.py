@@ -4,10 +4,55 @@ import hashlib
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
+from ..candidates import CandidatePool
+from ..prompts import in_form_of
+
+TEMPERATURES = ("low_temperature", "high_temperature")
+OTHER_PROMPTS = ("related_prompt", "random_prompt")
+NEGATIVES = (*TEMPERATURES, *OTHER_PROMPTS)
+"""What `negatives` may name: samples at another temperature, or responses to other prompts."""
+
 _PROMPTS_AT_A_TIME = 256
+
+
+def add_responses_to_other_prompts(
+    pools: list[CandidatePool], names: list[str], num_negatives: int, seed: int, iteration: int
+) -> list[CandidatePool]:
+    """
+    Adds responses to other prompts as candidates.
+
+    Args:
+        pools: Prompts and the samples of the policy.
+        names: Those of [`OTHER_PROMPTS`] that are wanted; others are ignored.
+        num_negatives: How many responses for each name.
+        seed: Seed of the run.
+        iteration: The current one.
+    """
+    added: list[list] = [[] for _ in pools]
+    for name in OTHER_PROMPTS:
+        if name in names:
+            others = (
+                related_prompts([pool.prompt.text for pool in pools])
+                if name == "related_prompt"
+                else random_prompts([pool.prompt.id for pool in pools], seed, iteration)
+            )
+            for pool, new, other in zip(pools, added, others, strict=True):
+                # Those that can be trained on first
+                usable = sorted(pools[other].candidates, key=lambda c: not (c.finished and c.text.strip()))
+                new += [
+                    replace(
+                        candidate,
+                        completion=in_form_of(pool.prompt.content, candidate.completion),
+                        source=name,
+                        of_prompt=pools[other].prompt.id,
+                    )
+                    for candidate in usable[:num_negatives]
+                ]
+    return [pool.with_candidates([*pool.candidates, *new]) for pool, new in zip(pools, added, strict=True)]
 
 
 def related_prompts(texts: list[str]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..candidates import MEMORIES, Selection
+from ..candidates import Selection
 from ..errors import ConfigError
 from ..generation.in_process import check_sampling
 from ..generation.options import GenerationOptions
@@ -10,12 +10,12 @@ from ..options import CheckedOptions, check_choice, option
 from ..rewards.options import RewardOptions
 from ..training.config import LarPOConfig
 from .evaluation import MIN_PROMPTS_TO_JUDGE
+from .memory import MEMORIES
+from .negatives import NEGATIVES
 
 SCHEDULES = ("same", "fresh")
 
 REFERENCES = ("policy", "initial")
-
-NEGATIVES = ("low_temperature", "high_temperature", "related_prompt", "random_prompt")
 
 
 @dataclass
@@ -228,14 +228,6 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
                 f"`num_best` + `num_worst` is {selection.num_best + selection.num_worst}, but a prompt has only {pool} "
                 "completions. Raise `num_samples`, or take fewer."
             )
-
-    def processes_of(self, stage: str) -> int:
-        """How many processes a stage runs in."""
-        if stage == "select" or (stage in ("generate", "held_out") and (self.server_urls or self.server_command)):
-            return 1
-        kind = {"generate": "generation", "held_out": "generation", "reward": "reward"}.get(stage, "train")
-        own = getattr(self, f"{kind}_processes")
-        return self.num_processes if own is None else own
 
     @property
     def evaluation_temperature(self) -> float:

@@ -1,18 +1,121 @@
-"""Loads prompts."""
+"""Loads prompts, and chooses those of each iteration and those to evaluate on."""
 
+import hashlib
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError
-from ..prompts import prompt_id, prompt_problem
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError, DataError
+from ..generation.in_process import encode_prompt
+from ..prompts import Prompt, Row, prompt_id, prompt_problem
 from ..training.datasets import load_splits
-from .options import PromptOptions
+from .negatives import OTHER_PROMPTS
+from .options import PromptOptions, RunConfig
 
-Row = dict[str, Any]
 
-
-def load_prompts(path: str, options: PromptOptions, config: str | None = None, split: str = "train") -> list[Row]:
+@dataclass
+class ChosenPrompts:
     """
-    Rows with a prompt and any other columns.
+    The prompts of a run.
+
+    Attributes:
+        prompts: Those to train on, in the order of their use.
+        held_out: Those to evaluate on.
+        counts: What became of all that were read: `read`, `duplicates`, `too_long`, `also_held_out`, `unused`; with
+            fresh prompts in each iteration, `slices`, how many each has.
+    """
+
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    counts: dict[str, Any]
+
+
+def choose_prompts(
+    options: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int | None
+) -> ChosenPrompts:
+    """
+    Loads all prompts of a run and decides on their use. The order depends on the seed and their content alone.
+
+    Args:
+        options: Where they come from and how many are wanted.
+        tokenizer: Of the policy.
+        seed: Seed of the run.
+        max_length: Longest prompt plus completion of the training, in tokens.
+
+    Raises:
+        ConfigError: If there are too few.
+        DataError: If one cannot be used.
+    """
+    counts: dict[str, Any] = {"read": 0, "duplicates": 0, "too_long": 0, "also_held_out": 0, "unused": 0}
+    limit = options.max_prompt_length
+    if limit is None and max_length is not None:
+        limit = max_length - 1  # room for one token of the completion
+
+    def load(path: str, split: str, known: set[str]) -> list[Prompt]:
+        prompts = []
+        config = options.prompts_config if path in options.prompts else None
+        for prompt in load_prompts(path, options, config, split):
+            counts["read"] += 1
+            if prompt.id in known:
+                counts["duplicates"] += 1
+            elif limit is not None and len(encode_prompt(tokenizer, prompt.content)) > limit:
+                counts["too_long"] += 1
+            else:
+                prompts.append(prompt)
+            known.add(prompt.id)
+        return prompts
+
+    known: set[str] = set()
+    sources = [load(path, options.prompts_split, known) for path in options.prompts]
+    if options.prompt_schedule == "same":
+        sources = [[prompt for prompts in sources for prompt in prompts]]
+    for prompts in sources:
+        prompts.sort(key=lambda prompt: hashlib.sha256(f"{seed}/{prompt.id}".encode()).digest())
+    if options.held_out_prompts is None:
+        shares = [options.num_held_out // len(sources)] * len(sources)
+        shares[0] += options.num_held_out - sum(shares)
+        held_out = [prompt for prompts, share in zip(sources, shares, strict=True) for prompt in prompts[:share]]
+        sources = [prompts[share:] for prompts, share in zip(sources, shares, strict=True)]
+    else:
+        held_out = load(options.held_out_prompts, options.held_out_split, set())[: options.num_held_out]
+        ids = {prompt.id for prompt in held_out}
+        counts["also_held_out"] = sum(prompt.id in ids for prompts in sources for prompt in prompts)
+        sources = [[prompt for prompt in prompts if prompt.id not in ids] for prompts in sources]
+    if len(held_out) < options.num_held_out:
+        raise ConfigError(
+            f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
+        )
+    slices = _slices(options, sources, len(held_out))
+    counts["unused"] = sum(map(len, sources)) - sum(map(len, slices))
+    if options.prompt_schedule == "fresh":
+        counts["slices"] = list(map(len, slices))
+    return ChosenPrompts([prompt for prompts in slices for prompt in prompts], held_out, counts)
+
+
+def _slices(options: RunConfig, sources: list[list[Prompt]], num_held_out: int) -> list[list[Prompt]]:
+    """Prompts of each iteration; where all have the same, one slice."""
+    size, fresh = options.prompts_per_iteration, options.prompt_schedule == "fresh"
+    if fresh and len(sources) == 1:
+        [prompts] = sources
+        size = size or len(prompts) // options.num_iterations
+        sources = [prompts[i * size : (i + 1) * size] for i in range(options.num_iterations)]
+    for number, prompts in enumerate(sources, start=1):
+        if len(prompts) < (size or 1):
+            raise ConfigError(
+                f"There are {sum(map(len, sources))} prompts beside the {num_held_out} held out, too few for "
+                f"{f'the {size or 1} of iteration {number}' if fresh else size or 1}. Give more prompts, or lower "
+                "`prompts_per_iteration` or `num_held_out`."
+            )
+    slices = [prompts[:size] for prompts in sources]
+    if set(OTHER_PROMPTS) & set(options.negatives) and min(map(len, slices)) < 2:
+        raise ConfigError("`negatives` from other prompts need at least 2 prompts in an iteration.")
+    return slices
+
+
+def load_prompts(path: str, options: PromptOptions, config: str | None = None, split: str = "train") -> list[Prompt]:
+    """
+    The prompts of a file, with its other columns.
 
     Args:
         path: A JSONL, JSON, Parquet or CSV file, a folder, or a hub id.
@@ -21,7 +124,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         split: Its split.
 
     Returns:
-        Rows with `prompt_id`, `prompt` and `columns`, the other columns by name, in the order of the file.
+        The prompts in the order of the file.
 
     Raises:
         DataError: Names the file, the row and what is wrong with it.
@@ -37,7 +140,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         )
     if "tools" in dataset.column_names:
         raise DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
-    rows = []
+    prompts = []
     for number, row in enumerate(dataset):
         prompt = row.pop(column)
         if problem := prompt_problem(prompt):
@@ -52,8 +155,8 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         row.pop("prompt", None)  # of another form, where it is not the column asked for
         if isinstance(row.get("columns"), dict) and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
             row = row["columns"]
-        rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt, "columns": _jsonable(row, path, number)})
-    return rows
+        prompts.append(Prompt.of(prompt, _jsonable(row, path, number)))
+    return prompts
 
 
 def _jsonable(row: Row, path: str, number: int) -> Row:
@@ -61,8 +164,7 @@ def _jsonable(row: Row, path: str, number: int) -> Row:
         if not _is_plain(value):
             raise DataError(
                 f"{path!r} row {number}, column `{column}`: holds {type(value).__name__}; prompts may have text, "
-                "numbers "
-                "and lists of them. Remove the column."
+                "numbers and lists of them. Remove the column."
             )
     return row
 

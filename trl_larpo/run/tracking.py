@@ -10,8 +10,8 @@ import pandas
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
 
+from ..candidates import CandidateList
 from ..errors import ConfigError
-from ..prompts import completion_text, prompt_text
 from ..storage import read_json, read_jsonl, write_json
 from .folder import RunFolder
 from .health import Check
@@ -102,18 +102,11 @@ class Tracking:
 
     def candidate_table(self, iteration: int) -> tuple[list[str], list[list[Any]]]:
         columns = ["iteration", "prompt", "completion", "reward", "rank", "source", "from_iteration"]
+        lists = (CandidateList.from_row(row) for row in read_jsonl(self.folder.iteration(iteration) / "lists.jsonl"))
         rows = [
-            [
-                iteration,
-                prompt_text(row["prompt"]),
-                completion_text(text),
-                reward,
-                x["rank"],
-                x["source"],
-                x["iteration"],
-            ]
-            for row in read_jsonl(self.folder.iteration(iteration) / "lists.jsonl")
-            for text, reward, x in zip(row["completions"], row["rewards"], row["candidates"], strict=True)
+            [iteration, made.prompt.text, c.text, c.reward, c.rank, c.source, c.iteration]
+            for made in lists
+            for c in made.selected
         ]
         return columns, rows[:_MAX_TABLE_ROWS]
 

@@ -6,7 +6,6 @@ is gone before the next chunk. Gradients are exact, and there is one backward pa
 runs once for all of its chunks, and these read its keys and values.
 """
 
-import contextlib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.models.mixtral import modeling_mixtral
-from trl.trainer import utils as trl_utils
-from trl.trainer.utils import FusedCausalLMOutput
 
 from .attention import KeysAndValues, attention_masks, uses_blocks
 from .cpu_head import CPULogProbs
 from .token_rows import Batch, Rows, candidate_rows, pack, prompt_rows, separate_rows, shared_prompt_rows
+from .trl_compat import FusedCausalLMOutput, fused_head, gather_partitioned_heads
 
 
 @dataclass
@@ -110,7 +107,7 @@ def enable_passes(model: PreTrainedModel) -> None:
         model: Bare model with TRL's fused head.
     """
     original_forward = model.forward
-    trl_utils.maybe_gather_lm_head_ctx = _gather_partitioned_head
+    gather_partitioned_heads()
 
     def forward(self, *args, passes: list[Pass] | None = None, **kwargs):
         if passes is None:
@@ -136,18 +133,6 @@ def enable_passes(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-_trl_gather_head = trl_utils.maybe_gather_lm_head_ctx
-
-
-def _gather_partitioned_head(*parameters):
-    """
-    TRL's context in which the head is whole under ZeRO-3, which may also be given what is whole already.
-
-    Checkpointing hands the backward pass the weights as they were when it computed the chunk again, gathered.
-    """
-    return _trl_gather_head(*(p if hasattr(p, "ds_status") else None for p in parameters))
-
-
 def run_rows(model: Callable, rows: Rows, mask: Tensor | dict[str, Tensor], **kwargs) -> FusedCausalLMOutput:
     """
     Calls a model with TRL's fused head on some rows.
@@ -160,7 +145,7 @@ def run_rows(model: Callable, rows: Rows, mask: Tensor | dict[str, Tensor], **kw
     """
     if isinstance(mask, dict) or len(mask.shape) == 4:
         kwargs["position_ids"] = rows.positions
-    with _fused_head_on(rows):
+    with fused_head(rows.real, CPULogProbs):
         return model(
             input_ids=rows.input_ids,
             attention_mask=mask,
@@ -169,36 +154,3 @@ def run_rows(model: Callable, rows: Rows, mask: Tensor | dict[str, Tensor], **kw
             fused_lm_head=True,
             **kwargs,
         )
-
-
-@contextlib.contextmanager
-def _fused_head_on(rows: Rows):
-    """
-    Makes TRL's fused head fit for these rows.
-
-    On a CPU it leaves out prompt and padding too, and takes [`CPULogProbs`] where that fits. TRL leaves them out only
-    where it runs Triton, because dynamic shapes would recompile on accelerators such as Neuron; a CPU has no such
-    trouble, and the head is half of the work there. And the load-balancing loss of a mixture of experts, which reads
-    from a mask of two dimensions what is padding, is given such a mask.
-    """
-    uses_triton, head = trl_utils._use_triton, trl_utils._ChunkedLogProbFunction
-    load_balancing_loss = modeling_mixtral.load_balancing_loss_func
-
-    class Head:
-        @staticmethod
-        def apply(hidden, weight, bias, targets, temperature, chunk_size, *options):
-            fits = hidden.device.type == "cpu" and CPULogProbs.fits(bias, temperature, *options)
-            function = CPULogProbs if fits else head
-            return function.apply(hidden, weight, bias, targets, temperature, chunk_size, *options)
-
-    def load_balancing_loss_of_rows(router_logits, num_experts, num_experts_per_token, attention_mask):
-        return load_balancing_loss(router_logits, num_experts, num_experts_per_token, rows.real.long())
-
-    trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
-    trl_utils._ChunkedLogProbFunction = Head
-    modeling_mixtral.load_balancing_loss_func = load_balancing_loss_of_rows
-    try:
-        yield
-    finally:
-        trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = uses_triton, head
-        modeling_mixtral.load_balancing_loss_func = load_balancing_loss

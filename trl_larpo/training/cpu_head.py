@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from trl.trainer import utils as trl_utils
+
+from .trl_compat import gather_head
 
 _TOKENS, _VOCABULARY = (
     512,
@@ -76,7 +77,7 @@ class CPULogProbs(torch.autograd.Function):
     def backward(ctx, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_):
         hidden, weight, targets, log_normalizer, entropy = ctx.saved_tensors
         grad_log_probs = torch.zeros(len(hidden)) if grad_log_probs is None else grad_log_probs.float()
-        with trl_utils.maybe_gather_lm_head_ctx(weight, None):
+        with gather_head(weight, None):
             grad_hidden = torch.zeros(hidden.shape) if ctx.needs_input_grad[0] else None
             # Every part of it is written once before anything is added, so it need not be filled with zeros
             grad_weight = torch.empty(weight.shape) if ctx.needs_input_grad[1] else None

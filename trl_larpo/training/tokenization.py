@@ -8,10 +8,10 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import _tokenize, common_prefix_length, prepare_multimodal_messages
 
 from ..errors import DataError
 from .datasets import column_names
+from .trl_compat import common_prefix_length, prepare_multimodal_messages, tokenize
 from .validation import canonical_row
 
 logger = get_logger(__name__)
@@ -29,6 +29,7 @@ def tokenize_dataset(
     num_proc: int | None = None,
     length_column: str = "length",
     truncated_completions: str = "rank_last",
+    min_candidates: int = 2,
 ) -> Dataset | IterableDataset:
     """
     Adds the columns `prompt_ids`, `completion_ids`, `relevance` and a length to a dataset of lists or pairs.
@@ -50,7 +51,7 @@ def tokenize_dataset(
         num_proc: Processes to use on a map-style dataset.
         length_column: Name of the column for the tokens of a list, its prompt counted once, by which batches can be
             grouped. A column of that name that is there already stays.
-        truncated_completions: As in [`canonical_row`].
+        truncated_completions, min_candidates: As in [`canonical_row`].
 
     Returns:
         The dataset with four more columns. With `truncated_completions="drop"`, lists of which fewer than two
@@ -72,6 +73,7 @@ def tokenize_dataset(
             "where": where,
             "length_column": length_column,
             "truncated_completions": truncated_completions,
+            "min_candidates": min_candidates,
         },
         **map_kwargs,
     )
@@ -149,17 +151,18 @@ def _tokenize_row(
     where: str,
     length_column: str,
     truncated_completions: str,
+    min_candidates: int,
 ) -> Row:
-    ranked = canonical_row(row, index, where, truncated_completions)
+    ranked = canonical_row(row, index, where, truncated_completions, min_candidates)
     prompt = ranked["prompt"]
     template_kwargs = {}
     if isinstance(prompt, list):
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
+        prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
     else:
-        prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
+        prompt_ids = tokenize(processing_class, prompt)["input_ids"]
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     sequences = []
     of_completions = (ranked[name] for name in ("completions", "finished", "completion_ids"))
@@ -176,9 +179,9 @@ def _tokenize_row(
                 sequence = prompt_ids[:-1] + ids
         elif isinstance(prompt, str):
             text = completion.removesuffix(eos_token)
-            sequence = _tokenize(processing_class, prompt + text + eos_token * finished)["input_ids"]
+            sequence = tokenize(processing_class, prompt + text + eos_token * finished)["input_ids"]
         elif finished:
-            sequence = _tokenize(processing_class, prompt + completion, **template_kwargs)["input_ids"]
+            sequence = tokenize(processing_class, prompt + completion, **template_kwargs)["input_ids"]
         else:
             text = _render_up_to_end_of_content(processing_class, prompt + completion, template_kwargs)
             if text is None:

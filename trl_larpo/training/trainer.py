@@ -1,61 +1,42 @@
 """[`LarPOTrainer`]: TRL's `DPOTrainer` for ranked lists of completions."""
 
 import contextlib
+import functools
 import math
 import os
 import textwrap
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, is_peft_model, tqdm
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
-from trl.models import prepare_deepspeed
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first, use_adapter
 
 from ..errors import ConfigError
 from ..losses import RankingLoss, best_and_worst
 from ..metrics import kendall_tau, mrr, ndcg, pair_accuracy
-from .attention import attention_masks, enable_sharing, sharing_obstacle, split_rows, splits_rows, uses_blocks
-from .chunking import enable_passes, passes_in_chunks, run_rows
 from .collator import DataCollatorForCandidateLists
 from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
 from .datasets import column_names, has_images
-from .token_rows import Rows, count_tokens, pack, separate_rows, shared_prompt_rows
+from .log_probabilities import score_dataset
+from .scorer import CandidateOutputs, CandidateScorer
+from .token_rows import count_tokens
 from .tokenization import tokenize_dataset
+from .trl_compat import (
+    DataCollatorForPreference,
+    disable_gradient_checkpointing,
+    get_config_model_id,
+    global_then_local_main_first,
+    prepare_deepspeed,
+    use_adapter,
+)
 from .validation import check_dataset, dataset_format
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class CandidateOutputs:
-    """
-    What one forward pass says of the candidates of a batch.
-
-    Attributes:
-        logps: Log-probability of each completion, the sum over its tokens, `(batch, list_size)`, 0 in the padding.
-        tokens: Statistics of each completion, summed over its tokens and without gradient, float `(batch, list_size)`:
-            `"count"`, `"entropy"`, `"mean_logits"`, `"is_top1"`. Empty for a reference model.
-        aux_loss: Load-balancing loss of a mixture of experts, a scalar.
-    """
-
-    logps: Tensor
-    tokens: dict[str, Tensor]
-    aux_loss: Tensor | None
-
-    def up_to(self, list_size: int) -> "CandidateOutputs":
-        """Without the candidates from `list_size` on."""
-        tokens = {name: values[:, :list_size] for name, values in self.tokens.items()}
-        return CandidateOutputs(self.logps[:, :list_size], tokens, self.aux_loss)
 
 
 class LarPOTrainer(DPOTrainer):
@@ -168,8 +149,6 @@ class LarPOTrainer(DPOTrainer):
         # alone, as "sigmoid" does, so what is sound for "sigmoid" is sound for it.
         args.loss_type = [name if name in DPO_LOSSES else "sigmoid" for name in loss_types]
         self._datasets_are_checked = True
-        self._chunk_size = getattr(args, "candidate_chunk_size", None)
-        self._layouts: dict[int, bool] = {}  # id of a model: whether its candidates share a row
         try:
             super().__init__(
                 model=model,
@@ -194,9 +173,11 @@ class LarPOTrainer(DPOTrainer):
             self._ranking_losses = {name: ranking_loss(name, args) for name in loss_types if name not in DPO_LOSSES}
             if loss_fn is not None:
                 self._ranking_losses, self.loss_weights = {"loss_fn": loss_fn}, [1.0]
-            self._shares_prompt(self.accelerator.unwrap_model(self.model))  # now, in case it is impossible
+            _ = self._policy_scorer  # now, in case an option is impossible
             if self.ref_model is not None:
-                self._shares_prompt(self.accelerator.unwrap_model(self.ref_model))
+                _ = self._reference_scorer
+            else:
+                vars(self).pop("_reference_scorer", None)  # of a model that only the precomputation had
 
     # From rows to batches
 
@@ -271,98 +252,32 @@ class LarPOTrainer(DPOTrainer):
 
     def _compute_all_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> list[list[float]]:
         """Reference log-probabilities of every candidate, list by list."""
-        loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=self._list_collator(),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
-        )
         model = self.ref_model or self.model
         # As in DPOTrainer: the policy is prepared in `train`, so until then DeepSpeed needs an engine to run it
         if self.ref_model is None and self.is_deepspeed_enabled:
             if self._precompute_engine is None:
                 self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
             model = self._precompute_engine
-        ref_logps = []
-        for batch in tqdm(
-            self.accelerator.prepare(loader),
-            desc=f"Computing reference log probs for {name} dataset",
-            disable=bool(os.environ.get("TQDM_DISABLE", "")),
-        ):
-            batch_logps = self.compute_ref_log_probs(model, batch)
-            # Lists on other processes may be longer
-            batch_logps = self.accelerator.pad_across_processes(batch_logps, dim=1)
-            sizes = batch["candidate_mask"].sum(dim=1)
-            batch_logps, sizes = self.accelerator.gather_for_metrics((batch_logps, sizes))
-            ref_logps += [logps[:size] for logps, size in zip(batch_logps.tolist(), sizes.tolist(), strict=True)]
-        return ref_logps
+        return score_dataset(
+            lambda batch: self.compute_ref_log_probs(model, batch),
+            dataset,
+            self._list_collator(),
+            self.args,
+            self.accelerator,
+            batch_size=batch_size,
+            description=f"Computing reference log probs for {name} dataset",
+        )
 
     # From batches to the loss
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor], **model_kwargs) -> CandidateOutputs:
-        """Runs each candidate of the batch once. The one place that calls a model."""
-        bare_model = self.accelerator.unwrap_model(model)
-        shared_prompt = self._shares_prompt(bare_model)
-        if self._chunk_size is None:
-            if shared_prompt:
-                rows = shared_prompt_rows(inputs, self.args.pad_to_multiple_of)
-                rows = pack(rows) if uses_blocks(bare_model) else rows
-                split = split_rows(rows) if splits_rows(bare_model) else None
-                if split is not None:
-                    model_kwargs["split"] = split
-                mask = attention_masks(bare_model, rows) if split is None else split.mask
-            else:
-                rows = separate_rows(inputs, self.args.pad_to_multiple_of)
-                mask = rows.real.long()
-            return _candidate_outputs(rows, run_rows(model, rows, mask, **model_kwargs))
+    @functools.cached_property
+    def _policy_scorer(self) -> CandidateScorer:
+        return CandidateScorer(self.accelerator.unwrap_model(self.model), self.args, self.accelerator, "Policy")
 
-        list_size = inputs["candidate_mask"].size(1)
-        if self.accelerator.num_processes > 1:
-            sizes = self.accelerator.gather(torch.tensor([list_size], device=self.accelerator.device))
-            list_size = int(sizes.max())
-        passes = passes_in_chunks(
-            bare_model, inputs, shared_prompt, self._chunk_size, list_size, prompts_first=not self.is_fsdp_enabled
-        )
-        outputs = iter(model(passes=passes, **model_kwargs))
-        return _concatenate(
-            [
-                _concatenate([_candidate_outputs(rows, next(outputs)) for rows in lists.chunks], dim=1)
-                for lists in passes
-            ],
-            dim=0,
-        ).up_to(inputs["candidate_mask"].size(1))
-
-    def _shares_prompt(self, model: PreTrainedModel) -> bool:
-        """Whether the candidates of a list share their prompt in this model. Decided, and said in the log, once."""
-        if id(model) not in self._layouts:
-            wish = getattr(self.args, "shared_prompt", "auto")
-            obstacle = "`shared_prompt` is 'off'" if wish == "off" else self._sharing_obstacle(model)
-            if wish == "on" and obstacle:
-                raise ConfigError(
-                    f"`shared_prompt='on'` is not possible, because {obstacle}. With 'auto' such models get a row for "
-                    "each completion."
-                )
-            kind = "Reference" if model is not self.accelerator.unwrap_model(self.model) else "Policy"
-            if obstacle is None:
-                enable_sharing(model)
-                logger.info(f"{kind}: one row for each list; its completions share one pass over their prompt.")
-            else:
-                log = logger.info if wish == "off" else logger.warning
-                log(f"{kind}: a row for each completion, with the prompt in each, because {obstacle}.")
-            if self._chunk_size is not None:
-                if is_peft_model(model) and any(x.is_prompt_learning for x in model.peft_config.values()):
-                    raise ConfigError(
-                        "`candidate_chunk_size` does not work with prompt-learning PEFT. Remove it, or use LoRA."
-                    )
-                enable_passes(model.get_base_model() if is_peft_model(model) else model)
-            self._layouts[id(model)] = obstacle is None
-        return self._layouts[id(model)]
-
-    def _sharing_obstacle(self, model: PreTrainedModel) -> str | None:
-        if self.args.max_length is not None and self.args.truncation_mode == "keep_end":
-            return "`truncation_mode='keep_end'` leaves each completion another prompt"
-        return sharing_obstacle(model)
+    @functools.cached_property
+    def _reference_scorer(self) -> CandidateScorer:
+        """Of a reference model; where there is none, the policy's scorer runs the policy in its stead."""
+        return CandidateScorer(self.accelerator.unwrap_model(self.ref_model), self.args, self.accelerator, "Reference")
 
     def compute_ref_log_probs(self, model, inputs):
         """
@@ -384,13 +299,15 @@ class LarPOTrainer(DPOTrainer):
             adapter_context,
             self.accelerator.autocast(),
         ):
-            return self._forward(model, inputs).logps
+            scorer = self._policy_scorer if self.ref_model is None else self._reference_scorer
+            return scorer(model, inputs).logps
 
     def _compute_loss(self, model, inputs, return_outputs):
         if not self._list_mode:
             return super()._compute_loss(model, inputs, return_outputs)
         relevance, candidate_mask = inputs["relevance"], inputs["candidate_mask"]
-        policy = self._forward(model, inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {}))
+        router_logits = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        policy = self._policy_scorer(model, inputs, **router_logits)
         if self.precompute_ref_logps:
             ref_logps = inputs["ref_logps"]
         else:
@@ -425,8 +342,11 @@ class LarPOTrainer(DPOTrainer):
         """Of one forward and backward pass over the batch by the policy, as transformers estimates them."""
         if not self._list_mode:
             return super().floating_point_ops(inputs)
-        shared = self._shares_prompt(self.accelerator.unwrap_model(self.model))
-        return 6 * int(count_tokens(inputs, shared)) * self.model.num_parameters(exclude_embeddings=True)
+        return (
+            6
+            * int(count_tokens(inputs, self._policy_scorer.shares_prompt))
+            * self.model.num_parameters(exclude_embeddings=True)
+        )
 
     def training_step(self, *args, **kwargs):
         try:
@@ -437,7 +357,7 @@ class LarPOTrainer(DPOTrainer):
             raise
 
     def _how_to_save_memory(self) -> str:
-        size = self._chunk_size
+        size = self._policy_scorer.chunk_size
         now = "None: all candidates of a batch are" if size is None else f"{size}: as many candidates are"
         return (
             f"LarPO: out of memory. `candidate_chunk_size` is {now} in memory at the same time. Lower it (1 is the "
@@ -506,29 +426,6 @@ class LarPOTrainer(DPOTrainer):
                 metrics[name].append(total / count)
         if policy.aux_loss is not None:
             metrics["aux_loss"].append(self.accelerator.gather_for_metrics(policy.aux_loss.detach()).mean().item())
-
-
-def _candidate_outputs(rows: Rows, raw: FusedCausalLMOutput) -> CandidateOutputs:
-    """What a model says of the tokens of some rows, summed up by candidate."""
-    statistics = {name: getattr(raw, name) for name in ("entropy", "mean_logits", "is_top1")}
-    tokens = {name: rows.per_token(v.detach()).sum(dim=-1).float() for name, v in statistics.items() if v is not None}
-    return CandidateOutputs(
-        logps=rows.per_token(raw.log_probs).sum(dim=-1),
-        tokens={"count": rows.token_mask.sum(dim=-1).float()} | tokens,
-        aux_loss=raw.aux_loss,
-    )
-
-
-def _concatenate(parts: list[CandidateOutputs], dim: int) -> CandidateOutputs:
-    """Joins lists (dim 0) or candidates of the same lists (dim 1). Load-balancing losses are averaged."""
-    if len(parts) == 1:
-        return parts[0]
-    aux_losses = [part.aux_loss for part in parts]
-    return CandidateOutputs(
-        logps=torch.cat([part.logps for part in parts], dim=dim),
-        tokens={name: torch.cat([part.tokens[name] for part in parts], dim=dim) for name in parts[0].tokens},
-        aux_loss=None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
-    )
 
 
 def divergence_scores(log_ratios: Tensor, f_divergence_type: str, alpha: float) -> Tensor:

@@ -176,7 +176,9 @@ def check_dataset(
     return summary
 
 
-def canonical_row(row: Row, index: int, where: str, truncated_completions: str = "rank_last") -> Row:
+def canonical_row(
+    row: Row, index: int, where: str, truncated_completions: str = "rank_last", min_candidates: int = 2
+) -> Row:
     """
     One list in the only form the rest of the package knows, or an error that says what is wrong with it.
 
@@ -187,6 +189,7 @@ def canonical_row(row: Row, index: int, where: str, truncated_completions: str =
         where: Name of the dataset, for the error message.
         truncated_completions: `"rank_last"`: completions with `finished` false get one relevance below all others, and
             may have no reward; `"by_reward"`: their relevance is their reward; `"drop"`: they are taken out.
+        min_candidates: Fewest completions of a list. To train on, 2; to score, 1.
 
     Returns:
         A row with these entries, each list with an element for each completion that stays:
@@ -223,8 +226,10 @@ def canonical_row(row: Row, index: int, where: str, truncated_completions: str =
         problem = _completion_problem(completion, conversational)
         if problem:
             raise fail("completions", f"entry {position} {problem}")
-    if len(completions) < 2:
-        raise fail("completions", f"has {len(completions)} of the 2 entries a list needs; remove the row.")
+    if len(completions) < min_candidates:
+        raise fail(
+            "completions", f"has {len(completions)} of the {min_candidates} entries a list needs; remove the row."
+        )
     _check_ref_logps(row, len(completions), fail)
 
     count = len(completions)

@@ -20,11 +20,12 @@ from tasks import TASKS, Task
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from trl_larpo.run.evaluation import evaluate_rows, mean_and_error, with_error
+from trl_larpo.run.context import RunContext, read_pools
+from trl_larpo.run.evaluation import evaluate, mean_and_error, with_error
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
-from trl_larpo.run.stages import Stages
-from trl_larpo.storage import read_json, read_jsonl, write_json
+from trl_larpo.run.stages import STAGES, run_stage
+from trl_larpo.storage import read_json, write_json
 
 HERE = Path(__file__).parent
 MODEL = "outputs/SmolLM2-135M-Instruct"
@@ -103,13 +104,13 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
         run_folder.prepare_prompts(AutoTokenizer.from_pretrained(MODEL))
         for iteration in (0, 1):
             run_folder.iteration(iteration).mkdir(parents=True, exist_ok=True)
-        all_stages = Stages(run_folder)
+        context = RunContext(run_folder)
         for iteration, stage in stages:
             torch.manual_seed(seed)
-            all_stages.run(stage, iteration)
-        all_stages.close()
-    start, end = (read_jsonl(run / f"iteration_{i}" / "held_out.jsonl") for i in (0, 1))
-    before, after = evaluate_rows(start, start), evaluate_rows(end, start)
+            run_stage(context, STAGES[stage], iteration)
+        context.close()
+    start, end = (read_pools(run / f"iteration_{i}" / "held_out.jsonl") for i in (0, 1))
+    before, after = evaluate(start, start), evaluate(end, start)
     shutil.rmtree(run / "iteration_1" / "model")
     selection = read_json(run / "iteration_1" / "selection.json")
     return {

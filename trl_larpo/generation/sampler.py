@@ -1,0 +1,307 @@
+"""[`PolicySampler`]: samples candidates of many prompts from a model, in this process or from servers."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..candidates import Candidate, CandidatePool
+from ..prompts import Prompt, completion_for
+from ..storage import GrowingFile
+from .in_process import Sample, encode_prompt, end_token_ids, generate_completions
+from .options import GenerationOptions
+from .server_client import Request, Sampler, request_seed
+from .server_process import running_servers
+
+_BATCHES_PER_UNIT = 4  # at most this many batches are sampled again after a kill
+
+
+@dataclass(frozen=True)
+class SampleKind:
+    """
+    How one of the samples of a prompt is drawn.
+
+    Attributes:
+        source: What the candidate will say of where it came from.
+        temperature: Sampling temperature.
+    """
+
+    source: str
+    temperature: float
+
+
+@dataclass(frozen=True)
+class SamplingTask:
+    """
+    What to sample.
+
+    Attributes:
+        kinds: One for each sample of a prompt.
+        model_path: Folder or hub id of the policy.
+        iteration: The iteration the samples belong to.
+        key: Together with the prompt, the name of the random numbers.
+        revision: Of a model on the hub.
+        description: What the progress bar says.
+    """
+
+    kinds: list[SampleKind]
+    model_path: str
+    iteration: int
+    key: str
+    revision: str = "main"
+    description: str = "Sampling"
+
+    @property
+    def temperatures(self) -> list[float]:
+        return [kind.temperature for kind in self.kinds]
+
+
+class PolicySampler:
+    """
+    Samples candidates. The model, or servers of it, stay until another one is asked for or `close` is called.
+
+    Args:
+        options: How to sample; of `num_samples` and `temperature` only a task's `kinds` counts.
+        seed: Seed of the random numbers.
+        log_folder: Where the output of servers is kept.
+        use_cpu: Do not use a GPU.
+        attn_implementation: As in `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        *,
+        seed: int,
+        log_folder: Path,
+        use_cpu: bool = False,
+        attn_implementation: str | None = None,
+    ):
+        self.options, self.seed, self.log_folder = options, seed, log_folder
+        self.use_cpu, self.attn_implementation = use_cpu, attn_implementation
+        self._loaded: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._servers: tuple[str, contextlib.ExitStack, list[str]] | None = None
+
+    def close(self) -> None:
+        """Stops servers and lets go of the model."""
+        self._loaded = None
+        if self._servers is not None:
+            self._servers[1].close()
+            self._servers = None
+
+    def sample(self, prompts: list[Prompt], task: SamplingTask, path: Path) -> list[CandidatePool]:
+        """
+        Samples candidates of all prompts, each process its share of them.
+
+        Args:
+            prompts: The prompts.
+            task: What to sample.
+            path: Where the whole file will be. What is sampled is saved beside it ([`GrowingFile`]); called again after
+                a kill, the rest is sampled.
+
+        Returns:
+            The prompts with their candidates, in their order. In processes but the first nothing.
+
+        Raises:
+            LarPOError: If no server answers any more.
+        """
+        state = PartialState()
+        file = GrowingFile(path, share=state.process_index)
+        state.wait_for_everyone()  # all have read what is there before any process adds to it
+        done = {row["prompt_id"] for row in file.rows}
+        size = len(task.kinds)
+        with tqdm(
+            total=len(prompts) * size,
+            initial=sum(prompt.id in done for prompt in prompts) * size,
+            desc=task.description,
+            unit=" completions",
+            disable=not state.is_main_process,
+        ) as progress:
+            if not self.options.uses_servers:
+                self._sample_in_process(prompts, done, task, file, progress)
+            elif state.is_main_process:
+                self._sample_on_servers([p for p in prompts if p.id not in done], task, file, progress)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return []
+        rows = {row["prompt_id"]: row for row in GrowingFile(path).rows}
+        return [CandidatePool(prompt, CandidatePool.from_row(rows[prompt.id]).candidates) for prompt in prompts]
+
+    def _sample_in_process(
+        self, prompts: list[Prompt], done: set[str], task: SamplingTask, file: GrowingFile, progress: tqdm
+    ) -> None:
+        # What is in a batch can change a result in its last digits: so a unit is sampled in whole or not at all, always
+        # with the same prompts in it, whichever process does it
+        options, state = self.options, PartialState()
+        size = max(1, _BATCHES_PER_UNIT * options.generation_batch_size // len(task.kinds))
+        ordered = sorted(prompts, key=lambda prompt: -len(prompt.text))
+        units = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        for unit in units[state.process_index :: state.num_processes]:
+            if all(prompt.id in done for prompt in unit):
+                continue
+            model, tokenizer = self._load(task.model_path, task.revision)
+            pools = sample_pools(model, tokenizer, unit, task, options, self.seed, progress)
+            file.add([pool.to_row() for pool in pools if pool.prompt.id not in done])
+
+    def _sample_on_servers(self, prompts: list[Prompt], task: SamplingTask, file: GrowingFile, progress: tqdm) -> None:
+        if not prompts:
+            return
+        options, urls = self.options, self._server_urls(task.model_path)
+        tokenizer = AutoTokenizer.from_pretrained(task.model_path)
+        by_id = {prompt.id: prompt for prompt in prompts}
+        started, num_tokens = time.monotonic(), 0
+
+        def save(request: Request, samples: list[Sample]) -> None:
+            nonlocal num_tokens
+            file.add([_as_pool(by_id[request.key], samples, task).to_row()])
+            num_tokens += sum(sample.num_tokens for sample in samples)
+            progress.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+            progress.update(len(samples))
+
+        sampler = Sampler(
+            urls,
+            options.server_model or (task.model_path if options.server_command else None),
+            max_new_tokens=options.max_new_tokens,
+            top_p=options.top_p,
+            end_ids=sorted(_end_ids_of(task.model_path, tokenizer)),
+            count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+            api_key_variable=options.server_api_key_variable,
+            requests_in_flight=options.server_requests_in_flight,
+            timeout=options.server_timeout,
+            patience=options.server_patience,
+        )
+        requests = [
+            Request(
+                key=prompt.id,
+                prompt=prompt.content,
+                temperatures=task.temperatures,
+                prompt_ids=encode_prompt(tokenizer, prompt.content),
+                seed=request_seed(self.seed, task.key, prompt.id),
+            )
+            for prompt in prompts
+        ]
+        sampler.sample(requests, save)
+
+    def _server_urls(self, model_path: str) -> list[str]:
+        """Running servers; those of another model are stopped, and those of this one started."""
+        options = self.options
+        if options.server_urls:
+            return options.server_urls
+        if self._servers is None or self._servers[0] != model_path:
+            self.close()
+            stack = contextlib.ExitStack()
+            print(f"Starting {options.num_servers} server(s) of {model_path}; their output is in servers/")
+            urls = stack.enter_context(
+                running_servers(
+                    options.server_command,
+                    model_path,
+                    options.num_servers,
+                    self.log_folder,
+                    health_route=options.server_health_route,
+                    start_timeout=options.server_start_timeout,
+                )
+            )
+            self._servers = (model_path, stack, urls)
+        return self._servers[2]
+
+    def _load(self, path: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self._loaded is None or self._loaded[0] != path:
+            self._loaded = None  # before the next one is loaded
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=generation_dtype(self.options.generation_dtype),
+                revision=revision,
+                attn_implementation=self.attn_implementation,
+            )
+            device = "cpu" if self.use_cpu else PartialState().device
+            self._loaded = (path, model.to(device), AutoTokenizer.from_pretrained(path))
+        return self._loaded[1:]
+
+
+def sample_pools(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    task: SamplingTask,
+    options: GenerationOptions,
+    seed: int,
+    progress: tqdm,
+) -> list[CandidatePool]:
+    """
+    Samples candidates with a model that is loaded; nothing is saved.
+
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer.
+        prompts: The prompts.
+        task: What to sample.
+        options: How to sample.
+        seed: Seed of the random numbers.
+        progress: A bar to advance, in completions.
+    """
+    samples = generate_completions(
+        model,
+        tokenizer,
+        [prompt.content for prompt in prompts],
+        num_samples=len(task.kinds),
+        temperature=task.temperatures,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.generation_batch_size,
+        seed=seed,
+        keys=[f"{task.key}/{prompt.id}" for prompt in prompts],
+        progress=progress,
+    )
+    return [_as_pool(prompt, of_prompt, task) for prompt, of_prompt in zip(prompts, samples, strict=True)]
+
+
+def _as_pool(prompt: Prompt, samples: list[Sample], task: SamplingTask) -> CandidatePool:
+    """The candidates that were sampled for a prompt."""
+    return CandidatePool(
+        prompt,
+        [
+            Candidate(
+                completion_for(prompt.content, sample.text),
+                iteration=task.iteration,
+                source=kind.source,
+                temperature=kind.temperature,
+                finished=sample.finished,
+                num_tokens=sample.num_tokens,
+                token_ids=sample.token_ids,
+            )
+            for kind, sample in zip(task.kinds, samples, strict=True)
+        ],
+    )
+
+
+def generation_dtype(name: str = "auto") -> torch.dtype:
+    """
+    The arithmetic to sample in.
+
+    Args:
+        name: Of a dtype; `"auto"`: bfloat16 where this machine multiplies such matrices in hardware, else float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _end_ids_of(model_path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    try:
+        return end_token_ids(GenerationConfig.from_pretrained(model_path), tokenizer)
+    except OSError:  # it has none
+        return {tokenizer.eos_token_id} - {None}

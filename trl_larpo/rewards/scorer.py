@@ -1,0 +1,147 @@
+"""[`RewardScorer`]: rewards all candidates of many prompts, in chunks that are saved as they are done."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..candidates import Candidate, CandidatePool
+from ..errors import DataError
+from ..storage import GrowingFile
+from .functions import Reward, load_rewards, reward_id, score_pools
+from .options import RewardOptions
+from .pairrm import PairRM
+from .reward_models import RewardModel
+
+_COMPLETIONS_PER_CALL = 256  # of a reward function
+_FAILURES_IN_A_ROW = 5  # of a reward, before the rest is not tried any more
+
+
+class RewardScorer:
+    """
+    Rewards candidates. Reward models are loaded when they are first needed.
+
+    Args:
+        options: Who judges.
+        use_cpu: Do not use a GPU.
+    """
+
+    def __init__(self, options: RewardOptions, *, use_cpu: bool = False):
+        self.options, self.use_cpu = options, use_cpu
+        self.id = reward_id(options.reward_funcs, options.reward_weights, **options.settings)
+        self._rewards: list[Reward] | None = None
+
+    @property
+    def rewards(self) -> list[Reward]:
+        if self._rewards is None:
+            options = self.options
+            self._rewards = load_rewards(options.reward_funcs, options.reward_weights, self._load_model)
+        return self._rewards
+
+    def _load_model(self, path: str, pairwise: bool) -> RewardModel | PairRM:
+        return (PairRM if pairwise else RewardModel)(
+            path,
+            batch_size=self.options.reward_batch_size,
+            max_length=self.options.reward_max_length,
+            dtype=self.options.reward_dtype,
+            device="cpu" if self.use_cpu else PartialState().device,
+        )
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a reward depends on the other candidates of its prompt, and so holds in no other pool."""
+        return self.options.normalize_rewards or any(reward.pairwise for reward in self.rewards)
+
+    def close(self) -> None:
+        """Lets go of reward models."""
+        self._rewards = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def score(
+        self, pools: list[CandidatePool], path: Path, description: str = "Rewarding", *, again: bool = False
+    ) -> list[CandidatePool]:
+        """
+        Rewards the candidates that these rewards have not scored, each process its share of the prompts.
+
+        Args:
+            pools: Prompts and their candidates.
+            path: Where the whole file will be. What is scored is saved beside it ([`GrowingFile`]); called again after
+                a kill, the rest is scored.
+            description: What the progress bar says.
+            again: Whether to score also what these rewards have scored already.
+
+        Returns:
+            The pools with their rewards, in their order. In processes but the first nothing.
+
+        Raises:
+            DataError: If a reward fails; the rewards of other prompts are kept.
+        """
+        state = PartialState()
+        file = GrowingFile(path, share=state.process_index)
+        state.wait_for_everyone()
+        done = {row["prompt_id"] for row in file.rows}
+        pools = _with_all_columns(pools)
+        if again:
+            pools = [p.with_candidates([replace(c, scored_by=None) for c in p.candidates]) for p in pools]
+        size = max(1, _COMPLETIONS_PER_CALL // max(1, max(len(pool.candidates) for pool in pools)))
+        chunks = [pools[start : start + size] for start in range(0, len(pools), size)]
+        failures: list[str] = []
+        with tqdm(
+            total=len(pools), initial=len(done), desc=description, unit=" prompts", disable=not state.is_main_process
+        ) as progress:
+            for chunk in chunks[state.process_index :: state.num_processes]:
+                missing = [pool for pool in chunk if pool.prompt.id not in done]
+                if missing:
+                    self._score_into(file, missing, failures)
+                    progress.update(len(missing))
+        state.wait_for_everyone()
+        if failures:
+            kept = {row["prompt_id"] for row in file.rows}
+            raise DataError(
+                f"{failures[0]} Rewards of {sum(pool.prompt.id in kept for pool in pools)} of {len(pools)} prompts are "
+                "kept. Fix the reward and run the same command again."
+            )
+        if not state.is_main_process:
+            return []
+        scored = {row["prompt_id"]: row for row in GrowingFile(path).rows}
+        if any(pool.prompt.id not in scored for pool in pools):
+            raise DataError("Another process could not reward its share; see its message.")
+        return [CandidatePool.from_row(scored[pool.prompt.id]) for pool in pools]
+
+    def _score_into(self, file: GrowingFile, pools: list[CandidatePool], failures: list[str]) -> None:
+        """Scores a chunk; where a reward fails, prompt by prompt, so that the rewards of the others are kept."""
+        if len(failures) >= _FAILURES_IN_A_ROW:
+            return
+        try:
+            file.add([pool.to_row() for pool in self.score_now(pools)])
+        except DataError as error:
+            if len(pools) == 1:
+                failures.append(str(error))
+                return
+            for pool in pools:
+                self._score_into(file, [pool], failures)
+
+    def score_now(self, pools: list[CandidatePool]) -> list[CandidatePool]:
+        """The pools with rewards for the candidates that these rewards have not scored; nothing is saved."""
+        asked = [pool.with_candidates([c for c in pool.candidates if c.scored_by != self.id]) for pool in pools]
+        scored = score_pools(self.rewards, asked, self.options.normalize_rewards, self.id)
+        return [
+            pool.with_candidates(_in_place_of_unscored(pool.candidates, new.candidates, self.id))
+            for pool, new in zip(pools, scored, strict=True)
+        ]
+
+
+def _in_place_of_unscored(candidates: list[Candidate], scored: list[Candidate], reward_id: str) -> list[Candidate]:
+    remaining = iter(scored)
+    return [candidate if candidate.scored_by == reward_id else next(remaining) for candidate in candidates]
+
+
+def _with_all_columns(pools: list[CandidatePool]) -> list[CandidatePool]:
+    """Prompts that all have the same columns, so that every call of a reward gets the same arguments."""
+    names = dict.fromkeys(name for pool in pools for name in pool.prompt.columns)
+    return [replace(pool, prompt=replace(pool.prompt, columns=names | pool.prompt.columns)) for pool in pools]

@@ -1,0 +1,70 @@
+"""[`RunContext`]: what the stages of a run share."""
+
+from functools import cached_property
+from pathlib import Path
+
+from ..candidates import CandidatePool
+from ..generation.sampler import PolicySampler, SampleKind, SamplingTask
+from ..rewards.scorer import RewardScorer
+from ..storage import read_jsonl
+from .folder import RunFolder
+from .options import RunConfig
+
+
+class RunContext:
+    """
+    The folder of a run, a sampler and a scorer. The latter two load models, or start servers, when they are used.
+
+    Args:
+        folder: With the prompts prepared.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+
+    @property
+    def options(self) -> RunConfig:
+        return self.folder.options
+
+    @cached_property
+    def sampler(self) -> PolicySampler:
+        folder = self.folder
+        return PolicySampler(
+            folder.options,
+            seed=folder.training.seed,
+            log_folder=folder.path / "servers",
+            use_cpu=folder.training.use_cpu,
+            attn_implementation=folder.model.attn_implementation,
+        )
+
+    @cached_property
+    def scorer(self) -> RewardScorer:
+        return RewardScorer(self.options, use_cpu=self.folder.training.use_cpu)
+
+    def close(self) -> None:
+        """Stops servers and lets go of models."""
+        if "sampler" in vars(self):
+            self.sampler.close()
+        if "scorer" in vars(self):
+            self.scorer.close()
+
+    def held_out_task(self, iteration: int) -> SamplingTask:
+        """How held-out prompts are sampled with the model that an iteration ends with."""
+        model_path, revision = self.model(iteration)
+        return SamplingTask(
+            [SampleKind("policy", self.options.evaluation_temperature)] * self.options.num_eval_samples,
+            model_path,
+            iteration,
+            key="held out",  # the same random numbers every time: what differs, differs by the model
+            revision=revision,
+            description=f"{f'Iteration {iteration}' if iteration else 'Start'}: sampling on held-out prompts",
+        )
+
+    def model(self, iteration: int) -> tuple[str, str]:
+        """Path and revision of the model that an iteration ends with; for 0 those of the initial one."""
+        return self.folder.model_path(iteration), self.folder.model.model_revision if iteration == 0 else "main"
+
+
+def read_pools(path: Path) -> list[CandidatePool]:
+    """The prompts and candidates in a file of a run."""
+    return [CandidatePool.from_row(row) for row in read_jsonl(path)]

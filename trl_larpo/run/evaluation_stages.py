@@ -1,0 +1,82 @@
+"""What a model is worth: the stages `held_out` and `evaluate`."""
+
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..candidates import Candidate, CandidateList, CandidatePool
+from ..storage import GrowingFile, write_json
+from .context import RunContext, read_pools
+from .evaluation import evaluate as evaluate_pools
+from .training_stages import log_probabilities
+
+_MAX_KL_PROMPTS = 64
+
+
+def held_out(context: RunContext, iteration: int, path: Path) -> None:
+    """Samples on held-out prompts, and rewards them."""
+    samples = path.with_name("held_out_samples.jsonl")
+    if not samples.exists():
+        pools = context.sampler.sample(context.folder.held_out, context.held_out_task(iteration), samples)
+        if PartialState().is_main_process:
+            GrowingFile(samples).finish([pool.to_row() for pool in pools])
+    PartialState().wait_for_everyone()
+    scored = context.scorer.score(read_pools(samples), path, f"Iteration {iteration}: rewarding held-out")
+    if PartialState().is_main_process:
+        GrowingFile(path).finish([pool.to_row() for pool in scored])
+
+
+def evaluate(context: RunContext, iteration: int, path: Path) -> None:
+    """Compares the samples on held-out prompts with those of the initial model."""
+    pools = read_pools(path.with_name("held_out.jsonl"))
+    divergence = kl_from_initial(context, pools, iteration) if iteration else None
+    if PartialState().is_main_process:
+        folder = context.folder
+        start = read_pools(folder.iteration(0) / "held_out.jsonl") if iteration else pools
+        before = read_pools(folder.iteration(iteration - 1) / "held_out.jsonl") if iteration else pools
+        change = evaluate_pools(pools, before)["gain"]
+        write_json(path, evaluate_pools(pools, start) | {"change": change, "kl_from_initial": divergence})
+
+
+def kl_from_initial(
+    context: RunContext, pools: list[CandidatePool], iteration: int
+) -> dict[str, float | int | None] | None:
+    """
+    Estimate of the KL divergence of the policy from the initial model, in nats per completion.
+
+    The mean of log π_θ - log π_initial over completions that the policy sampled: unbiased at temperature 1.
+
+    Args:
+        context: The run.
+        pools: Held-out prompts with samples of the policy.
+        iteration: The policy is the model that it ends with.
+    """
+    lists, counts = [], []
+    for pool in pools[:_MAX_KL_PROMPTS]:
+        sampled = [candidate for candidate in pool.candidates if candidate.text.strip()]
+        if sampled:
+            distinct: dict[tuple[str, bool], Candidate] = {_key(candidate): candidate for candidate in sampled}
+            lists.append(CandidateList(list(distinct.values()), prompt=pool.prompt))
+            counts.append([Counter(map(_key, sampled))[key] for key in distinct])
+    if not lists:
+        return None
+    context.close()  # the memory is needed
+    policy, initial = (
+        log_probabilities(context, lists, number, context.folder.iteration(iteration)) for number in (iteration, 0)
+    )
+    by_prompt = []
+    for made, of_list in zip(lists, counts, strict=True):
+        if (name := made.prompt.id) in policy:  # it is not where its prompt fills `max_length`
+            log_ratios = [p - q for p, q in zip(policy[name], initial[name], strict=True)]
+            by_prompt.append(sum(x * count for x, count in zip(log_ratios, of_list, strict=True)) / sum(of_list))
+    if not by_prompt:
+        return None
+    error = statistics.stdev(by_prompt) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
+    return {"mean": statistics.fmean(by_prompt), "standard_error": error, "prompts": len(by_prompt)}
+
+
+def _key(candidate: Candidate) -> tuple[str, bool]:
+    return candidate.text, candidate.finished

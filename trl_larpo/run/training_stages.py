@@ -1,0 +1,322 @@
+"""From candidate lists to the next policy: the stages `reference` and `train`."""
+
+import contextlib
+import copy
+import gc
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..candidates import CandidateList, CandidatePool
+from ..errors import LarPOError
+from ..generation.sampler import sample_pools
+from ..prompts import Prompt
+from ..storage import partial_path, read_jsonl, replace_folder, write_jsonl
+from ..training.config import LarPOConfig
+from ..training.log_probabilities import log_probabilities_under
+from ..training.trainer import LarPOTrainer
+from ..training.trl_compat import unset_hf_deepspeed_config, whole_model, without_deepspeed_config
+from .context import RunContext, read_pools
+from .monitor import TrainingMonitor
+
+logger = get_logger(__name__)
+
+_LIST_COLUMNS = ("prompt_id", "prompt", "completions", "finished", "completion_ids")
+
+
+def reference(context: RunContext, iteration: int, path: Path) -> None:
+    """Log-probabilities of all candidates under the reference, computed once."""
+    context.close()  # the memory is needed
+    number = iteration - 1 if context.options.reference == "policy" else 0
+    logps = log_probabilities(context, _read_lists(path), number, path.parent)
+    if PartialState().is_main_process:
+        write_jsonl(path, [{"prompt_id": name, "ref_logps": values} for name, values in logps.items()])
+
+
+def log_probabilities(
+    context: RunContext, lists: list[CandidateList], model_of: int, folder: Path
+) -> dict[str, list[float]]:
+    """
+    Log-probabilities of candidates under one of the run's models, by the name of their prompt.
+
+    Args:
+        context: The run.
+        lists: Candidates to score. Those whose prompt fills `max_length` are left out.
+        model_of: The iteration that ends with the model; 0: the initial one.
+        folder: Where the dataset is kept meanwhile.
+    """
+    model_path, training = context.folder.model_path(model_of), context.folder.training
+    rows = [made.to_row() for made in lists]
+    scratch = folder / "scoring"
+    dataset = _dataset_on_disk([{name: row[name] for name in _LIST_COLUMNS} for row in rows], scratch)
+    logps = log_probabilities_under(
+        model_path,
+        dataset,
+        training,
+        model_init_kwargs(context.folder.model, training),
+        AutoTokenizer.from_pretrained(model_path),
+        description=f"Scoring candidates with {Path(model_path).parent.name if model_of else 'the initial model'}",
+    )
+    _free_memory()
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return logps
+
+
+def train(context: RunContext, iteration: int, path: Path) -> None:
+    """Trains on the lists of the iteration."""
+    context.close()
+    TrainingStage(context, iteration, path).run()
+    _free_memory()
+
+
+class TrainingStage:
+    """
+    The training of one iteration.
+
+    Args:
+        context: The run.
+        iteration: The iteration.
+        path: Where the trained model belongs.
+    """
+
+    def __init__(self, context: RunContext, iteration: int, path: Path):
+        self.context, self.iteration, self.path = context, iteration, path
+        self.scratch = path.with_name("trainer")
+        self.model_path, _ = context.model(iteration - 1)
+        self.trainer = make_trainer(
+            self.model_path,
+            self._arguments(),
+            context.folder.model,
+            train_dataset=_dataset_on_disk(self._rows(), self.scratch / "data"),
+            processing_class=AutoTokenizer.from_pretrained(self.model_path),
+        )
+
+    def _arguments(self) -> LarPOConfig:
+        folder, args = self.context.folder, copy.copy(self.context.folder.training)
+        tensorboard = str(self.path.with_name("tensorboard"))
+        args.output_dir = str(self.scratch)
+        args.run_name = f"{args.run_name or folder.path.name}-iteration-{self.iteration}"
+        args.save_total_limit = args.save_total_limit or 2
+        if hasattr(args, "logging_dir"):
+            args.logging_dir = tensorboard
+        os.environ["TENSORBOARD_LOGGING_DIR"] = tensorboard
+        return args
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Lists with the reference's log-probabilities; those that it could not score are left out."""
+        logps = {row["prompt_id"]: row["ref_logps"] for row in read_jsonl(self.path.with_name("ref_logps.jsonl"))}
+        rows = []
+        for made in _read_lists(self.path):
+            if made.prompt.id in logps:
+                pairs = zip(made.selected, logps[made.prompt.id], strict=True)
+                scored = replace(made, selected=[replace(candidate, ref_logp=logp) for candidate, logp in pairs])
+                row = scored.to_row()
+                rows.append({name: row[name] for name in (*_LIST_COLUMNS, "rewards", "ref_logps")})
+        return rows
+
+    def run(self) -> None:
+        """Trains, or goes on from the last checkpoint, and saves the model and the log."""
+        trainer, monitor = self.trainer, self._monitor()
+        if monitor is not None:
+            trainer.add_callback(monitor)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.scratch))
+        log = [
+            {key: value for key, value in entry.items() if not key.startswith("train_") or key == "train_loss"}
+            for entry in trainer.state.log_history
+            if "held_out/finished" not in entry  # in monitor.json; when it is sampled depends on the machine's speed
+        ]
+        kept_step = None if monitor is None else monitor.kept_step
+        if kept_step is not None and PartialState().is_main_process:
+            print(f"Iteration {self.iteration}: {monitor.explanation()}")
+        self._save_model(kept_step)
+        if PartialState().is_main_process:
+            write_jsonl(self.path.with_name("training_log.jsonl"), log)
+            replace_folder(partial_path(self.path), self.path)
+            shutil.rmtree(self.scratch, ignore_errors=True)  # checkpoints: of no use any more
+        PartialState().wait_for_everyone()
+
+    # Held-out prompts during the training
+
+    def _monitor(self) -> TrainingMonitor | None:
+        """What samples held-out prompts during the training; `None` if it is switched off."""
+        options, folder = self.context.options, self.context.folder
+        if options.monitor_evals == 0:
+            return None
+        found = self.path.with_name("monitor.json")
+        if PartialState().is_main_process and last_whole_checkpoint(self.scratch) is None:
+            found.unlink(missing_ok=True)  # of a training that starts over
+        PartialState().wait_for_everyone()
+        seconds = folder.seconds_of_stages()
+        start = read_pools(folder.iteration(self.iteration - 1) / "held_out.jsonl")
+        return TrainingMonitor(
+            self.trainer,
+            self._sample,
+            self._score,
+            self._save_best,
+            start,
+            found,
+            num_evals=options.monitor_evals,
+            time_share=options.monitor_time_share,
+            num_prompts=options.monitor_prompts,
+            stop=options.monitor_stop,
+            seconds_before=sum(spent for (number, _), spent in seconds.items() if number == self.iteration),
+            seconds_expected=seconds.get((self.iteration - 1, "held_out"), 0.0)
+            * min(1.0, options.monitor_prompts / len(start)),
+        )
+
+    def _sample(self, prompts: list[Prompt]) -> list[CandidatePool]:
+        """Samples of the model as it is, with the random numbers that held-out prompts have everywhere."""
+        trainer, folder = self.trainer, self.context.folder
+        task = self.context.held_out_task(self.iteration)
+        with whole_model(trainer) as model, trainer.accelerator.autocast(), tqdm(disable=True) as silent:
+            bare_model = model.get_base_model() if is_peft_model(model) else model
+            tokenizer, seed = trainer.processing_class, folder.training.seed
+            return sample_pools(bare_model, tokenizer, prompts, task, folder.options, seed, silent)
+
+    def _score(self, pools: list[CandidatePool]) -> list[CandidatePool]:
+        try:
+            with without_deepspeed_config():
+                return self.context.scorer.score_now(pools)
+        finally:
+            self.context.scorer.close()  # the training needs the memory of reward models
+
+    def _save_best(self, step: int) -> None:
+        best = self.scratch / f"best-{step}"
+        _sample_by_default(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        self.trainer.save_model(str(partial_path(best)))
+        if PartialState().is_main_process:
+            replace_folder(partial_path(best), best)
+            older = {int(x.name.removeprefix("best-")): x for x in self.scratch.glob("best-*[0-9]")}
+            for number in sorted(older)[:-2]:  # the last but one is still the best if this step is killed now
+                shutil.rmtree(older[number])
+        PartialState().wait_for_everyone()
+
+    # The model that is kept
+
+    def _save_model(self, kept_step: int | None = None) -> None:
+        """
+        Saves a whole model that transformers and servers load, an adapter merged into it, beside where it belongs.
+
+        Args:
+            kept_step: The step whose weights to keep: `None` for the last, 0 for the model that the training started
+                from, else what the monitor saved.
+        """
+        trainer, partial = self.trainer, partial_path(self.path)
+        use_peft = self.context.folder.model.use_peft
+        if trainer.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        weights = self.scratch / f"best-{kept_step}"
+        if kept_step and not weights.is_dir():
+            logger.warning(
+                f"The weights of step {kept_step} are gone; the model that the training started from is kept."
+            )
+            kept_step = 0
+        if kept_step is None:
+            weights = self.scratch / "adapter" if use_peft else partial
+            _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
+            trainer.save_model(str(weights))  # gathers what is sharded
+        if not trainer.accelerator.is_main_process:
+            return
+        if use_peft or kept_step == 0:
+            # On one device, as what is sharded cannot be merged
+            unset_hf_deepspeed_config()
+            kwargs = model_init_kwargs(self.context.folder.model, trainer.args)
+            model = AutoModelForCausalLM.from_pretrained(self.model_path, **kwargs)
+            if kept_step != 0:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, weights).merge_and_unload()
+            _sample_by_default(model)
+            model.save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+        elif kept_step is not None:
+            shutil.copytree(weights, partial)
+        if not any(partial.glob("*.safetensors")):
+            raise LarPOError(
+                "The weights are sharded and were not gathered. In accelerate's configuration set "
+                "`zero3_save_16bit_model: true` (DeepSpeed) or `fsdp_state_dict_type: FULL_STATE_DICT` (FSDP)."
+            )
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+
+
+def make_trainer(model_path: str, args: LarPOConfig, model: ModelConfig, **kwargs: Any) -> LarPOTrainer:
+    """
+    A trainer as `larpo train` and `larpo run` make it.
+
+    Args:
+        model_path: The model to train.
+        args: Options of the training.
+        model: How to load the model, and LoRA.
+        kwargs: Further arguments of [`LarPOTrainer`].
+    """
+    args.model_init_kwargs = model_init_kwargs(model, args)
+    return LarPOTrainer(
+        model=model_path,
+        args=args,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        **kwargs,
+    )
+
+
+def model_init_kwargs(model: ModelConfig, args: LarPOConfig) -> dict[str, Any]:
+    """Arguments for `from_pretrained`."""
+    return {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    } | (args.model_init_kwargs or {})
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """
+    The latest checkpoint that was written to its end. A kill in the midst of one leaves it without its last file.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for path in checkpoints:
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        shutil.rmtree(path)
+    return None
+
+
+def _read_lists(path: Path) -> list[CandidateList]:
+    """The lists to train on, from beside a stage's output."""
+    rows = read_jsonl(path.with_name("lists.jsonl"))
+    return [CandidateList.from_row(row) for row in rows if row["problem"] is None]
+
+
+def _dataset_on_disk(rows: list[dict[str, Any]], folder: Path) -> Dataset:
+    """The same dataset for all processes, with one cache."""
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        Dataset.from_list(rows).save_to_disk(folder)
+    PartialState().wait_for_everyone()
+    return Dataset.load_from_disk(str(folder))
+
+
+def _sample_by_default(model: PreTrainedModel) -> None:
+    """Servers that take their defaults from the model's folder then sample from the model as it is."""
+    settings = model.generation_config
+    settings.do_sample, settings.temperature, settings.top_p, settings.top_k = True, 1.0, 1.0, 0
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
