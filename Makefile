@@ -10,5 +10,5 @@ lint:
 	ruff check .
 	ruff format --check .
 
-docs:
-	python docs/make_api.py
+docs: # the documentation site, in site/
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

@@ -5,7 +5,10 @@ The pages are walked through as a reader would, from top to bottom, in a copy of
 and whose prompts are few.
 """
 
-import importlib.metadata
+import ast
+import importlib
+import inspect
+import itertools
 import json
 import os
 import re
@@ -20,12 +23,14 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+import trl_larpo
 from trl_larpo import cli
 from trl_larpo.run.small import save_small_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/*.md", "examples/**/*.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md")
                for path in ROOT.glob(pattern) if path.name != "CHANGELOG.md")  # fmt: skip
+PAGES_WITH_CODE = [page for page in PAGES if not page.startswith("docs/reference/")]
 
 # Start of a command: why it is not run here
 NOT_RUN = {
@@ -165,7 +170,7 @@ def run_command(command: str, folder: Path, monkeypatch) -> None:
         pytest.fail(f"Do not know how to run {command!r}; add it to NOT_RUN with a reason, if it cannot be run.")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/api.md"])
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_the_commands_of_a_page_run_in_their_order(page, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     monkeypatch.syspath_prepend(str(checkout))
@@ -197,7 +202,7 @@ def walk(page: str, folder: Path, monkeypatch) -> None:
             )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/api.md"])
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_program_texts_run(page, checkout, monkeypatch):
     """Blocks of Python that are not files: with the names that the page has used before."""
     from datasets import Dataset
@@ -228,7 +233,6 @@ IN_FILES = {  # further commands in the heads of examples: why they are not run 
     "larpo run --config examples/recipes/": "tests/test_recipes.py runs all of them small; in full they need GPUs",
     "python examples/studies/one_pass/tasks.py": "tests/test_one_pass_study.py makes the same rows",
     "python examples/recipes/gpu_hours.py": "examples/recipes/README.md has it, and it is run from there",
-    "python docs/make_api.py": "test_the_api_page_is_up_to_date does the same",
 }
 
 
@@ -249,12 +253,52 @@ def test_links_lead_somewhere():
                 assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.skipif(
-    not importlib.metadata.version("transformers").startswith("5."), reason="written with the newest versions"
-)
-def test_the_api_page_is_up_to_date():
-    made = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]()
-    assert made == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "run `python docs/make_api.py`"
+def names_in_the_reference() -> list[tuple[str, str]]:
+    """Module and name of each function, class and constant that the pages of docs/reference show."""
+    found = []
+    for page in sorted(ROOT.glob("docs/reference/*.md")):
+        for target, options in re.findall(
+            r"^::: (\S+)\n((?: {4}.*\n)*)", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            members = yaml.safe_load(options)["options"].get("members")
+            found += [(target, name) for name in members] if members else [tuple(target.rsplit(".", 1))]
+    return found
+
+
+def documented_names(module) -> set[str]:
+    """Functions, classes and constants that have a docstring where the module defines them."""
+    statements = ast.parse(inspect.getsource(module)).body
+    names = {
+        each.name for each in statements if isinstance(each, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(each)
+    }
+    for statement, after in itertools.pairwise(statements):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            names.add(statement.target.id)
+    return names
+
+
+@pytest.mark.parametrize(("module_name", "name"), names_in_the_reference())
+def test_names_in_the_reference_exist_and_have_docstrings(module_name, name):
+    value = getattr(importlib.import_module(module_name), name)
+    assert name in documented_names(importlib.import_module(getattr(value, "__module__", module_name)))
+
+
+def test_the_reference_has_all_names_that_the_package_exports():
+    assert {*trl_larpo.__all__} - {"__version__"} <= {name for _, name in names_in_the_reference()}
+
+
+def test_the_site_has_every_page():
+    def pages(entries):
+        for entry in entries:
+            [(_, value)] = entry.items()
+            yield from pages(value) if isinstance(value, list) else [value]
+
+    in_nav = [*pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])]
+    assert sorted(in_nav) == sorted([*PAGES, "CHANGELOG.md"])
 
 
 def test_reasons_are_of_commands_that_are_there():

@@ -1,12 +1,12 @@
 """
-Tokens per second of sampling: a plain loop of `model.generate` beside `generate_completions`, of the same batch size.
+Sampling speed in tokens per second: a plain loop of `model.generate` and `generate_completions`, with equal batch size.
 
     python examples/quickstart/get_model.py
     python examples/benchmarks/generation.py --model outputs/SmolLM2-135M-Instruct
 
-Prompts are those of the quickstart, every other one after a passage of some length. Both sides sample the same number
-of completions at temperature 1, in the same arithmetic and in one process, by turns. What is counted are tokens up to
-the end token; padding does not count.
+The prompts are those of the quickstart; every second one starts with a passage of random length. Both sample the same
+number of completions at temperature 1, with the same dtype, alternately in one process. Tokens are counted up to the
+end token, without padding.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PROMPTS = Path(__file__).parents[1] / "quickstart" / "prompts.jsonl"
 
 
 def mixed_prompts(count: int, longest: int) -> list[list[dict]]:
-    """Conversations; every other one has a passage of up to `longest` words in front of its question."""
+    """Conversations; every second one has a passage of up to `longest` words before its question."""
     rng = random.Random(0)
     prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
     words = [word for prompt in prompts for word in prompt[-1]["content"].split()]
@@ -42,7 +42,7 @@ def mixed_prompts(count: int, longest: int) -> list[list[dict]]:
 
 
 def plain_loop(model, tokenizer, prompts, options) -> list[int]:
-    """Numbers of tokens of all completions: rows in the order they come, batch after batch."""
+    """Number of tokens of each completion; prompts are processed in order, batch by batch."""
     end_ids = end_token_ids(model.generation_config, tokenizer)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(options.num_samples)]
     lengths = []
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--longest", type=int, default=200, help="words of the longest passage")
+    parser.add_argument("--longest", type=int, default=200, help="maximum length of a passage, in words")
     parser.add_argument("--num_samples", type=int, default=4)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=32)

@@ -1,15 +1,14 @@
 """
-How much memory list training needs on each GPU: by the size of the model, the lists, and the number of GPUs.
+Estimates the memory of list training on each GPU from the size of the model, the lists, and the number of GPUs.
 
     python examples/benchmarks/memory_estimate.py                                  # the table of the README
     python examples/benchmarks/memory_estimate.py --model ./my-model --gpus 16 --list 8 --lengths 1500/500
     python examples/benchmarks/memory_estimate.py --params 13e9 --gpus 8
 
-Everything here is computed, nothing measured. Weights, gradients and the optimizer's state follow DeepSpeed's own
-estimator (bf16 weights and gradients, Adam in float32). The reference adds its weights, unless its log-probabilities
-are computed beforehand (`precompute_ref_log_probs`, always so in `larpo run`). Activations are those of gradient
-checkpointing with shared prompts, one list at a time: what each layer keeps, and what one layer needs while it is
-computed again.
+All numbers are computed, not measured. Weights, gradients and optimizer state follow DeepSpeed's own estimator (bf16
+weights and gradients, Adam in float32). The reference adds its weights, unless its log-probabilities are precomputed
+(`precompute_ref_log_probs`, always the case in `larpo run`). Activations assume gradient checkpointing and shared
+prompts, one list at a time: the input that each layer keeps, and the memory of one layer while it is recomputed.
 """
 
 import argparse
@@ -20,7 +19,7 @@ GIB = 2**30
 
 @dataclass
 class Shape:
-    """What the estimate needs of a Llama-like model."""
+    """Dimensions of a Llama-like model that the estimate depends on."""
 
     hidden_size: int
     intermediate_size: int
@@ -43,7 +42,7 @@ class Shape:
 
     @property
     def largest_layer_params(self) -> int:
-        """Of one module, as DeepSpeed counts it: usually the embedding."""
+        """Parameters of the largest module, as DeepSpeed counts it: usually the embedding."""
         return max(self.vocab_size * self.hidden_size, self.hidden_size * self.intermediate_size)
 
 
@@ -60,22 +59,22 @@ def model_states(
     shape: Shape, stage: int, gpus_per_node: int, nodes: int = 1, offload: bool = False
 ) -> tuple[float, float]:
     """
-    Bytes of weights, gradients and the optimizer's state.
+    Bytes of weights, gradients and optimizer state.
 
     Args:
         shape: The model.
-        stage: Of ZeRO, 0 (none, as in DDP) to 3.
-        gpus_per_node: GPUs of each machine.
-        nodes: Machines.
-        offload: Weights (stage 3) and the optimizer's state in the memory of the CPU.
+        stage: ZeRO stage, 0 (none, as in DDP) to 3.
+        gpus_per_node: GPUs per machine.
+        nodes: Number of machines.
+        offload: Whether weights (stage 3) and optimizer state are in CPU memory.
 
     Returns:
-        On each GPU, and in the CPU memory of each machine.
+        Bytes on each GPU, and in the CPU memory of each machine.
     """
     params, gpus = shape.params, gpus_per_node * nodes
-    buffers = 1.5  # DeepSpeed's allowance for buffers in the memory of the CPU
+    buffers = 1.5  # DeepSpeed's factor for buffers in CPU memory
     if stage == 3:
-        gathered = 4 * shape.largest_layer_params  # one module's weights and gradients, whole
+        gathered = 4 * shape.largest_layer_params  # one module's weights and gradients, unsharded
         if offload:
             return gathered, 18 * params / nodes * buffers
         return gathered + 18 * params / gpus, shape.largest_layer_params * 4 * gpus_per_node * buffers
@@ -83,20 +82,20 @@ def model_states(
         if offload:
             return 2 * params, params * max(4 * gpus, 16) * buffers
         return 2 * params + 18 * params / gpus, params * 4 * gpus_per_node * buffers
-    if stage == 1:  # gradients of 16 bits stay whole
+    if stage == 1:  # 16-bit gradients are not sharded
         return 4 * params + 16 * params / gpus, params * 4 * gpus_per_node * buffers
     return 20 * params, params * 4 * gpus_per_node * buffers
 
 
 def activations(shape: Shape, prompt: int, completion: int, list_size: int, chunk: int | None = None) -> float:
     """
-    Bytes that one list needs beside the model's state, in bf16, with gradient checkpointing and a shared prompt.
+    Bytes of the activations of one list, in bf16, with gradient checkpointing and a shared prompt.
 
     Args:
         shape: The model.
         prompt: Tokens of the prompt.
         completion: Tokens of each completion.
-        list_size: Completions.
+        list_size: Number of completions.
         chunk: `candidate_chunk_size`; `None`: all at once.
     """
     at_once = min(list_size, chunk or list_size)
@@ -105,7 +104,7 @@ def activations(shape: Shape, prompt: int, completion: int, list_size: int, chun
     if chunk is not None:  # and the prompt's keys and values, which all chunks read
         head_size = shape.hidden_size // shape.num_heads
         kept += 2 * 2 * prompt * head_size * shape.num_key_value_heads * shape.num_layers
-    one_layer = 2 * tokens * (8 * shape.hidden_size + 4 * shape.intermediate_size)  # its parts, while computed again
+    one_layer = 2 * tokens * (8 * shape.hidden_size + 4 * shape.intermediate_size)  # activations while recomputing it
     head = 3 * 4 * min(at_once * completion, 1024) * shape.vocab_size  # a chunk of logits in float32, and its gradient
     return kept + max(one_layer, head)
 
@@ -116,9 +115,9 @@ def reference(shape: Shape, stage: int, gpus: int) -> float:
 
 
 def table(prompt: int, completion: int) -> str:
-    """A Markdown table: the least that fits on GPUs of 80 GiB, for some models and lists."""
+    """Markdown table of the smallest number of 80 GiB GPUs for some models and lists."""
     lines = [
-        "| model | list | GPUs | ZeRO | states | activations | each GPU | CPU memory |",
+        "| model | list | GPUs | ZeRO | states | activations | per GPU | CPU memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("2B", "7B", "13B", "70B"):
@@ -135,7 +134,7 @@ def table(prompt: int, completion: int) -> str:
 
 
 def smallest(shape: Shape, prompt: int, completion: int, list_size: int, chunk: int | None, room: float = 72 * GIB):
-    """Fewest GPUs, and of these the lowest stage, at which all fits into `room` bytes on each."""
+    """Smallest number of GPUs, then lowest ZeRO stage, with at most `room` bytes on each GPU."""
     moving = activations(shape, prompt, completion, list_size, chunk)
     for gpus in (1, 2, 4, 8, 16, 32, 64, 128):
         for stage in (1, 2, 3):
@@ -147,11 +146,11 @@ def smallest(shape: Shape, prompt: int, completion: int, list_size: int, chunk: 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("--model", help="folder or hub id, of which only the configuration is read")
-    parser.add_argument("--params", type=float, help="number of weights, of a model of Llama's proportions")
-    parser.add_argument("--gpus", type=int, default=8, help="of all machines")
+    parser.add_argument("--model", help="folder or hub id; only the configuration is read")
+    parser.add_argument("--params", type=float, help="number of weights of a Llama-like model")
+    parser.add_argument("--gpus", type=int, default=8, help="total number, on all machines")
     parser.add_argument("--gpus_per_node", type=int, default=8)
-    parser.add_argument("--list", type=int, default=4, help="completions of a prompt")
+    parser.add_argument("--list", type=int, default=4, help="completions per prompt")
     parser.add_argument("--lengths", default="1000/1000", help="tokens of the prompt / of each completion")
     parser.add_argument("--candidate_chunk_size", type=int)
     options = parser.parse_args(argv)
@@ -194,7 +193,7 @@ def shape_of(model: str) -> Shape:
 
 
 def scaled(params: float) -> Shape:
-    """The listed shape of the nearest size, with as many layers as give the number of weights."""
+    """The listed shape of the nearest size, with the number of layers adjusted to the number of weights."""
     nearest = min(SHAPES.values(), key=lambda shape: abs(shape.params - params))
     rest = nearest.params - nearest.num_layers * nearest.layer_params
     nearest.num_layers = max(1, round((params - rest) / nearest.layer_params))

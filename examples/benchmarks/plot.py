@@ -1,5 +1,5 @@
 """
-Draws what training_step.py wrote.
+Plots the results of training_step.py.
 
     python examples/benchmarks/plot.py RESULTS.json PICTURE.png
 """

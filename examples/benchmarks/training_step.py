@@ -1,11 +1,11 @@
 """
-Times a training step and counts its memory: LarPOTrainer beside TRL's DPOTrainer, shared prompts beside separate rows.
+Time and memory of a training step: LarPOTrainer and TRL's DPOTrainer, shared prompts and separate rows.
 
     python examples/benchmarks/training_step.py pairs lists memory scaling
     python examples/benchmarks/training_step.py lists --shape 7b --lora --lists 1500/256/8
 
-A step is loss and backward pass, policy and reference, without the optimizer. Both sides run in the same process, by
-turns; times are medians. Weights and texts are random. On a GPU everything is in bfloat16, on a CPU in float32.
+A step is the loss and the backward pass, for policy and reference, without the optimizer. The trainers run alternately
+in one process; times are medians. Weights and texts are random. The dtype is bfloat16 on a GPU and float32 on a CPU.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SHAPES = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
-    "7b": {  # Mistral 7B, without its window
+    "7b": {  # Mistral 7B, without its sliding window
         "vocab_size": 32000,
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -58,7 +58,7 @@ SHAPES = {
     },
 }
 ON_GPU = torch.cuda.is_available()
-H200_BF16_FLOPS = 989e12  # of dense matrices, by the data sheet
+H200_BF16_FLOPS = 989e12  # for dense matrices, from the data sheet
 
 
 class Bench:
@@ -95,7 +95,7 @@ class Bench:
             extra["peft_config"] = LoraConfig(r=16, target_modules="all-linear")
         else:
             extra["ref_model"] = self.models[1]
-        for model in self.models:  # trainers put a forward of their own on a model; each starts from the model's
+        for model in self.models:  # trainers replace the model's forward; each starts from the original one
             model.__dict__.pop("forward", None)
             model.config._attn_implementation = "sdpa"
         dataset = Dataset.from_list(rows)
@@ -124,10 +124,10 @@ class Bench:
         return run
 
     def compare(self, **steps) -> dict[str, float]:
-        """Median seconds of each step, run by turns."""
+        """Median seconds of each step; the steps run alternately."""
         times = {name: [] for name in steps}
         for run in steps.values():
-            run()  # the first one allocates
+            run()  # warm-up: the first run allocates memory
         for _ in range(self.options.steps):
             for name, run in steps.items():
                 times[name].append(run())
@@ -135,7 +135,7 @@ class Bench:
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A token for each word, so that texts have the lengths asked for."""
+    """One token per word, so that texts have the requested lengths."""
     vocab = {"<s>": 0, "</s>": 1, "<pad>": 2} | {f"w{i}": i for i in range(3, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -144,7 +144,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_list(vocab_size: int, prompt: int, completion: int, list_size: int, seed: int = 0) -> dict:
-    """A prompt and ranked completions of so many tokens each; the last of a completion is the end token."""
+    """A prompt and ranked completions with the given numbers of tokens; a completion includes its end token."""
     rng = random.Random(seed)
 
     def words(count: int) -> str:
@@ -154,7 +154,7 @@ def make_list(vocab_size: int, prompt: int, completion: int, list_size: int, see
 
 
 def all_pairs(row: dict) -> list[dict]:
-    """What a list becomes for DPOTrainer."""
+    """All pairs of a list, in DPOTrainer's format."""
     return [
         {"prompt": row["prompt"], "chosen": better, "rejected": worse}
         for better, worse in combinations(row["completions"], 2)
@@ -168,7 +168,7 @@ def synchronize() -> None:
 
 def kept_bytes(run, weights: set[int]) -> int:
     """
-    The most memory that autograd holds for the backward pass at any one time, in bytes, weights aside.
+    Peak memory that autograd keeps for the backward pass, in bytes, without the weights.
 
     Args:
         run: Runs one step.
@@ -198,7 +198,7 @@ def kept_bytes(run, weights: set[int]) -> int:
 
 
 def bench_pairs(bench: Bench) -> list[dict]:
-    """(a) A chosen/rejected pair: LarPOTrainer beside DPOTrainer."""
+    """(a) A chosen/rejected pair: LarPOTrainer and DPOTrainer."""
     results = []
     for prompt, completion in bench.options.lengths or [(384, 128), (64, 192)]:
         row = make_list(bench.config.vocab_size, prompt, completion, 2)
@@ -217,19 +217,19 @@ def bench_pairs(bench: Bench) -> list[dict]:
 
 
 def bench_lists(bench: Bench) -> list[dict]:
-    """(a, b) A list: shared prompts beside separate rows, and DPOTrainer over all pairs of the list."""
+    """(a, b) A list: shared prompts, separate rows, and DPOTrainer over all pairs of the list."""
     results = []
     for prompt, completion, size in bench.options.lists or [(384, 128, 4), (384, 64, 8)]:
         row = make_list(bench.config.vocab_size, prompt, completion, size)
         pairs = all_pairs(row)
         trl = bench.trainer(DPOTrainer, pairs)
-        # Two pairs at a time, as gradient accumulation would
+        # Two pairs at a time, as with gradient accumulation
         in_parts = [bench.step(trl, i, min(i + 2, len(pairs))) for i in range(0, len(pairs), 2)]
         separate = bench.step(bench.trainer(LarPOTrainer, [row], shared_prompt="off"), 0, 1)
         shared = bench.step(bench.trainer(LarPOTrainer, [row], shared_prompt="on"), 0, 1)
         seconds = bench.compare(separate=separate, shared=shared)
         in_parts[0]()
-        passes = max(1, -(-bench.options.steps // len(in_parts)))  # at least as many timings as steps of the others
+        passes = max(1, -(-bench.options.steps // len(in_parts)))  # at least as many timings as for the other steps
         seconds["DPOTrainer, all pairs"] = sum(statistics.median(run() for _ in range(passes)) for run in in_parts)
         memory = {
             "separate": kept_bytes(separate, weights_of(bench)),
@@ -241,14 +241,14 @@ def bench_lists(bench: Bench) -> list[dict]:
         report(f"list of {size}, {prompt}/{completion}, {len(pairs)} pairs", seconds, "shared", memory)
         if ON_GPU:
             tokens = prompt - 1 + size * (completion + 1)
-            # 2 for each parameter and token, forward; 4 backward; the reference runs forward alone
+            # 2 FLOPs per parameter and token forward, 4 backward; the reference runs only forward
             used = 8 * bench.num_parameters * tokens / seconds["shared"] / H200_BF16_FLOPS
             print(f"    model FLOPs utilisation (of {H200_BF16_FLOPS / 1e12:.0f} TFLOP/s): {used:.1%}")
     return results
 
 
 def bench_memory(bench: Bench) -> list[dict]:
-    """(c) Memory of a step against the size of the list, with and without chunks of two candidates."""
+    """(c) Memory of a step by the size of the list, with and without chunks of two candidates."""
     prompt, completion = bench.options.lengths[0] if bench.options.lengths else (384, 64)
     results = []
     for size in (2, 4, 8, 16, 32):
@@ -269,7 +269,7 @@ def bench_memory(bench: Bench) -> list[dict]:
 
 
 def bench_scaling(bench: Bench) -> list[dict]:
-    """(d) Time of a step against its distinct tokens."""
+    """(d) Time of a step by its number of distinct tokens."""
     import numpy as np
 
     results = []
@@ -340,13 +340,13 @@ BENCHMARKS = {"pairs": bench_pairs, "lists": bench_lists, "memory": bench_memory
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=BENCHMARKS)
-    parser.add_argument("--shape", choices=SHAPES, default="7b" if ON_GPU else "135m", help="of the random Llama")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, of which the median counts")
+    parser.add_argument("--shape", choices=SHAPES, default="7b" if ON_GPU else "135m", help="shape of the random Llama")
+    parser.add_argument("--steps", type=int, default=5, help="number of timed steps; the median is reported")
     parser.add_argument(
         "--lengths", type=numbers(2), nargs="+", metavar="PROMPT/COMPLETION", help="for pairs and memory"
     )
     parser.add_argument("--lists", type=numbers(3), nargs="+", metavar="P/C/SIZE", help="tokens and size, for lists")
-    parser.add_argument("--lora", action="store_true", help="train an adapter; it is switched off for the reference")
+    parser.add_argument("--lora", action="store_true", help="train an adapter; the reference is the model without it")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--output", type=Path, help="add the results to this JSON file")
     options = parser.parse_args(argv)

@@ -1,10 +1,10 @@
 """
-Where the time of a `larpo run` went: seconds and share of each stage, samples and lists per second.
+Time of each stage of a `larpo run`: seconds and share of the total, samples and lists per second.
 
     larpo run --config examples/quickstart/quickstart.yaml
     python examples/benchmarks/whole_run.py outputs/quickstart
 
-A stage that was stopped and run again counts with the time of its last part; a run that nobody disturbed counts whole.
+If a stage was interrupted and resumed, only the time of its last part counts.
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """
-AlpacaEval 2 of a model: answers to the 805 instructions, judged by the package alpaca-eval.
+AlpacaEval 2: generates a model's answers to the 805 instructions and judges them with the package alpaca-eval.
 
     pip install 'trl-larpo[eval]'
     export OPENAI_API_KEY=...
     python examples/evaluation/alpaca_eval2.py --model_name_or_path outputs/recipes/table2/mistral_instruct_lambdarank_fsfairx/iteration_3/model --preset mistral_instruct --output outputs/alpaca_eval2/mistral_instruct_lambdarank_fsfairx --recipe examples/recipes/table2/mistral_instruct_lambdarank_fsfairx.yaml
 
-The judge is GPT-4-turbo, weighted by its log-probabilities, as on the leaderboard. Another one at an OpenAI-compatible
-endpoint: `--judge_model meta-llama/Meta-Llama-3-70B-Instruct --judge_url http://127.0.0.1:8000/v1`. Interrupted and
-called again, it resumes: answers and judgements are kept in the folder.
+The judge is GPT-4-turbo, weighted by its log-probabilities, as on the leaderboard. To use another judge at an
+OpenAI-compatible endpoint: `--judge_model meta-llama/Meta-Llama-3-70B-Instruct --judge_url http://127.0.0.1:8000/v1`.
+Answers and judgements are saved in the output folder; rerun the same command to resume.
 """  # noqa: E501
 
 import argparse
@@ -55,11 +55,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add_options(parser, max_new_tokens=2048)
     parser.add_argument("--preset", choices=TEMPERATURES, help="temperature of the paper's baselines: 0.5 and 0.7")
-    parser.add_argument("--temperature", type=float, help="temperature, in place of a preset's; 0 is greedy")
+    parser.add_argument("--temperature", type=float, help="temperature, instead of a preset's; 0 is greedy")
     parser.add_argument(
         "--references",
         type=Path,
-        help="JSON file of the instructions with the reference's outputs (default: from the hub, GPT-4-turbo's)",
+        help="JSON file of the instructions with the reference's outputs (default: GPT-4-turbo's, from the hub)",
     )
     parser.add_argument("--judge_model", help="a judge at --judge_url (default: GPT-4-turbo at OpenAI)")
     parser.add_argument("--judge_url", help="OpenAI-compatible endpoint of the judge")
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
         help="also the length-controlled win rate, which needs all 805 instructions and a file from the hub",
     )
     parser.add_argument("--judge_later", action="store_true", help="only write the answers")
-    parser.add_argument("--recipe", type=Path, help="recipe whose figures in the paper are printed beside the result")
+    parser.add_argument("--recipe", type=Path, help="recipe whose results in the paper are printed with yours")
     arguments = parser.parse_args()
     if arguments.temperature is None and arguments.preset is None:
         parser.error("give --preset or --temperature: results depend on it")
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def load_references(path: Path | None) -> list[dict]:
-    """The instructions with the reference model's outputs, in their original order, which the judge's package needs."""
+    """The instructions with the reference model's outputs, in the original order that alpaca-eval requires."""
     if path is None:
         path = hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json", repo_type="dataset")
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def write_outputs(arguments: argparse.Namespace, references: list[dict], name: s
 
 
 def judge(arguments, outputs: Path, folder: Path, name: str, length_controlled: bool) -> None:
-    """Calls the package. Its judgements are kept in the folder, and those that are there are not asked for again."""
+    """Calls alpaca-eval. Judgements are saved in the folder, and existing ones are reused."""
     environment = dict(os.environ, PATH=path_of_programs())
     if arguments.judge_model is None:
         annotator = GPT4
@@ -128,7 +128,7 @@ def judge(arguments, outputs: Path, folder: Path, name: str, length_controlled: 
     keep_settings(folder / "settings.json", settings, "--output")
     judgements = folder.resolve() / "judgements.json"
     if judgements.exists():
-        # The package keeps -1 for an answer that it could not read, and would never ask again
+        # alpaca-eval saves -1 for a judgement that it could not parse, and would never request it again
         kept = [row for row in read_json(judgements) if 1 <= (row["preference"] or 0) <= 2]
         wanted = "length_controlled_winrate" if length_controlled else "win_rate"
         if len(kept) == len(read_json(outputs)) and wanted in (leaderboard_row(folder, name) or {}):
@@ -149,7 +149,7 @@ def judge(arguments, outputs: Path, folder: Path, name: str, length_controlled: 
 
 
 def write_judge(folder: Path, model: str) -> str:
-    """The package's weighted judge with another model behind it. Returns its path."""
+    """Writes the configuration of alpaca-eval's weighted judge with another model. Returns its path."""
     import alpaca_eval
 
     configs = Path(alpaca_eval.__file__).parent / "evaluators_configs"
@@ -164,7 +164,7 @@ def write_judge(folder: Path, model: str) -> str:
 
 
 def report(arguments, references: list[dict], folder: Path, name: str, length_controlled: bool) -> None:
-    """What came out, how it was made, and what is missing."""
+    """Saves and prints the results, the settings, and which judgements are missing."""
     row = leaderboard_row(folder, name)
     annotations = read_json(leaderboard(folder).with_name("annotations.json"))
     judged = {a["instruction"] for a in annotations if a.get("preference") is not None}
@@ -201,7 +201,7 @@ def report(arguments, references: list[dict], folder: Path, name: str, length_co
 
 
 def leaderboard(folder: Path) -> Path | None:
-    """The package's table; for judges of its own it is in a folder of their name."""
+    """The table of alpaca-eval; for its own judges it is in a subfolder with their name."""
     return next(folder.glob("**/leaderboard.csv"), None)
 
 
@@ -218,7 +218,7 @@ def slug(name: str) -> str:
 
 
 def path_of_programs() -> str:
-    """Programs of this Python's environment come first, also where it was not activated."""
+    """PATH with the programs of this Python environment first, even if the environment is not activated."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 

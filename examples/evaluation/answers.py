@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: answers of a model, in files from which an interrupted run resumes."""
+"""Shared code of the evaluation scripts: generates a model's answers and saves them, so that a run can resume."""
 
 import argparse
 import hashlib
@@ -17,14 +17,14 @@ from trl_larpo.storage import keep_settings, read_jsonl
 
 
 def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Options that say which model answers, and how."""
+    """Options for the model and its sampling."""
     parser.add_argument("--model_name_or_path", required=True, help="the model: a folder or a hub id")
-    parser.add_argument("--name", help="its name in the benchmark (default: the last part of its path)")
+    parser.add_argument("--name", help="name of the model in the benchmark (default: the last part of its path)")
     parser.add_argument("--output", type=Path, required=True, help="folder for answers and results")
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="longest answer (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="answers sampled at the same time (%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="arithmetic: auto, bfloat16, float32 (%(default)s)")
-    parser.add_argument("--system_prompt", help="a system message in front of each prompt")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32 (%(default)s)")
+    parser.add_argument("--system_prompt", help="system message before each prompt")
     parser.add_argument("--server_urls", nargs="*", help="OpenAI-compatible servers of the model, e.g. vLLM's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (%(default)s)")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
@@ -32,16 +32,16 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 def answer(arguments: argparse.Namespace, texts: list[str], path: Path, temperature: float) -> list[str]:
     """
-    Answers each text, as a user's message under the model's own chat template.
+    Answers each text, as a user message with the model's own chat template.
 
     Args:
-        arguments: Of [`add_options`].
+        arguments: Options of [`add_options`].
         texts: The prompts.
-        path: Where the answers are kept, `.jsonl`; beside it, in `.settings.json`, how they were made.
-        temperature: 0 decodes greedily.
+        path: File for the answers, `.jsonl`; the settings are saved next to it, in `.settings.json`.
+        temperature: Sampling temperature; 0 decodes greedily.
 
     Returns:
-        An answer for each text, in their order.
+        One answer per text, in the same order.
     """
     settings = {
         "model": arguments.model_name_or_path,
@@ -75,13 +75,13 @@ def answer(arguments: argparse.Namespace, texts: list[str], path: Path, temperat
 
 
 def paper_figures(recipe: Path) -> str:
-    """The paper's figures, as the head of a recipe has them."""
+    """The paper's results, from the header of a recipe."""
     said = re.search(r"^# The paper's figures(.*)$", recipe.read_text(encoding="utf-8"), re.MULTILINE)
     return said.group(1).lstrip(": ") if said else "no figures"
 
 
 def run(main) -> None:
-    """Runs a script; an error caused by user input is one line."""
+    """Runs a script. Errors caused by user input are printed as one line."""
     try:
         main()
     except LarPOError as error:

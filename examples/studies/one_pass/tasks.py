@@ -1,8 +1,8 @@
 """
-The tasks of the study: prompts made here, on topics or numbers that training and held-out prompts do not share, and
-rewards that a rule decides.
+The tasks of the study: generated prompts and rule-based rewards. Training and held-out prompts share no topics and no
+pairs of numbers.
 
-    python examples/studies/one_pass/tasks.py outputs/tasks      # writes the prompts of all tasks, to look at
+    python examples/studies/one_pass/tasks.py outputs/tasks      # writes the prompts of all tasks
 """
 
 import json
@@ -38,13 +38,13 @@ RULES = [  # kind, sentence of the prompt, instruction, its value; rules of one 
 @dataclass(frozen=True)
 class Task:
     """
-    Prompts of a task and what it needs beside the defaults.
+    Prompts of a task and its settings other than the defaults.
 
     Attributes:
         train: Rows to train on: `prompt` (messages) and the columns of the reward.
         held_out: Rows to evaluate on.
         reward: Name of the reward.
-        max_new_tokens: Longest answer, in tokens.
+        max_new_tokens: Maximum length of an answer, in tokens.
     """
 
     train: list[dict]
@@ -54,7 +54,7 @@ class Task:
 
 
 def graded() -> Task:
-    """A short fact under three rules at once: four levels of reward."""
+    """A short fact with three rules: four levels of reward."""
 
     def of_topic(topic: str) -> list[dict]:
         rng, rows = random.Random(topic), []
@@ -70,7 +70,7 @@ def graded() -> Task:
 
 
 def one_rule() -> Task:
-    """A short fact under one rule: a reward of 0 or 1."""
+    """A short fact with one rule: a reward of 0 or 1."""
 
     def of_topic(topic: str) -> list[dict]:
         rules = random.Random(topic).sample([rule for rule in RULES if rule[0] != "avoid"], 3)
@@ -83,7 +83,7 @@ def one_rule() -> Task:
 
 
 def addition() -> Task:
-    """The sum of two numbers from 2 to 12: a reward of 0 or 1 for being right."""
+    """The sum of two numbers from 2 to 12: a reward of 1 if it is correct, else 0."""
     pairs = [(a, b) for a in range(2, 13) for b in range(2, 13)]
     random.Random(0).shuffle(pairs)
     rows = [_row(f"What is {a} + {b}?", answer=str(a + b)) for a, b in pairs]
@@ -99,7 +99,7 @@ def _row(text: str, **columns) -> dict:
 
 
 def _by_topic(of_topic: Callable[[str], list[dict]], reward: str, max_new_tokens: int) -> Task:
-    """Topics take turns, so that any number of the first rows has as many topics as possible."""
+    """Interleaves the topics, so that the first rows cover as many topics as possible."""
 
     def rows(topics: list[str]) -> list[dict]:
         return [row for turn in zip(*map(of_topic, topics), strict=True) for row in turn]
