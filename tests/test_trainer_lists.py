@@ -11,21 +11,12 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from test_trainer_pairs import assert_close, trajectory
+from trajectories import assert_close, assert_same_weights, trajectory
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_larpo import ConfigError, DataError, LarPOConfig, LarPOTrainer
 from trl_larpo.losses import RANKING_LOSSES, lambdarank_loss, listmle_loss, listnet_loss, ndcg_lambda_weight
 from trl_larpo.training.trainer import divergence_scores
-
-
-def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same_weights(model, other, **tolerance):
-    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 @pytest.mark.parametrize("loss_type", RANKING_LOSSES)
