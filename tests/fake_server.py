@@ -7,6 +7,7 @@ Its answers depend on the prompt, the seed and the number of the choice, and at 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -23,6 +24,7 @@ FAULTS = (
     "empty",  # returns no choice
     "dies",  # closes the connection without an answer from the fourth request on
     "slow_start",  # is never healthy
+    "stalls",  # answers the first request after ten seconds
 )
 
 
@@ -34,13 +36,14 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, port: int = 0, fault: str | None = None, prompt_tokens: int | None = None):
         super().__init__(("127.0.0.1", port), _Handler)
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.url, self.closing = f"http://127.0.0.1:{self.server_port}/v1", threading.Event()
 
     def start(self) -> "FakeServer":
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     def close(self) -> None:
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -53,8 +56,9 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # whoever asked may have given up
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -77,6 +81,8 @@ class _Handler(JsonHandler):
             return self._send(503, {"error": {"message": "busy"}})
         if fault == "refuses":
             return self._send(400, {"error": {"message": "max_tokens is too large"}})
+        if fault == "stalls" and number == 1:
+            self.server.closing.wait(10)
         if fault == "dies" and number > 3:
             self.close_connection = True
             return None

@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 import tiny
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_larpo import LarPOConfig, LarPOTrainer, cli, option_help
 from trl_larpo.commands import GenerateConfig, RewardConfig, SelectConfig
@@ -105,7 +105,7 @@ def help_of(capsys, command, flag):
 
 OPTIONS = {
     "run": (RunConfig, RunTrainingConfig, ModelConfig),
-    "train": (ScriptArguments, LarPOConfig, ModelConfig),
+    "train": (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
     "generate": (GenerateConfig, ModelConfig),
     "reward": (RewardConfig,),
     "select": (SelectConfig,),
@@ -113,22 +113,56 @@ OPTIONS = {
 }
 
 
+NOT_IN_A_RUN = {"eval_strategy", "resume_from_checkpoint"}  # a run evaluates and resumes on its own
+
+OPTION = re.compile(r"^  --(\w+)(?: \{(.*)\})?$")
+
+
+def entries(text):
+    """What the help says of each option: its choices, and its explanation without line breaks."""
+    found, name = {}, None
+    for line in text.splitlines():
+        if match := OPTION.match(line):
+            name = match[1]
+            assert name not in found, f"{name} is explained twice"
+            found[name] = (match[2] and match[2].split(", "), [])
+        elif line.startswith("      ") and name:
+            found[name][1].append(line.strip())
+        else:  # a heading
+            name = None
+    return {name: (choices, " ".join(lines)) for name, (choices, lines) in found.items()}
+
+
 @pytest.mark.parametrize("command", OPTIONS)
-def test_help_fits_two_screens_and_help_all_explains_every_option(capsys, monkeypatch, command):
+def test_help_all_explains_every_option(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    explained = entries(help_of(capsys, command, "--help-all"))
+    expected = {each.name: (kind, each) for kind in OPTIONS[command] for each in fields(kind) if each.init}
+    for name in NOT_IN_A_RUN if command == "run" else ():
+        expected.pop(name)
+    assert explained.keys() == expected.keys()
+    for name, (kind, each) in expected.items():
+        choices, said = explained[name]
+        if name in vars(kind).get("__annotations__", ()) and kind.__module__.startswith("trl_larpo"):  # of ours
+            # Under its own name, its own text, and behind it nothing but the default
+            ours = " ".join(each.metadata["help"].replace("%%", "%").split())
+            assert len(ours) > 10 and re.fullmatch(re.escape(ours) + r"( \[.+\])?", said), name
+            if isinstance(each.default, int | float | str) and not isinstance(each.default, bool) and each.default:
+                assert said.endswith(f" [{each.default}]"), name
+            assert choices == (each.metadata.get("choices") and [*map(str, each.metadata["choices"])]), name
+        else:
+            assert len(said) > 10, name
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_fits_two_screens(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")
     short, full = help_of(capsys, command, "--help"), help_of(capsys, command, "--help-all")
     assert short.count("\n") <= 100 and max(map(len, short.splitlines())) <= 100
     assert "…" not in short and short.startswith(f"usage: larpo {command} [--config FILE.yaml]")
-    expected = [each.name for kind in OPTIONS[command] for each in fields(kind) if each.init]
-    shown = re.findall(r"^  --(\w+)", full, re.MULTILINE)
-    assert len(shown) == len(set(shown)) and set(expected) - set(shown) <= set(option_help._NOT_IN_A_RUN)
-    assert set(re.findall(r"^  --(\w+)", short, re.MULTILINE)) <= set(shown)
-    said = " ".join(full.split())
-    for kind in OPTIONS[command]:
-        if kind.__module__.startswith("trl_larpo"):
-            for each in fields(kind):
-                if each.name not in option_help._NOT_IN_A_RUN and each.name in vars(kind).get("__annotations__", ()):
-                    assert " ".join(each.metadata["help"].replace("%%", "%").split()) in said, each.name
+    lines = re.findall(r"^  --(\w+)(.*)", short, re.MULTILINE)
+    assert {name for name, _ in lines} <= entries(full).keys()
+    assert all(len(line.strip()) > 3 for _, line in lines)
 
 
 def test_help_needs_no_yaml_file_and_is_not_changed_by_one(capsys, tmp_path, monkeypatch):

@@ -9,8 +9,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict
-from test_trainer_lists import weights_of
-from test_trainer_pairs import trajectory
+from trajectories import trajectory, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_larpo import LarPOConfig, LarPOTrainer

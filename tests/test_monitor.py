@@ -12,7 +12,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, write_prompts
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from trl_larpo import LarPOTrainer
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.run import monitor as monitor_module
@@ -106,6 +108,57 @@ def test_with_lora_too(long_project, talkative_model):
     assert larpo_run(*HARM, *lora) == 2
     saved = weights(long_project / "out/iteration_1/model")
     assert equal(saved, load_file(f"{talkative_model}/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_lora_is_sampled_as_it_is_trained_and_not_touched(long_project):
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "down_proj", "--learning_rate", 0.03]
+    lora += ["--stop_on", "none", "--monitor_stop", "false"]
+    assert larpo_run("--output_dir", "on", *lora) == 0
+    assert larpo_run("--output_dir", "off", "--monitor_evals", 0, *lora) == 0
+    on, off = long_project / "on/iteration_1", long_project / "off/iteration_1"
+    assert equal(weights(on / "model"), weights(off / "model"))
+    start, *between, last = [x["by_prompt"] for x in json.loads((on / "monitor.json").read_text())["points"]]
+    # What was sampled at the last step is what the finished model says, so the adapter was not left out
+    rows = [json.loads(line) for line in (on / "held_out.jsonl").read_text().splitlines()]
+    assert last == pytest.approx({row["prompt_id"]: sum(row["rewards"]) / 2 for row in rows})
+    assert start != last and len(between) >= 2 and any(start != each != last for each in between)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    "lora", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]], ids=["full", "lora"]
+)
+def test_gradient_checkpointing_stays_as_it_was_set(long_project, monkeypatch, use_reentrant, lora):
+    # Sampling needs it off for a while, and what switches it on again may do so with other settings
+    steps, layers = [], [0]
+    training_step, forward = LarPOTrainer.training_step, LlamaDecoderLayer.forward
+
+    def counted(self, *args, **kwargs):
+        layers[0] += 1
+        return forward(self, *args, **kwargs)
+
+    def watched(self, model, *args, **kwargs):
+        layers[0] = 0
+        loss = training_step(self, model, *args, **kwargs)
+        settings = {
+            (module.gradient_checkpointing, str(module._gradient_checkpointing_func.keywords))
+            for module in model.modules()
+            if isinstance(module, LlamaDecoderLayer)
+        }
+        steps.append((layers[0], model.training, settings))
+        return loss
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    monkeypatch.setattr(LarPOTrainer, "training_step", watched)
+    kwargs = json.dumps({"use_reentrant": use_reentrant})
+    flags = ["--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", kwargs]
+    assert larpo_run(*flags, *lora) == 0
+    points = json.loads((long_project / "out/iteration_1/monitor.json").read_text())["points"]
+    assert len(points) >= 4 and points[1]["step"] < len(steps)
+    # Two layers, each once forward and once more for its gradient
+    assert steps == [(4, True, {(True, str({"use_reentrant": use_reentrant}))})] * len(steps)
 
 
 def test_it_only_watches_where_it_must_not_stop(long_project):

@@ -11,28 +11,50 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from test_trainer_pairs import assert_close, trajectory
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch.utils.data import SequentialSampler
+from trajectories import assert_close, assert_same_weights, trajectory, weights_of
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaModel, TrainerCallback
 
 from trl_larpo import ConfigError, DataError, LarPOConfig, LarPOTrainer
 from trl_larpo.losses import RANKING_LOSSES, lambdarank_loss, listmle_loss, listnet_loss, ndcg_lambda_weight
 from trl_larpo.training.trainer import divergence_scores
 
 
-def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+def log_probability(model, prompt_ids, completion_ids):
+    """Of a completion, token by token from the logits of one whole sequence."""
+    tokens = torch.tensor([prompt_ids + completion_ids])
+    with torch.no_grad():
+        log_probs = model(tokens).logits[0].double().log_softmax(-1)
+    start = len(prompt_ids)
+    return sum(log_probs[start + i - 1, token].item() for i, token in enumerate(completion_ids))
 
 
-def assert_same_weights(model, other, **tolerance):
-    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+def log_ratio_of(policy, reference, prompt_ids, completion_ids):
+    return log_probability(policy, prompt_ids, completion_ids) - log_probability(reference, prompt_ids, completion_ids)
 
 
 @pytest.mark.parametrize("loss_type", RANKING_LOSSES)
 @pytest.mark.parametrize("conversational", [False, True])
-def test_trains_with_every_loss(trained, tiny_model, loss_type, conversational):
-    trainer = trained(tiny.lists(conversational=conversational), {"loss_type": loss_type})
+def test_every_loss_moves_better_completions_up(trained, tiny_model, loss_type, conversational):
+    # A wrong sign, or relevance given to the wrong completion, moves them down
+    dataset = tiny.lists(num_rows=4, conversational=conversational)
+    trainer = trained(dataset, {"loss_type": loss_type, "max_steps": 12, "learning_rate": 3e-3})
     before = AutoModelForCausalLM.from_pretrained(tiny_model)
+    gaps = []
+    for row, tokens in zip(dataset, trainer.train_dataset, strict=True):
+        gain = [
+            log_probability(trainer.model, tokens["prompt_ids"], ids)
+            - log_probability(before, tokens["prompt_ids"], ids)
+            for ids in tokens["completion_ids"]
+        ]
+        best, worst = np.equal(row["rewards"], max(row["rewards"])), np.equal(row["rewards"], min(row["rewards"]))
+        gaps.append(np.mean(np.array(gain)[best]) - np.mean(np.array(gain)[worst]))
+    assert min(gaps) > 1.0, gaps
+    margins = [value for [value] in trajectory(trainer, "rewards/margins")]
+    assert margins[0] == 0.0 and margins[-1] > 0.1
+    assert trajectory(trainer, "ranking/accuracy")[-1][0] > 0.75  # contrastive and pairwise leave the middle alone
+    losses = [value for [value] in trajectory(trainer, "loss")]
+    assert losses[-1] < losses[0]
     for (name, old), new in zip(before.named_parameters(), trainer.model.parameters(), strict=True):
         assert not torch.equal(old, new), name
 
@@ -65,13 +87,8 @@ def test_scores_per_token_equal_a_plain_loop(trained, tiny_model):
     for row in trainer.train_dataset:
         expected.append([])
         for ids in row["completion_ids"]:
-            tokens, start = torch.tensor([row["prompt_ids"] + ids]), len(row["prompt_ids"])
-            logps = []
-            for model in (policy, reference):
-                with torch.no_grad():
-                    of_next = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-                logps.append(sum(of_next[start - 1 :].tolist()))
-            expected[-1].append(2.0 * (logps[0] - logps[1]) / len(ids))
+            log_ratio = log_ratio_of(policy, reference, row["prompt_ids"], ids)
+            expected[-1].append(2.0 * log_ratio / len(ids))
     for a, b in zip(seen[1], expected, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
@@ -204,23 +221,70 @@ def test_sft_term_is_the_nll_per_token_of_the_best(trained, tiny_model):
     assert trajectory(trainer, "loss")[0][0] == pytest.approx(nll, rel=1e-5, abs=tiny.LOSS_ROUNDING or None)
 
 
-@pytest.mark.parametrize("f_divergence_type", ["forward_kl", "js_divergence", "alpha_divergence"])
-def test_divergences(trained, f_divergence_type):
-    trainer = trained(tiny.lists(), {"f_divergence_type": f_divergence_type})
-    plain = trained(tiny.lists())
-    ours, reverse_kl = trajectory(trainer, "loss"), trajectory(plain, "loss")
-    assert ours[0] == pytest.approx(reverse_kl[0])  # at the first step all scores are equal
-    assert ours[1] != pytest.approx(reverse_kl[1], rel=1e-6)
+F_PRIME = {  # derivative of f at the ratio u = π_θ / π_ref (f-DPO, arXiv 2309.16240, table 1; α - 1 is TRL's α there)
+    "reverse_kl": lambda u, alpha: math.log(u) + 1,
+    "forward_kl": lambda u, alpha: -1 / u,
+    "js_divergence": lambda u, alpha: math.log(2 * u / (1 + u)),
+    "alpha_divergence": lambda u, alpha: (u ** (alpha - 1) - 1) / (alpha - 1),
+}
 
 
-def test_divergence_scores_are_finite_and_increasing():
+def from_the_mean(values):
+    """A constant for all candidates of a list changes nothing."""
+    return [value - sum(values) / len(values) for value in values]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.7])
+@pytest.mark.parametrize("f_divergence_type", F_PRIME)
+def test_scores_of_a_training_are_those_of_the_divergence(trained, tiny_model, f_divergence_type, alpha):
+    row = {"prompt": "why", "completions": [" a", " dog runs", " is blue", " no cat"], "rewards": [1.0, 0.0, 3.0, 2.0]}
+    seen = []
+
+    def loss_fn(scores, relevance, mask):
+        seen.append(scores[0].tolist())
+        return lambdarank_loss(scores, relevance, mask)
+
+    options = {"per_device_train_batch_size": 1, "beta": 0.7, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
+    options |= {"f_divergence_type": f_divergence_type, "f_alpha_divergence_coef": alpha}
+    # The model that a first step gives is the one which the second step scores
+    after_one = trained(Dataset.from_list([row]), options | {"max_steps": 1}, loss_fn=loss_fn)
+    assert from_the_mean(seen[0]) == pytest.approx([0.0] * 4, abs=1e-6)
+    trained(Dataset.from_list([row]), options | {"max_steps": 2}, loss_fn=loss_fn)
+    [tokens], reference = after_one.train_dataset, AutoModelForCausalLM.from_pretrained(tiny_model)
+    log_ratios = [
+        log_ratio_of(after_one.model, reference, tokens["prompt_ids"], ids) for ids in tokens["completion_ids"]
+    ]
+    assert max(log_ratios) - min(log_ratios) > 0.3  # far enough for the divergences to differ
+    expected = [0.7 * F_PRIME[f_divergence_type](math.exp(x), alpha) for x in log_ratios]
+    assert from_the_mean(seen[2]) == pytest.approx(from_the_mean(expected), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("f_divergence_type", F_PRIME)
+def test_divergences(f_divergence_type, alpha):
+    log_ratios = [-20.0, -3.0, -0.5, 0.0, 1e-3, 0.5, 3.0, 20.0]
+    f_prime = F_PRIME["reverse_kl" if (f_divergence_type, alpha) == ("alpha_divergence", 1.0) else f_divergence_type]
+    expected = [f_prime(math.exp(x), alpha) for x in log_ratios]
+    scores = divergence_scores(torch.tensor(log_ratios, dtype=torch.float64), f_divergence_type, alpha).tolist()
+    # From where the ratio is 1: constants are free
+    zero = log_ratios.index(0.0)
+    shifted = [score - scores[zero] for score in scores]
+    assert shifted == pytest.approx([value - expected[zero] for value in expected], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("f_divergence_type", F_PRIME)
+def test_divergence_scores_are_finite_and_increasing(f_divergence_type):
     log_ratios = torch.linspace(-60, 60, 241)
-    for name, alpha in (("reverse_kl", 0.5), ("forward_kl", 0.5), ("js_divergence", 0.5), ("alpha_divergence", 0.5)):
-        scores = divergence_scores(log_ratios, name, alpha)
-        assert torch.isfinite(scores).all()
-        assert (scores.diff() >= 0).all()
+    scores = divergence_scores(log_ratios, f_divergence_type, 0.5)
+    assert torch.isfinite(scores).all()
+    assert (scores.diff() >= 0).all() and scores[-1] > scores[0]
+    extreme = divergence_scores(torch.tensor([200.0]), f_divergence_type, 1.7)
+    assert torch.isfinite(extreme).all()
+
+
+def test_an_unknown_divergence_is_refused():
     with pytest.raises(ConfigError, match="f_divergence_type"):
-        divergence_scores(log_ratios, "total_variation", 0.5)
+        divergence_scores(torch.zeros(1), "total_variation", 0.5)
 
 
 # What DPOTrainer supports
@@ -316,11 +380,31 @@ def test_precompute_refuses_a_stream(tiny_model, config):
         )
 
 
-def test_sync_ref_model(trained, tiny_model):
-    trainer = trained(tiny.lists(), {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0})
-    initial = AutoModelForCausalLM.from_pretrained(tiny_model)
-    reference = trainer.ref_model.get_parameter("lm_head.weight")
-    assert not torch.equal(reference, initial.get_parameter("lm_head.weight"))
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_sync_ref_model(tiny_model, config, alpha):
+    # Of four steps the second moves the reference to α · policy + (1 - α) · reference; the others leave it alone
+    policy_after, reference_after = [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step > 0:  # what the step before left behind
+                policy_after.append(weights_of(model))
+                reference_after.append(weights_of(trainer.ref_model))
+
+    args = config(sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=alpha, max_steps=4)
+    trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=tiny.lists(), callbacks=[Watch()])
+    trainer.train()
+    initial = weights_of(AutoModelForCausalLM.from_pretrained(tiny_model))
+    for name, start in initial.items():
+        torch.testing.assert_close(reference_after[0][name], start, rtol=0, atol=0)
+        expected = alpha * policy_after[1][name] + (1 - alpha) * start
+        assert not torch.equal(expected, start), name
+        for after in (reference_after[1], reference_after[2]):
+            torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-7)
+    # The third step scores against the new reference: with α = 1 it is the policy itself
+    margins = [value for [value] in trajectory(trainer, "rewards/margins")]
+    assert margins[0] == 0.0 and margins[1] != 0.0 and margins[3] != 0.0
+    assert (margins[2] == 0.0) == (alpha == 1.0)
 
 
 def test_explicit_reference_model_is_used(trained, tmp_path):
@@ -413,9 +497,18 @@ def test_gradient_checkpointing_changes_nothing(trained, use_reentrant):
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-def test_stream(trained, conversational):
-    trainer = trained(tiny.lists(conversational=conversational).to_iterable_dataset())
-    assert len(trajectory(trainer, "loss", "ranking/ndcg")) == 3
+def test_a_stream_gives_the_numbers_of_the_same_rows_at_hand(trained, monkeypatch, conversational):
+    # A stream comes in its own order
+    monkeypatch.setattr(
+        LarPOTrainer, "_get_train_sampler", lambda self, dataset=None: SequentialSampler(self.train_dataset)
+    )
+    dataset = tiny.lists(num_rows=20, conversational=conversational)
+    stream, rows = trained(dataset.to_iterable_dataset(), {"max_steps": 5}), trained(dataset, {"max_steps": 5})
+    assert isinstance(stream.train_dataset, IterableDataset)
+    names = ("loss", "grad_norm", "num_tokens", "list_size", "ranking/ndcg", "rewards/margins", "logps/chosen")
+    assert len(trajectory(stream, "loss")) == 5
+    assert trajectory(stream, *names) == trajectory(rows, *names)
+    assert_same_weights(stream.model, rows.model, rtol=0, atol=0)
 
 
 def test_stream_of_unknown_columns_names_its_bad_row(trained):
@@ -525,11 +618,26 @@ def test_without_max_length_nothing_is_cut(trained):
     assert trajectory(trainer, "completions/mean_length")[0][0] == (3 + 61) / 2
 
 
-def test_training_examples_are_shown_nothing_but_documented_columns(trained):
-    # Extra columns of the user's must not reach the model
-    rows = [{"prompt": "p", "completions": [" a", " b"], "labels": [1, 2], "source": "web", "input_ids": [1]}] * 4
-    trainer = trained(Dataset.from_list(rows))
-    assert len(trajectory(trainer, "loss")) == 3
+def test_columns_of_the_user_do_not_reach_the_model(trained, monkeypatch):
+    # Some are called as what a model takes, others as what a row is made into
+    others = {"labels": [1, 2], "input_ids": [1], "attention_mask": [0], "position_ids": [7], "source": "web"}
+    others |= {"relevance": [9.0, 1.0], "prompt_ids": [5], "candidate_mask": [True], "num_tokens": 5}
+    received = []
+    forward = LlamaModel.forward
+
+    def spy(self, *args, **kwargs):
+        tensors = {name: value.tolist() for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        received[-1].append((args, sorted(kwargs), tensors))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    trainers = []
+    for columns in ({}, others):
+        received.append([])
+        trainers.append(trained(tiny.lists().map(lambda row, columns=columns: row | columns)))
+    assert received[0] and received[0] == received[1]
+    names = ("loss", "grad_norm", "num_tokens", "rewards/margins")
+    assert trajectory(trainers[0], *names) == trajectory(trainers[1], *names)
 
 
 # What has no meaning on lists

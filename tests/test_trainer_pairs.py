@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-import torch
+from trajectories import assert_close, trajectory
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -25,18 +25,6 @@ SHARED_METRICS = [
     "logps/chosen",
     "logps/rejected",
 ]
-
-
-def trajectory(trainer, *names):
-    """Logged values of each optimizer step."""
-    return [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def assert_close(ours, theirs, names, rtol, atol):
-    for name in names:
-        values = [torch.tensor(trajectory(trainer, name), dtype=torch.float64) for trainer in (ours, theirs)]
-        atol_of_name = max(atol, tiny.LOSS_ROUNDING) if name == "loss" else atol
-        torch.testing.assert_close(*values, rtol=rtol, atol=atol_of_name, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def run_both(trained, dataset, options, dpo_options, **trainer_kwargs):

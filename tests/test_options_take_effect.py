@@ -1,0 +1,195 @@
+"""Options that pass through several hands on their way: each changes what it is there to change."""
+
+import itertools
+import json
+import signal
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_server import FakeServer
+from small_run import change_options, larpo_run, rows_of, write_prompts
+from transformers import LlamaModel
+
+from trl_larpo import cli
+from trl_larpo.run.small import save_small_reward_model
+
+FAKE_SERVER = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
+
+
+@pytest.fixture
+def generate(project, talkative_model):
+    """`larpo generate` for four prompts."""
+    write_prompts(project, [f"{i} why is the dog blue" for i in range(4)])
+    flags = ["--model_name_or_path", talkative_model, "--prompts", "prompts.jsonl", "--use_cpu", "--num_samples", 2]
+    flags += ["--max_new_tokens", 4, "--output", "samples.jsonl"]
+    return lambda *more: cli.main(["generate", *map(str, (*flags, *more))])
+
+
+@pytest.fixture
+def server():
+    """Starts a server that ends with the test."""
+    pytest.importorskip("openai")
+    started = []
+
+    def start(fault=None):
+        started.append(FakeServer(fault=fault).start())
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+@pytest.fixture
+def at_most_a_minute():
+    """The options under test are there to end a wait; the defaults would make a failing test last long."""
+
+    def fail(*_):
+        pytest.fail("waited for more than a minute")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Number of sequences and dtype of the weights in each call of a model."""
+    seen = []
+    forward = LlamaModel.forward
+
+    def spy(self, input_ids=None, **kwargs):
+        seen.append((len(input_ids), self.embed_tokens.weight.dtype))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    return seen
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generation_dtype(generate, calls, dtype):
+    assert generate("--generation_dtype", dtype) == 0
+    assert {kind for _, kind in calls} == {getattr(torch, dtype)}
+
+
+@pytest.mark.slow
+def test_eval_temperature(project):
+    # So low that all samples of a prompt are the most likely one. Training prompts are sampled at 1
+    change_options(project, eval_temperature=0.001, num_iterations=1, monitor_evals=0)
+    assert larpo_run() == 0
+    for path in ("iteration_0/held_out.jsonl", "iteration_1/held_out.jsonl"):
+        rows = rows_of(project / "out" / path)
+        assert all(row["completions"][0] == row["completions"][1] for row in rows)
+        assert {about["temperature"] for row in rows for about in row["candidates"]} == {0.001}
+    rows = rows_of(project / "out/iteration_1/samples.jsonl")
+    assert all(len({str(completion) for completion in row["completions"]}) > 1 for row in rows)
+    assert {about["temperature"] for row in rows for about in row["candidates"]} == {1.0}
+
+
+# Servers
+
+
+@pytest.mark.parametrize("flags, name", [([], "fake"), (["--server_model", "my-name"], "my-name")])
+def test_server_model(generate, server, flags, name):
+    running = server()
+    assert generate("--server_urls", running.url, *flags) == 0
+    assert {asked["model"] for asked in running.requests} == {name}
+
+
+def test_server_api_key_variable(generate, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    running = server()
+    assert generate("--server_urls", running.url, "--server_api_key_variable", "MY_KEY") == 0
+    assert {asked["key"] for asked in running.requests} == {"Bearer sk-mine"}
+
+
+def test_server_timeout(generate, server):
+    running = server("stalls")
+    assert generate("--server_urls", running.url, "--server_timeout", 0.5) == 0
+    assert len(running.requests) == 4 + 1  # the first one was given up and asked again
+    assert len(rows_of("samples.jsonl")) == 4
+
+
+def test_server_health_route(generate, at_most_a_minute):
+    pytest.importorskip("openai")
+    command = ["--server_command", f"{FAKE_SERVER} --fault slow_start", "--server_start_timeout", 30]
+    assert generate(*command, "--server_health_route", "/v1/models") == 0  # /health is never ready
+
+
+def test_server_start_timeout(generate, capsys, at_most_a_minute):
+    pytest.importorskip("openai")
+    assert generate("--server_command", f"{FAKE_SERVER} --fault slow_start", "--server_start_timeout", 2) == 2
+    assert "The server was not ready after 2 s" in capsys.readouterr().err
+
+
+# Rewards
+
+
+def reward(folder, completions, *flags, prompt="why", name="samples"):
+    """Rewards of the completions of one prompt, from `larpo reward`."""
+    row = {"prompt": prompt, "responses": completions, "rewards": [0.0] * len(completions)}
+    (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = ["--samples", f"{name}.jsonl", "--output", f"{name}-rewarded.jsonl"]
+    assert cli.main(["reward", *files, "--use_cpu", *map(str, flags)]) == 0
+    [row] = rows_of(folder / f"{name}-rewarded.jsonl")
+    assert row["completions"] == completions
+    return row["rewards"]
+
+
+def test_normalize_rewards(project):
+    with open(project / "run_rewards.py", "a") as file:
+        file.write("def length(prompts, completions, **columns):\n    return [100.0 * len(x) for x in completions]\n")
+    texts = ["aeiou", "bcd fgh jk", "a", "xyz oo"]
+    flags = ["--reward_funcs", "run_rewards:length", "run_rewards:vowels", "--reward_weights", 1, -2]
+    lengths = [100.0 * len(text) for text in texts]
+    vowels = [sum(letter in "aeiou" for letter in text) / 10 for text in texts]
+    assert reward(project, texts, *flags) == pytest.approx([a - 2 * b for a, b in zip(lengths, vowels, strict=True)])
+
+    def normalized(values):
+        return [(value - statistics.fmean(values)) / statistics.pstdev(values) for value in values]
+
+    expected = [a - 2 * b for a, b in zip(normalized(lengths), normalized(vowels), strict=True)]
+    found = reward(project, texts, *flags, "--normalize_rewards", "true", name="normalized")
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture
+def reward_model(tmp_path):
+    return save_small_reward_model(tmp_path / "reward-model")
+
+
+def test_reward_batch_size(project, reward_model, calls):
+    texts = [f"{'long ' * i}text {i}" for i in range(7)]
+    flags = ["--reward_funcs", reward_model]
+    whole = reward(project, texts, *flags, "--reward_batch_size", 7)
+    assert [size for size, _ in calls][-1] == 7
+    parts = reward(project, texts, *flags, "--reward_batch_size", 3, name="parts")
+    assert [size for size, _ in calls][-3:] == [3, 3, 1]
+    assert parts == pytest.approx(whole, abs=1e-5)
+
+
+def test_reward_max_length(project, reward_model):
+    # The start is cut off: what is left of every completion is the same six letters
+    texts = [f"{start}x" for start in ("a", "bcd", "efghijk", "lmnopqrstuv")]
+    endings = [text + "  six" for text in texts]
+    flags = ["--reward_funcs", reward_model]
+    free = reward(project, endings, *flags)
+    cut = reward(project, endings, *flags, "--reward_max_length", 3, name="cut")
+    assert all(a != pytest.approx(b, abs=1e-4) for a, b in itertools.pairwise(free))
+    assert cut == pytest.approx([cut[0]] * 4, abs=1e-5)
+    assert reward(project, endings, *flags, "--reward_max_length", 500, name="enough") == pytest.approx(free, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+def test_reward_dtype(project, reward_model, calls, dtype):
+    reward(project, ["yes", "no, never"], "--reward_funcs", reward_model, "--reward_dtype", dtype)
+    assert {kind for _, kind in calls} == {torch.float32 if dtype == "auto" else getattr(torch, dtype)}
