@@ -24,8 +24,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import trl_larpo
-from trl_larpo import cli
+from trl_larpo import RANKING_LOSSES, cli
+from trl_larpo.rewards.functions import BUILT_IN
 from trl_larpo.run.small import save_small_model
+from trl_larpo.run.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md")
@@ -202,7 +204,19 @@ def walk(page: str, folder: Path, monkeypatch) -> None:
             )
 
 
+@pytest.fixture
+def registries_restored():
+    """Pages add losses, rewards and stages; no other test sees them."""
+    registries = (RANKING_LOSSES, BUILT_IN, STAGES)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
+@pytest.mark.usefixtures("registries_restored")
 def test_program_texts_run(page, checkout, monkeypatch):
     """Blocks of Python that are not files: with the names that the page has used before."""
     from datasets import Dataset

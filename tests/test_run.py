@@ -120,7 +120,7 @@ def test_interrupt_says_how_to_go_on(project):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "larpo: error: Interrupted. Run the same command again to go on; nothing is lost." in errors
+    assert "larpo: error: Interrupted. Run the same command again to resume; nothing is lost." in errors
     assert larpo_run() == 0
 
 
@@ -304,7 +304,7 @@ def test_a_reward_for_emptiness_is_caught_by_the_second_iteration(project, capsy
     assert larpo_run() == 2
     output = capsys.readouterr()
     assert "WARNING length: " in output.out
-    assert "as `stop_on` asks: length. Answers shrink or swell." in output.err
+    assert "as `stop_on` asks: length. Response length changed by more than 50 %." in output.err
     assert not (project / "out/iteration_3").exists()
     lengths = [json.loads(path.read_text())["tokens"] for path in sorted((project / "out").glob("*/evaluation.json"))]
     assert lengths[-1] < lengths[0] / 2

@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"larpo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = argv[0] in ("generate", "reward", "recall")
-        print("\nlarpo: interrupted." + " Run the same command again to go on." * goes_on, file=sys.stderr)
+        resumes = argv[0] in ("generate", "reward", "recall")
+        print("\nlarpo: interrupted." + " Run the same command again to resume." * resumes, file=sys.stderr)
         return 130
 
 
@@ -68,7 +68,7 @@ def run(argv: list[str]) -> None:
         (RunConfig, RunTrainingConfig, ModelConfig),
         command="run",
         description="Algorithm 1 of the LarPO paper: sample, reward, rank, train, evaluate, and again from the result. "
-        "Run the same command again to go on after a stop.",
+        "Run the same command again to resume after a stop.",
         epilog="With --small, the configuration runs with tiny stand-ins for its models and a few short prompts: to "
         "see in a minute, without a GPU or a network, that all of it works. Other flags still win.",
     )

@@ -106,7 +106,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_message(project, capfd):
     said = [line for line in errors.splitlines() if line.startswith("larpo: error: ")]
     assert len(said) == 1 and "Traceback" not in errors
     assert re.search(r"The stage 'train' of iteration 1 failed. Process 1 of 2 was ended by SIGKILL", said[0])
-    assert "run the same command again to go on" in said[0]
+    assert "run the same command again to resume" in said[0]
     assert not workers_left(project)
     # It goes on from a checkpoint
     change_options(project, logging_steps=1)

@@ -116,7 +116,7 @@ def stop_leftovers(record: Path) -> None:
 
 def check_servers(urls: list[str] | None, command: str | None, api_key_variable: str) -> None:
     """
-    Looks at what servers need before any time is spent.
+    Checks what servers need before any time is spent.
 
     Args:
         urls: Addresses of running servers, which are asked for their models.

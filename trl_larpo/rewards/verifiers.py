@@ -1,7 +1,7 @@
 """
 Rewards that check an answer by a rule: verifiable instructions, GSM8K, MATH.
 
-Each is a reward function in the convention of [`rewards`].
+Each is a reward function in the convention of [`trl_larpo.rewards.functions`].
 """
 
 import math

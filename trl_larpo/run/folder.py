@@ -95,7 +95,7 @@ class RunFolder:
         Compares with the configuration that the folder was made with.
 
         Raises:
-            ConfigError: Names each option that differs, or says that the folder is none of ours.
+            ConfigError: Names each option that differs, or says that the folder holds no run.
         """
         stored = self.path / "run.yaml"
         if not stored.exists():

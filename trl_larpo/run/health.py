@@ -63,7 +63,7 @@ def check_iteration(
     beta: float = 0.1,
 ) -> list[Check]:
     """
-    Looks at one iteration.
+    Checks one iteration.
 
     Args:
         samples: What was sampled for training.
@@ -98,7 +98,7 @@ def check_iteration(
             ratio,
             "0.5 to 1.5 times the initial model's",
             ratio is None or 0.5 < ratio < 1.5,
-            "Answers shrink or swell. The reward may pay for length, or for saying nothing.",
+            "Response length changed by more than 50 %. The reward may favour long, or very short, responses.",
         ),
         Check(
             "duplicates",

@@ -91,11 +91,11 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
             if stops and "none" not in options.stop_on:
                 raise LarPOError(
                     f"Stopped after iteration {iteration}, as `stop_on` asks: {stops[0].name}. {stops[0].meaning} See "
-                    f"{page}. Best model so far: {_best_model(folder, iteration)}. To go on all the same, run the same "
+                    f"{page}. Best model so far: {_best_model(folder, iteration)}. To continue all the same, run the same "
                     "command with `--stop_on none`."
                 )
     except KeyboardInterrupt:
-        raise LarPOError("Interrupted. Run the same command again to go on; nothing is lost.") from None
+        raise LarPOError("Interrupted. Run the same command again to resume; nothing is lost.") from None
     finally:
         context.close()
     minutes = (time.monotonic() - started) / 60
@@ -150,7 +150,7 @@ def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes
         said = message.read_text(encoding="utf-8") if message.exists() else "its message is above."
         raise LarPOError(
             f"The stage {stage.name!r} of iteration {iteration} failed. {said} What was saved so far is kept; run the "
-            "same command again to go on."
+            "same command again to resume."
         )
 
 

@@ -169,7 +169,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
 
     def check(self) -> None:
         """
-        Looks at everything that can be told without a file or a model.
+        Checks everything that needs neither a file nor a model.
 
         Raises:
             ConfigError: Names the option and how to fix it.

@@ -129,7 +129,7 @@ class TrainingStage:
         return rows
 
     def run(self) -> None:
-        """Trains, or goes on from the last checkpoint, and saves the model and the log."""
+        """Trains, or resumes from the last checkpoint, and saves the model and the log."""
         trainer, monitor = self.trainer, self._monitor()
         if monitor is not None:
             trainer.add_callback(monitor)

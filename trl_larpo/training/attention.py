@@ -92,7 +92,7 @@ class SplitRows:
     Shared rows taken apart for attention: prompts, which are causal, and candidates, each after its prompt.
 
     A mask over whole rows makes attention look at every pair of tokens, also of two different candidates. Taken apart,
-    it looks at no more than separate rows do.
+    it sees no more than separate rows do.
 
     Attributes:
         prompt_length: Length of the longest prompt, of which every row's first columns are taken.

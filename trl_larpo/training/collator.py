@@ -15,7 +15,7 @@ class DataCollatorForCandidateLists(DataCollatorMixin):
 
     The first dimension of every tensor is the prompts of the batch, so that whatever slices a batch along it (last
     incomplete batches, several processes) keeps lists whole. What rows the model is given is decided later, see
-    [`trl_larpo.layout`].
+    [`trl_larpo.training.token_rows`].
 
     Each example is a dictionary with `prompt_ids` (list of int), `completion_ids` (list of m lists of int), `relevance`
     (list of m floats) and optionally `ref_logps` (list of m floats). The batch has:

@@ -83,7 +83,7 @@ def shared_prompt_rows(batch: Batch, pad_to_multiple_of: int | None = None) -> R
     A row for each list: the prompt but for its last token, then, for each candidate, that token and the completion.
 
     Every candidate begins with a copy of the prompt's last token, because that is where its first token is predicted;
-    so labels stand one place after their prediction, as in any row. Positions of a candidate go on from the prompt's.
+    so labels stand one place after their prediction, as in any row. Positions of a candidate continue the prompt's.
 
     Args:
         batch: As [`DataCollatorForCandidateLists`] makes it, not cut at the start.

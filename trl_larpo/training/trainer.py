@@ -54,7 +54,7 @@ class LarPOTrainer(DPOTrainer):
         callbacks, optimizers, quantization_config, peft_config:
             As in [`~trl.DPOTrainer`], with these additions. `args` is a [`LarPOConfig`]. Datasets may hold lists
             (`prompt`, `completions` and, unless the completions stand best first, `rewards`). A column `ref_logps`, the
-            reference's log-probability of each completion (the sum over its tokens, of what is left of it under
+            reference's log-probability of each completion (the sum over its tokens, after truncation to
             `max_length`), takes the place of a reference model. On lists,
             `compute_metrics` receives as predictions the tuple (scores, candidate_mask) and as labels the relevance,
             each `(prompts, list_size)` and padded with -100 where lists differ in size: what counts are the entries
@@ -276,7 +276,7 @@ class LarPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _reference_scorer(self) -> CandidateScorer:
-        """Of a reference model; where there is none, the policy's scorer runs the policy in its stead."""
+        """Of a reference model; where there is none, the policy's scorer runs the policy instead."""
         return CandidateScorer(self.accelerator.unwrap_model(self.ref_model), self.args, self.accelerator, "Reference")
 
     def compute_ref_log_probs(self, model, inputs):

@@ -131,7 +131,7 @@ def check_dataset(
     dataset: Dataset | IterableDataset, where: str, truncated_completions: str = "rank_last"
 ) -> ListSummary:
     """
-    Looks at every list of a dataset (at the first few of a stream) and refuses it if one of them is unusable.
+    Validates every list of a dataset (the first few of a stream), and refuses the dataset if one is unusable.
 
     Args:
         dataset: Raw dataset in list format.
