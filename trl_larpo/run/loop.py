@@ -91,7 +91,7 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
             if stops and "none" not in options.stop_on:
                 raise LarPOError(
                     f"Stopped after iteration {iteration}, as `stop_on` asks: {stops[0].name}. {stops[0].meaning} See "
-                    f"{page}. Best model so far: {_best_model(folder, iteration)}. To continue all the same, run the same "
+                    f"{page}. Best model so far: {_best_model(folder, iteration)}. To continue anyway, run the same "
                     "command with `--stop_on none`."
                 )
     except KeyboardInterrupt:
