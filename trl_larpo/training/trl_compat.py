@@ -61,7 +61,8 @@ def accelerator_of(args: TrainingArguments) -> Accelerator:
     """The accelerator that a trainer with these options would make: same precision, device, DeepSpeed or FSDP."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     plugin = getattr(args, "deepspeed_plugin", None)
-    accelerator = Accelerator(mixed_precision=precision, cpu=args.use_cpu, deepspeed_plugin=plugin)
+    _ = args.device  # decides on the device and joins the other processes
+    accelerator = Accelerator(mixed_precision=precision, deepspeed_plugin=plugin)
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:  # replaces its "auto" values
         plugin.hf_ds_config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
