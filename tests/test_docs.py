@@ -165,6 +165,7 @@ def run_command(command: str, folder: Path, monkeypatch) -> None:
         pytest.fail(f"Do not know how to run {command!r}; add it to NOT_RUN with a reason, if it cannot be run.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/api.md"])
 def test_the_commands_of_a_page_run_in_their_order(page, checkout, monkeypatch):
     monkeypatch.chdir(checkout)

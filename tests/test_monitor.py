@@ -48,6 +48,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_it_changes_no_weight_and_shows_every_step_it_samples(long_project, caplog):
     assert larpo_run("--output_dir", "on", "--logging_steps", 3) == 0
     assert larpo_run("--output_dir", "off", "--logging_steps", 3, "--monitor_evals", 0) == 0
@@ -73,6 +74,7 @@ HARM = ["--reward_funcs", "run_rewards:two_faced", "--learning_rate", 2e-2, "--l
         "--num_train_epochs", 8, "--beta", 0.5, "--max_new_tokens", 48, "--num_eval_samples", 4]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, capsys, talkative_model):
     assert larpo_run(*HARM) == 2
     output = capsys.readouterr()
@@ -91,6 +93,7 @@ def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, c
     assert larpo_run(*HARM, "--stop_on", "none") == 0  # resumes from what was kept
 
 
+@pytest.mark.slow
 def test_with_lora_too(long_project, talkative_model):
     lora = [
         "--per_token_scores",
@@ -158,6 +161,7 @@ def test_gradient_checkpointing_stays_as_it_was_set(long_project, monkeypatch, u
     assert steps == [(4, True, {(True, str({"use_reentrant": use_reentrant}))})] * len(steps)
 
 
+@pytest.mark.slow
 def test_it_only_watches_where_it_must_not_stop(long_project):
     assert larpo_run(*HARM, "--monitor_stop", "false", "--stop_on", "none") == 0
     found = json.loads((long_project / "out/iteration_1/monitor.json").read_text())
