@@ -1,6 +1,6 @@
 .PHONY: fast test lint docs
 
-fast: # tests of less than about ten seconds each
+fast: # what shows most mistakes in a minute and a half on two cores; `make test` runs all
 	pytest -m "not slow"
 
 test:

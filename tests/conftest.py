@@ -20,6 +20,13 @@ torch.set_num_threads(1)
 gc.freeze()  # what the libraries made is not looked through at each of the many collections
 
 
+def pytest_collection_modifyitems(items):
+    """What waits for the whole run of a fixture is slow, however short the test itself is."""
+    for item in items:
+        if "finished_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """Folder of a tiny Llama with its tokenizer."""

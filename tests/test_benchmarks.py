@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 

@@ -262,6 +262,7 @@ def run(*command):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", ["accelerate launch", "larpo train"])
 def test_launches_through_accelerate(yaml_file, tmp_path, through):
     launch = [

@@ -172,6 +172,7 @@ def run_command(command: str, folder: Path, monkeypatch) -> None:
         pytest.fail(f"Do not know how to run {command!r}; add it to NOT_RUN with a reason, if it cannot be run.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_the_commands_of_a_page_run_in_their_order(page, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
@@ -215,6 +216,7 @@ def registries_restored():
         registry.update(entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 @pytest.mark.usefixtures("registries_restored")
 def test_program_texts_run(page, checkout, monkeypatch):

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_larpo import LarPOConfig, LarPOTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def assert_every_weight_moved(trainer, before):
     for name, old in before.items():

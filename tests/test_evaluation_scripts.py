@@ -74,6 +74,7 @@ def alpaca_eval(folder, run):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefers, rate", [("model", 100.0), ("reference", 0.0)])
 def test_a_judge_that_always_prefers_one_side(alpaca_eval, folder, prefers, rate):
     with JudgeServer(prefers) as server:
@@ -94,6 +95,7 @@ def test_a_judge_that_always_prefers_one_side(alpaca_eval, folder, prefers, rate
     assert "LC win rate 31.1, win rate 32.1" in result.stdout and "judged                      5 of 5" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_leaderboards_judge_leaves_the_package_as_it_is(alpaca_eval, folder):
     """GPT-4-turbo's configuration, with its endpoint on the loopback."""
     import alpaca_eval as package
@@ -113,6 +115,7 @@ def test_the_leaderboards_judge_leaves_the_package_as_it_is(alpaca_eval, folder)
     assert files() == before
 
 
+@pytest.mark.slow
 def test_judgements_that_are_missing_are_said_and_asked_for_again(alpaca_eval, folder):
     with JudgeServer("silent") as server:
         result = alpaca_eval(server)

@@ -36,7 +36,9 @@ def plain_generate(model, tokenizer, prompt, **options):
     return tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral with a window", "gpt2", "mamba"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mistral with a window", "gpt2", pytest.param("mamba", marks=pytest.mark.slow)]
+)
 def test_greedy_equals_generate_prompt_by_prompt(tmp_path, architecture):
     # Left padding, the shared prefill and leaving the batch early must not show
     config = {"sliding_window": 8} if architecture == "mistral with a window" else {}
@@ -64,6 +66,7 @@ def test_samples_are_distinct_reproducible_and_leave_the_global_seed_alone(model
     assert all(len({sample.text for sample in of_prompt}) > 1 for of_prompt in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "mamba"])
 def test_samples_do_not_depend_on_the_batch(tmp_path, architecture):
     config = {"state_size": 4} if architecture == "mamba" else {}

@@ -13,6 +13,7 @@ from trl_larpo.run.mirror import Mirror
 from trl_larpo.training.datasets import load_splits
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_where_the_first_one_ended(project, capsys):
     change_options(project, mirror=f"file://{project}/store/run")
     assert larpo_run("--num_iterations", 1) == 0
@@ -56,6 +57,7 @@ def test_a_copy_that_was_broken_off_is_not_taken_for_whole(tmp_path, monkeypatch
     assert other.fetch() == 0  # has a run already
 
 
+@pytest.mark.slow
 def test_a_store_out_of_reach_does_not_stop_the_run(project, capsys, monkeypatch):
     def fails(self):
         raise ConnectionError("no route")

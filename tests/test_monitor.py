@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, write_prompts
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from trl_larpo import LarPOTrainer
 from trl_larpo.candidates import Candidate, CandidatePool
@@ -50,6 +50,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_it_changes_no_weight_and_shows_every_step_it_samples(long_project, caplog):
     assert larpo_run("--output_dir", "on", "--logging_steps", 3) == 0
     assert larpo_run("--output_dir", "off", "--logging_steps", 3, "--monitor_evals", 0) == 0
@@ -75,6 +76,7 @@ HARM = ["--reward_funcs", "run_rewards:two_faced", "--learning_rate", 2e-2, "--l
         "--num_train_epochs", 8, "--beta", 0.5, "--max_new_tokens", 48, "--num_eval_samples", 4]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, capsys, talkative_model):
     assert larpo_run(*HARM) == 2
     output = capsys.readouterr()
@@ -93,6 +95,7 @@ def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, c
     assert larpo_run(*HARM, "--stop_on", "none") == 0  # resumes from what was kept
 
 
+@pytest.mark.slow
 def test_with_lora_too(long_project, talkative_model):
     lora = [
         "--per_token_scores",
@@ -110,10 +113,12 @@ def test_with_lora_too(long_project, talkative_model):
     assert equal(saved, load_file(f"{talkative_model}/model.safetensors"))
 
 
+LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "down_proj"]
+
+
 @pytest.mark.slow
 def test_lora_is_sampled_as_it_is_trained_and_not_touched(long_project):
-    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "down_proj", "--learning_rate", 0.03]
-    lora += ["--stop_on", "none", "--monitor_stop", "false"]
+    lora = [*LORA, "--learning_rate", 0.03, "--stop_on", "none", "--monitor_stop", "false"]
     assert larpo_run("--output_dir", "on", *lora) == 0
     assert larpo_run("--output_dir", "off", "--monitor_evals", 0, *lora) == 0
     on, off = long_project / "on/iteration_1", long_project / "off/iteration_1"
@@ -126,14 +131,11 @@ def test_lora_is_sampled_as_it_is_trained_and_not_touched(long_project):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize(
-    "lora", [[], ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]], ids=["full", "lora"]
-)
+@pytest.mark.parametrize("use_reentrant, lora", [(False, []), (True, []), (True, LORA)])
 def test_gradient_checkpointing_stays_as_it_was_set(long_project, monkeypatch, use_reentrant, lora):
     # Sampling needs it off for a while, and what switches it on again may do so with other settings
     steps, layers = [], [0]
-    training_step, forward = LarPOTrainer.training_step, LlamaDecoderLayer.forward
+    training_step, forward = LarPOTrainer.training_step, LlamaMLP.forward
 
     def counted(self, *args, **kwargs):
         layers[0] += 1
@@ -150,7 +152,7 @@ def test_gradient_checkpointing_stays_as_it_was_set(long_project, monkeypatch, u
         steps.append((layers[0], model.training, settings))
         return loss
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
     monkeypatch.setattr(LarPOTrainer, "training_step", watched)
     kwargs = json.dumps({"use_reentrant": use_reentrant})
     flags = ["--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", kwargs]
@@ -161,6 +163,7 @@ def test_gradient_checkpointing_stays_as_it_was_set(long_project, monkeypatch, u
     assert steps == [(4, True, {(True, str({"use_reentrant": use_reentrant}))})] * len(steps)
 
 
+@pytest.mark.slow
 def test_it_only_watches_where_it_must_not_stop(long_project):
     assert larpo_run(*HARM, "--monitor_stop", "false", "--stop_on", "none") == 0
     found = json.loads((long_project / "out/iteration_1/monitor.json").read_text())

@@ -21,6 +21,7 @@ def study(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_two_arms_of_a_tiny_task(project, study, talkative_model, monkeypatch, capsys):
     study, tasks = study
     rows = [{"prompt": [{"role": "user", "content": f"{i} why is the dog blue"}]} for i in range(16)]

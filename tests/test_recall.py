@@ -107,6 +107,7 @@ SUMS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_from_prompts_to_curves(sums, capsys):
     save_small_reward_model(sums / "judge")
     assert cli.main([*SUMS, "--best_of_n_reward", "./judge"]) == 0
@@ -129,6 +130,7 @@ def test_from_prompts_to_curves(sums, capsys):
     assert "# Recall@N: model" in report and "temperature 1.2: 8 prompts × 12 samples" in report
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stood_and_refuses_other_settings(sums, capsys):
     assert cli.main(SUMS) == 0
     folder = sums / "recall"
@@ -202,6 +204,7 @@ def test_bad_options_are_one_line(sums, capsys, flags, message):
     assert error.startswith("larpo: error: ") and message in error
 
 
+@pytest.mark.slow
 def test_several_files_of_prompts_one_for_each_iteration(project):
     """As the paper's thirds of UltraFeedback are: conversations in a column of another name, unequal sizes."""
     for number, size in enumerate((9, 14)):

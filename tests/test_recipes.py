@@ -236,6 +236,7 @@ def test_the_table_lists_every_recipe_with_its_estimate():
         assert int(hours) == round(gpu_hours(recipe)) and ours == "not run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_in_small_form(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

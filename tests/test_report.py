@@ -50,6 +50,7 @@ def set_lists(run, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 def test_pictures_and_tables_tell_what_happened(run):
     page = write_report(run).read_text()
     monitored = {"monitor_reward.png", "monitor_answers.png"}  # where the training took long enough
@@ -86,6 +87,7 @@ def random_lists(num_lists, list_size, num_words):
     return [list_row(f"{i} {text()[:200]}", [text() for _ in range(list_size)]) for i in range(num_lists)]
 
 
+@pytest.mark.slow
 def test_long_texts_are_cut_where_the_page_would_get_too_large(run):
     set_lists(run, [list_row("p", [random.Random(i).randbytes(2**21).hex() for i in range(4)])])
     page = write_report(run)
@@ -132,6 +134,7 @@ def open_lists(browser):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 400])
 def test_hostile_texts_stay_text(run, browser, width):
     set_lists(run, [list_row(text[:3000], HOSTILE) for text in HOSTILE])
@@ -148,6 +151,7 @@ def test_hostile_texts_stay_text(run, browser, width):
     assert len(browser.get_screenshot_as_png()) > 10_000
 
 
+@pytest.mark.slow
 def test_lists_are_found_and_sorted(run, browser):
     rows = [list_row("about bees", ["honey", "wax"]), list_row("about trains", ["rails", "steam", "late", "never"])]
     rows.append(list_row("about nothing", ["a"]) | {"problem": "too_few"})
@@ -183,6 +187,7 @@ def test_lists_are_found_and_sorted(run, browser):
     assert not browser.get_log("browser")
 
 
+@pytest.mark.slow
 def test_two_thousand_lists_are_a_usable_page(run, browser):
     set_lists(run, random_lists(2000, 8, 110))
     path = write_report(run)

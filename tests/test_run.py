@@ -38,6 +38,7 @@ def careless(prompts, completions, rewards, known, **columns):
 """
 
 
+@pytest.mark.slow
 def test_runs_from_prompts_to_page(project, capsys):
     assert larpo_run() == 0
     printed = capsys.readouterr().out
@@ -98,6 +99,7 @@ def test_the_plan_alone(project, capsys):
     assert not (project / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_run_again_it_ends_with_the_same_files():
     # Five kills here; tests/kill_and_resume.py does as many as it is asked for
     script = Path(__file__).with_name("kill_and_resume.py")
@@ -107,6 +109,7 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_files():
     assert "5 kills: files equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_interrupt_says_how_to_go_on(project):
     process = subprocess.Popen(
         [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"],
@@ -124,6 +127,7 @@ def test_interrupt_says_how_to_go_on(project):
     assert larpo_run() == 0
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_is_refused_by_name(project, capsys):
     assert larpo_run("--num_iterations", 1) == 0
     assert larpo_run("--num_iterations", 1, "--beta", 0.2) == 2
@@ -137,6 +141,7 @@ def test_a_changed_configuration_is_refused_by_name(project, capsys):
     assert "holds other files (thesis.txt) and no run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dropped_completions_do_not_end_an_evaluation(project):
     change_options(project, max_new_tokens=8, num_eval_samples=4, num_samples=6, num_iterations=1)
     assert larpo_run("--truncated_completions", "drop") == 0
@@ -148,6 +153,7 @@ def test_dropped_completions_do_not_end_an_evaluation(project):
     assert json.loads((project / "out/iteration_1/evaluation.json").read_text())["kl_from_initial"] is not None
 
 
+@pytest.mark.slow
 def test_cut_off_completions_need_no_reward(project):
     text = """
 def silent_on_cut_off(prompts, completions, finished, **columns):
@@ -163,6 +169,7 @@ def silent_on_cut_off(prompts, completions, finished, **columns):
         assert [reward is not None for reward in row["rewards"]] == row["finished"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_version_is_refused(project, capsys):
     assert larpo_run("--num_iterations", 1) == 0
     settings = yaml.safe_load((project / "out/run.yaml").read_text())
@@ -180,6 +187,7 @@ def test_a_beta_for_sums_is_noted(project, capsys):
     assert "weak" not in output and "beta 0.1" in output
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_prompt_keeps_the_others(project, capsys):
     assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 2
     error = capsys.readouterr().err
@@ -191,6 +199,7 @@ def test_a_reward_that_fails_on_one_prompt_keeps_the_others(project, capsys):
     assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 0
 
 
+@pytest.mark.slow
 def test_columns_of_the_user_and_careless_rewards_change_nothing(project):
     (project / "run_rewards.py").write_text(REWARDS + CARELESS)
     sys.modules.pop("run_rewards", None)
@@ -214,6 +223,7 @@ def test_columns_of_the_user_and_careless_rewards_change_nothing(project):
     assert all(torch.equal(clean[name], full[name]) for name in clean)
 
 
+@pytest.mark.slow
 def test_negatives_of_every_kind(project):
     names = ["low_temperature", "high_temperature", "related_prompt", "random_prompt"]
     assert larpo_run("--num_iterations", 1, "--num_negatives", 2, "--negatives", *names) == 0
@@ -230,6 +240,7 @@ def test_negatives_of_every_kind(project):
     assert {x["source"] for row in lists for x in row["candidates"]} >= {"policy", "random_prompt"}
 
 
+@pytest.mark.slow
 def test_rankers_rank_a_merged_pool_together(project):
     assert larpo_run("--reward_funcs", "pairwise:run_rewards:prefer_longer") == 0
     for row in rows_of(project / "out/iteration_2/rewarded.jsonl"):
@@ -239,6 +250,7 @@ def test_rankers_rank_a_merged_pool_together(project):
         assert row["rewards"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_candidates_of_earlier_runs_join_and_are_rewarded_anew(project):
     assert larpo_run("--num_iterations", 1, "--output_dir", "first") == 0
     earlier = "first/iteration_1/rewarded.jsonl"
@@ -257,6 +269,7 @@ def test_candidates_of_earlier_runs_join_and_are_rewarded_anew(project):
     assert joined
 
 
+@pytest.mark.slow
 def test_text_prompts_fresh_slices_and_the_initial_model_as_reference(project):
     rows = [{"prompt": f"{i} the dog", "extra": i} for i in range(15)]
     (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
@@ -274,6 +287,7 @@ def test_text_prompts_fresh_slices_and_the_initial_model_as_reference(project):
     assert counts == {"read": 16, "duplicates": 1, "too_long": 0, "also_held_out": 0, "unused": 1, "slices": [5, 5]}
 
 
+@pytest.mark.slow
 def test_lora_is_merged_into_a_whole_model(project, talkative_model):
     assert larpo_run("--num_iterations", 1, "--use_peft", "--lora_target_modules", "q_proj", "v_proj") == 0
     before = load_file(Path(talkative_model) / "model.safetensors")
@@ -282,6 +296,7 @@ def test_lora_is_merged_into_a_whole_model(project, talkative_model):
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_a_reward_for_emptiness_is_caught_by_the_second_iteration(project, capsys):
     words = ["blue", "green", "here", "cat", "big", "old", "young", "red", "fast", "slow"]
     write_prompts(project, [f"{i} why is the dog {words[i % 10]}" for i in range(44)])
@@ -310,6 +325,7 @@ def test_a_reward_for_emptiness_is_caught_by_the_second_iteration(project, capsy
     assert lengths[-1] < lengths[0] / 2
 
 
+@pytest.mark.slow
 def test_secrets_stay_out_of_the_folder(project, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     assert larpo_run("--num_iterations", 1, "--hub_token", "hf_very_secret") == 0
@@ -405,6 +421,7 @@ def test_yaml_of_the_wrong_type_is_named(project, capsys):
     assert "Unknown option `num_sample` in the YAML file. Did you mean `--num_samples`?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_folder_are_refused(project, capsys):
     with exclusive_lock(project / "out"):
         code = "import sys; from trl_larpo.cli import main; sys.exit(main(['run', '--config', 'it.yaml']))"

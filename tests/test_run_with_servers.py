@@ -15,6 +15,8 @@ from small_run import change_options, larpo_run, rows_of
 
 pytest.importorskip("openai")
 
+pytestmark = pytest.mark.slow
+
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
 
 
@@ -51,7 +53,6 @@ def test_a_run_whose_servers_are_gone_goes_on_with_others(project, capsys):
     healthy.close()
 
 
-@pytest.mark.slow
 def test_an_iteration_with_transformers_serve_of_which_one_dies(project):
     if shutil.which("transformers") is None or importlib.util.find_spec("fastapi") is None:
         pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")

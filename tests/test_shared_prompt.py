@@ -88,7 +88,7 @@ def assert_same(found, expected, rtol):
         assert error < rtol, f"gradient of {name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in SHARING if x != "llama")])
 def test_sharing_equals_separate_rows(first_step, name):
     if name == "gemma3_text" and tiny.TRANSFORMERS_4:
         pytest.skip("TRL's fused head does not find the backbone of this model in transformers 4")
@@ -100,6 +100,7 @@ def test_sharing_equals_separate_rows(first_step, name):
         assert_same(first_step(name, shared_prompt="on", candidate_chunk_size=size), shared, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 def test_flex_attention_over_packed_lists(model_of, config, name, monkeypatch):
     # Forward alone and not compiled: on a CPU FlexAttention has no backward pass, and such masks do not compile
@@ -124,6 +125,7 @@ def test_flex_attention_over_packed_lists(model_of, config, name, monkeypatch):
         torch.testing.assert_close(found, logps[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FALLING_BACK)
 def test_other_models_fall_back_and_stay_right(first_step, name, caplog):
     with caplog.at_level("INFO", logger="trl_larpo"):
@@ -136,6 +138,7 @@ def test_other_models_fall_back_and_stay_right(first_step, name, caplog):
         first_step(name, shared_prompt="on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("shared_prompt", ["on", "off"])
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {}], ids=["checkpointed", "plain"])
@@ -169,6 +172,7 @@ def test_prompts_cut_at_the_start_are_not_shared(first_step, config):
     assert_same(first_step("llama", **cut), first_step("llama", **cut, candidate_chunk_size=1), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"shared_prompt": "off"}, {"candidate_chunk_size": 2}])
 def test_lora_and_load_balancing(trained, model_of, options):
     from peft import LoraConfig
@@ -195,6 +199,7 @@ def test_which_way_was_taken_is_logged_once(first_step, caplog):
     assert ["Policy" in said[0], "Reference" in said[1], len(said)] == [True, True, 2]
 
 
+@pytest.mark.slow
 def test_a_trained_model_can_be_saved_and_trained_again(trained, tmp_path):
     first = trained(LISTS)
     first.save_model(str(tmp_path / "saved"))
@@ -220,6 +225,7 @@ def test_running_out_of_memory_names_the_option(tiny_model, config, monkeypatch)
     assert "`candidate_chunk_size` is 3: as many candidates are in memory" in error.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_list(tiny_model, config):
     def saved_bytes(size, chunk_size):
         """Bytes of what autograd keeps for the backward pass of a list, weights aside, and the most kept in it."""

@@ -11,6 +11,8 @@ from small_run import change_options, larpo_run, rows_of
 
 from trl_larpo.run import tracking
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("wandb")
 pytest.importorskip("trackio")
 pytest.importorskip("tensorboard")

@@ -34,11 +34,11 @@ def log_ratio_of(policy, reference, prompt_ids, completion_ids):
 
 
 @pytest.mark.parametrize("loss_type", RANKING_LOSSES)
-@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("conversational", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_loss_moves_better_completions_up(trained, tiny_model, loss_type, conversational):
     # A wrong sign, or relevance given to the wrong completion, moves them down
     dataset = tiny.lists(num_rows=4, conversational=conversational)
-    trainer = trained(dataset, {"loss_type": loss_type, "max_steps": 12, "learning_rate": 3e-3})
+    trainer = trained(dataset, {"loss_type": loss_type, "max_steps": 6, "learning_rate": 3e-3})
     before = AutoModelForCausalLM.from_pretrained(tiny_model)
     gaps = []
     for row, tokens in zip(dataset, trainer.train_dataset, strict=True):
@@ -69,6 +69,7 @@ def test_first_loss_is_what_the_formula_says_at_score_zero(trained):
     )
 
 
+@pytest.mark.slow
 def test_scores_per_token_equal_a_plain_loop(trained, tiny_model):
     dataset = tiny.lists(num_rows=4)
     seen = []
@@ -133,6 +134,7 @@ def test_scores_are_those_of_dpo_trainer_on_each_pair_of_the_list(trained):
     assert_close(ours, theirs, ("loss", "grad_norm", "rewards/margins"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["lambdarank", "listmle", "contrastive", "pairwise"])
 def test_trajectory_does_not_depend_on_how_a_batch_is_split(trained, loss_type):
     runs = [
@@ -189,6 +191,7 @@ def test_own_loss_takes_the_place_of_loss_type(trained):
     assert (scores.dtype, relevance.dtype, mask.dtype) == (torch.float32, torch.float32, torch.bool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, loss_fn",
     [
@@ -234,8 +237,10 @@ def from_the_mean(values):
     return [value - sum(values) / len(values) for value in values]
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.7])
-@pytest.mark.parametrize("f_divergence_type", F_PRIME)
+@pytest.mark.parametrize(
+    "f_divergence_type, alpha",
+    [*(pytest.param(name, 0.5, marks=pytest.mark.slow) for name in F_PRIME), ("alpha_divergence", 1.7)],
+)
 def test_scores_of_a_training_are_those_of_the_divergence(trained, tiny_model, f_divergence_type, alpha):
     row = {"prompt": "why", "completions": [" a", " dog runs", " is blue", " no cat"], "rewards": [1.0, 0.0, 3.0, 2.0]}
     seen = []
@@ -290,6 +295,7 @@ def test_an_unknown_divergence_is_refused():
 # What DPOTrainer supports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_precomputed_reference_gives_the_same_training(trained, batch_size):
     options = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch_size}
@@ -299,6 +305,7 @@ def test_precomputed_reference_gives_the_same_training(trained, batch_size):
     assert_close(precomputed, plain, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_caller_brings_reference_log_probabilities(trained, tiny_model, config):
     options = {"max_steps": 3}
     computed = trained(tiny.lists(), options | {"precompute_ref_log_probs": True})
@@ -340,6 +347,7 @@ def test_bad_reference_log_probabilities_are_named(tiny_model, config, ref_logps
         LarPOTrainer(model=tiny_model, args=config(), train_dataset=Dataset.from_list(rows))
 
 
+@pytest.mark.slow
 def test_batches_of_lists_of_similar_length(trained):
     option = {"group_by_length": True} if tiny.TRANSFORMERS_4 else {"train_sampling_strategy": "group_by_length"}
     dataset = Dataset.from_list(
@@ -354,6 +362,7 @@ def test_batches_of_lists_of_similar_length(trained):
     assert sum(gaps) / len(gaps) < (max(lengths) - min(lengths)) / 6
 
 
+@pytest.mark.slow
 def test_precomputed_reference_is_cached_and_depends_on_its_options(trained, tmp_path, monkeypatch):
     path = tmp_path / "lists"
     tiny.lists().save_to_disk(path)
@@ -380,7 +389,7 @@ def test_precompute_refuses_a_stream(tiny_model, config):
         )
 
 
-@pytest.mark.parametrize("alpha", [0.6, 1.0])
+@pytest.mark.parametrize("alpha", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_sync_ref_model(tiny_model, config, alpha):
     # Of four steps the second moves the reference to α · policy + (1 - α) · reference; the others leave it alone
     policy_after, reference_after = [], []
@@ -413,6 +422,7 @@ def test_explicit_reference_model_is_used(trained, tmp_path):
     assert trajectory(trainer, "rewards/chosen")[0][0] != 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_type", ["lora", "prompt tuning"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_peft_with_a_new_adapter(trained, tiny_model, peft_type, gradient_checkpointing):
@@ -439,6 +449,7 @@ def test_peft_with_a_new_adapter(trained, tiny_model, peft_type, gradient_checkp
         assert trajectory(trainer, "rewards/margins")[2][0] != 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precompute", [False, True])
 def test_peft_with_an_existing_adapter_keeps_a_copy_as_reference(trained, tiny_model, precompute):
     peft = pytest.importorskip("peft")
@@ -457,6 +468,7 @@ def test_peft_with_an_existing_adapter_keeps_a_copy_as_reference(trained, tiny_m
     )
 
 
+@pytest.mark.slow
 def test_quantized_base_with_lora(trained, tmp_path):
     pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")
@@ -471,6 +483,7 @@ def test_quantized_base_with_lora(trained, tmp_path):
     assert trajectory(trainer, "rewards/margins")[0][0] == 0.0
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_adds_its_balancing_loss(trained, tmp_path):
     folder = tiny.save_tiny_model(
         tmp_path / "moe",
@@ -489,6 +502,7 @@ def test_mixture_of_experts_adds_its_balancing_loss(trained, tmp_path):
     assert loss == pytest.approx(plain + 0.1 * aux_loss, rel=1e-5, abs=tiny.LOSS_ROUNDING or None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(trained, use_reentrant):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
@@ -496,7 +510,7 @@ def test_gradient_checkpointing_changes_nothing(trained, use_reentrant):
     assert_close(*runs, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("conversational", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stream_gives_the_numbers_of_the_same_rows_at_hand(trained, monkeypatch, conversational):
     # A stream comes in its own order
     monkeypatch.setattr(
@@ -520,6 +534,7 @@ def test_stream_of_unknown_columns_names_its_bad_row(trained):
         trained(IterableDataset.from_generator(rows), {"max_steps": 20})
 
 
+@pytest.mark.slow
 def test_evaluation_during_training_and_on_new_sets(trained):
     trainer = trained(
         tiny.lists(),
@@ -536,6 +551,7 @@ def test_evaluation_during_training_and_on_new_sets(trained):
     assert again["eval_loss"] == pytest.approx(trainer.evaluate(tiny.lists(num_rows=5, seed=1))["eval_loss"])
 
 
+@pytest.mark.slow
 def test_evaluation_checks_new_sets(trained):
     with pytest.raises(DataError, match="eval dataset row 0, column `rewards`"):
         trained(tiny.lists()).evaluate(
@@ -543,12 +559,14 @@ def test_evaluation_checks_new_sets(trained):
         )
 
 
+@pytest.mark.slow
 def test_evaluation_after_precomputed_training_is_refused_as_in_trl(trained):
     trainer = trained(tiny.lists(), {"precompute_ref_log_probs": True})
     with pytest.raises(ValueError, match="after training has started"):
         trainer.evaluate(tiny.lists(seed=1))
 
 
+@pytest.mark.slow
 def test_compute_metrics_receives_scores_and_relevance(trained):
     held_out = tiny.lists(num_rows=6, max_size=6, seed=3)
     received = []
@@ -569,6 +587,7 @@ def test_compute_metrics_receives_scores_and_relevance(trained):
         assert np.abs(s[m == 1]).min() > 0
 
 
+@pytest.mark.slow
 def test_resuming_from_a_checkpoint_gives_the_same_weights(tiny_model, config, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = LarPOTrainer(model=tiny_model, args=config(**options), train_dataset=tiny.lists())
@@ -578,6 +597,7 @@ def test_resuming_from_a_checkpoint_gives_the_same_weights(tiny_model, config, t
     assert_same_weights(whole.model, resumed.model, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_model_card_and_tags_name_larpo_and_the_paper(trained, tmp_path):
     trainer = trained(tiny.lists())
     assert set(trainer.model.model_tags) >= {"trl", "dpo", "larpo"}
@@ -588,6 +608,7 @@ def test_model_card_and_tags_name_larpo_and_the_paper(trained, tmp_path):
     assert "2502.03699" in card
 
 
+@pytest.mark.slow
 def test_saved_model_loads(trained, tmp_path):
     trainer = trained(tiny.lists())
     trainer.save_model(tmp_path / "saved")
@@ -597,6 +618,7 @@ def test_saved_model_loads(trained, tmp_path):
 # Lengths
 
 
+@pytest.mark.slow
 def test_over_long_prompts_are_dropped_and_cut_completions_counted(trained, caplog):
     rows = [{"prompt": "x" * length, "completions": [" a", " " + "b" * 30]} for length in (3, 30, 40, 3, 3, 3)]
     with caplog.at_level(logging.WARNING):
@@ -676,6 +698,7 @@ def test_other_kinds_of_dataset_are_refused_as_in_trl(tiny_model, config, train_
         LarPOTrainer(model=tiny_model, args=config(), train_dataset=train_dataset)
 
 
+@pytest.mark.slow
 def test_options_are_saved_as_they_were_given(trained, tmp_path):
     trainer = trained(tiny.lists(), {"loss_type": "listmle", "save_strategy": "steps", "save_steps": 3})
     assert trainer.args.loss_type == ["listmle"]

@@ -33,6 +33,7 @@ def run_both(trained, dataset, options, dpo_options, **trainer_kwargs):
     return ours, theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -65,6 +66,7 @@ def test_trl_losses_equal_dpo_trainer(trained, options):
     assert_close(ours, theirs, ("loss", "grad_norm", *SHARED_METRICS), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["reverse_kl", "js_divergence"])
 @pytest.mark.parametrize("loss_type", PAPER_LOSSES)
 def test_scores_per_token_are_those_of_sigmoid_norm(trained, loss_type, divergence):
@@ -86,10 +88,17 @@ def test_scores_per_token_have_no_meaning_where_trl_scores(trained):
         trained(tiny.pairs(), {"loss_type": "hinge", "per_token_scores": True})
 
 
-@pytest.mark.parametrize("loss_type", PAPER_LOSSES)
+@pytest.mark.parametrize(
+    "loss_type",
+    ["lambdarank", *(pytest.param(x, marks=pytest.mark.slow) for x in PAPER_LOSSES if x != "lambdarank")],
+)
 @pytest.mark.parametrize(
     "dataset",
-    [tiny.pairs(), tiny.pairs(conversational=True), tiny.pairs(implicit_prompt=True)],
+    [
+        tiny.pairs(),
+        pytest.param(tiny.pairs(conversational=True), marks=pytest.mark.slow),
+        pytest.param(tiny.pairs(implicit_prompt=True), marks=pytest.mark.slow),
+    ],
     ids=["standard", "conversational", "implicit prompt"],
 )
 def test_ranking_losses_equal_dpo_sigmoid(trained, loss_type, dataset):
@@ -99,6 +108,7 @@ def test_ranking_losses_equal_dpo_sigmoid(trained, loss_type, dataset):
     assert_close(ours, theirs, SHARED_METRICS, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -135,6 +145,7 @@ def test_sft_term_equals_dpo_trainer(trained):
     assert_close(ours, theirs, ("loss", "grad_norm"), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [{"ld_alpha": 0.5}, {"use_weighting": True}])
 @pytest.mark.parametrize("loss_type", PAPER_LOSSES)
 def test_ranking_losses_read_as_sigmoid_with_options_of_pairs(trained, loss_type, option):
@@ -144,6 +155,7 @@ def test_ranking_losses_read_as_sigmoid_with_options_of_pairs(trained, loss_type
     assert ours.args.loss_type == [loss_type]
 
 
+@pytest.mark.slow
 def test_own_collator_goes_dpo_trainers_way(trained, tiny_model):
     collator = DataCollatorForPreference(pad_token_id=0)
     ours, theirs = run_both(
@@ -158,18 +170,21 @@ def test_lists_cannot_be_evaluated_after_training_dpo_trainers_way(trained):
         trained(tiny.pairs(), {"loss_type": "ipo"}).evaluate(tiny.lists())
 
 
+@pytest.mark.slow
 def test_extra_columns_are_ignored_as_in_trl(trained):
     rows = [row | {"completions": ["x"], "rewards": None, "label": 1} for row in tiny.pairs()]
     ours, theirs = run_both(trained, tiny.Dataset.from_list(rows), {"loss_type": "ipo"}, {"loss_type": "ipo"})
     assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
 
 
+@pytest.mark.slow
 def test_dpo_config_is_accepted(trained):
     ours = trained(tiny.pairs(), TEN_STEPS, config_cls=DPOConfig)
     theirs = trained(tiny.pairs(), TEN_STEPS, cls=DPOTrainer, config_cls=DPOConfig)
     assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
 
 
+@pytest.mark.slow
 def test_evaluation_equals_dpo_trainer(trained):
     held_out = tiny.pairs(num_rows=6, seed=1)  # the last batch is incomplete
     ours, theirs = run_both(
