@@ -9,6 +9,7 @@ test:
 lint:
 	ruff check .
 	ruff format --check .
+	mypy
 
 docs: # the documentation site, in site/
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

@@ -12,6 +12,10 @@ from trl_larpo.run.memory import earlier_iterations
 from trl_larpo.run.negatives import random_prompts, related_prompts
 
 
+def pool_of(candidates):
+    return CandidatePool(Prompt.of("p"), candidates)
+
+
 def oracle(candidates, selection):
     """Texts and rewards of the list, by the rules as they are written in the documentation; None if there is no "
     "list."""
@@ -83,7 +87,7 @@ def test_lists_equal_the_oracle(selection, memory):
             for iteration in (1, 2, 3)
         }
         pool = [c for i in [3, *earlier_iterations(memory, 3)] for c in history[i]]
-        made, expected = build_list(pool, selection), oracle(pool, selection)
+        made, expected = build_list(pool_of(pool), selection), oracle(pool, selection)
         assert (made.problem is None) == (expected is not None)
         assert [(c.completion, c.reward) for c in made.selected] == (expected or [])
         # Every completion is accounted for
@@ -93,7 +97,7 @@ def test_lists_equal_the_oracle(selection, memory):
 
 def test_duplicates_are_counted_and_the_first_stays():
     first = Candidate("a", 1.0, iteration=3)
-    made = build_list([first, Candidate("b", 0.0, iteration=3), Candidate("a", 5.0, iteration=1)], Selection())
+    made = build_list(pool_of([first, Candidate("b", 0.0, iteration=3), Candidate("a", 5.0, iteration=1)]), Selection())
     assert made.selected == [replace(first, count=2, rank=1), Candidate("b", 0.0, iteration=3, rank=2)]
     assert made.num_duplicates == 1
 
@@ -149,9 +153,9 @@ ENDED = [Candidate("good", 3.0), Candidate("fair", 2.0), Candidate("poor", 1.0)]
     ],
 )
 def test_what_becomes_of_completions_that_were_cut_off(selection, expected):
-    made = build_list([CUT_OFF[0], *ENDED, *CUT_OFF[1:]], selection)
+    made = build_list(pool_of([CUT_OFF[0], *ENDED, *CUT_OFF[1:]]), selection)
     assert " ".join(c.completion.replace(" ", "-") for c in made.selected) == expected
-    [made], counts = build_lists([CandidatePool(Prompt.of("p"), [*CUT_OFF, *ENDED])], selection)
+    [made], counts = build_lists([pool_of([*CUT_OFF, *ENDED])], selection)
     row = made.to_row()
     assert row["finished"] == [c.finished for c in made.selected]
     assert counts.truncated == row["finished"].count(False)
@@ -159,21 +163,21 @@ def test_what_becomes_of_completions_that_were_cut_off(selection, expected):
 
 def test_ending_alone_makes_no_list():
     tied = [Candidate("a", 1.0), Candidate("b", 1.0)]
-    assert build_list([*tied, CUT_OFF[0]], Selection()).problem == "tied"
-    assert build_list([tied[0], CUT_OFF[0]], Selection()).problem == "too_few"
-    assert build_list([*ENDED, CUT_OFF[0]], Selection(min_reward_gap=5.0)).problem == "small_gap"
-    assert build_list(CUT_OFF, Selection()).problem == "too_few"
+    assert build_list(pool_of([*tied, CUT_OFF[0]]), Selection()).problem == "tied"
+    assert build_list(pool_of([tied[0], CUT_OFF[0]]), Selection()).problem == "too_few"
+    assert build_list(pool_of([*ENDED, CUT_OFF[0]]), Selection(min_reward_gap=5.0)).problem == "small_gap"
+    assert build_list(pool_of(CUT_OFF), Selection()).problem == "too_few"
 
 
 def test_a_cut_off_completion_keeps_its_tokens():
     pool = [Candidate("a", 1.0), Candidate("c", 0.0), Candidate("b\ufffd", None, finished=False, token_ids=[5, 6])]
-    [made], _ = build_lists([CandidatePool(Prompt.of("p"), pool)], Selection())
+    [made], _ = build_lists([pool_of(pool)], Selection())
     row = made.to_row()
     assert row["completion_ids"] == ["", "", "5 6"]
 
 
 def test_short_lists_are_kept_and_counted():
-    pool = CandidatePool(Prompt.of("p"), [Candidate("a", 1.0), Candidate("b", 0.0)])
+    pool = pool_of([Candidate("a", 1.0), Candidate("b", 0.0)])
     _, counts = build_lists([pool], Selection(2, 2))
     assert (counts.lists, counts.prompts_short) == (1, 1)
     assert counts.summary().endswith("1 lists are shorter than asked for.")

@@ -158,7 +158,7 @@ class Selection:
         check_truncated_completions(self.truncated_completions)
         if (self.num_best is None) != (self.num_worst is None):
             raise ConfigError("`num_best` and `num_worst` go together: give both, or neither to take all candidates.")
-        if self.num_best is not None and (self.num_best < 1 or self.num_worst < 1):
+        if self.num_best is not None and self.num_worst is not None and min(self.num_best, self.num_worst) < 1:
             raise ConfigError(
                 f"`num_best` is {self.num_best} and `num_worst` is {self.num_worst}; each must be at least 1."
             )
@@ -168,6 +168,11 @@ class Selection:
             raise ConfigError(f"`max_list_size` is {self.max_list_size}; a list has at least 2 candidates.")
         if not self.min_reward_gap >= 0:
             raise ConfigError(f"`min_reward_gap` is {self.min_reward_gap}; it must be 0 or more.")
+
+    @property
+    def full_size(self) -> int | None:
+        """Candidates in a list that has as many as `num_best` and `num_worst` ask for; `None` where all are taken."""
+        return None if self.num_best is None or self.num_worst is None else self.num_best + self.num_worst
 
     def max_truncated(self, num_finished: int) -> int:
         """
@@ -182,8 +187,9 @@ class Selection:
 
     def places(self, num_candidates: int) -> list[int]:
         """Which of `num_candidates` ranked candidates make the list, as ascending indices."""
-        if self.num_best is not None and self.num_best + self.num_worst < num_candidates:
-            return [*range(self.num_best), *range(num_candidates - self.num_worst, num_candidates)]
+        best, worst = self.num_best, self.num_worst
+        if best is not None and worst is not None and best + worst < num_candidates:
+            return [*range(best), *range(num_candidates - worst, num_candidates)]
         if self.max_list_size is not None and self.max_list_size < num_candidates:
             steps = self.max_list_size - 1
             return [(place * (num_candidates - 1) + steps // 2) // steps for place in range(self.max_list_size)]
@@ -239,8 +245,7 @@ class SelectionCounts:
         self.lists += 1
         self.candidates += len(made.selected)
         self.truncated += sum(not candidate.finished for candidate in made.selected)
-        wanted = 0 if selection.num_best is None else selection.num_best + selection.num_worst
-        self.prompts_short += len(made.selected) < wanted
+        self.prompts_short += len(made.selected) < (selection.full_size or 0)
 
     def summary(self) -> str:
         """One sentence for a person."""
@@ -269,18 +274,18 @@ class CandidateList:
     The candidates of one prompt, sorted into those to train on and the rest.
 
     Attributes:
+        prompt: Their prompt.
         selected: Best first.
         left_out: Candidate and the reason it is not in the list.
         problem: Why there is no list at all: `"too_few"`, `"tied"` or `"small_gap"`; `None` if there is one.
         num_duplicates: Completions that occur among the others already.
-        prompt: Their prompt.
     """
 
+    prompt: Prompt
     selected: list[Candidate] = field(default_factory=list)
     left_out: list[tuple[Candidate, str]] = field(default_factory=list)
     problem: str | None = None
     num_duplicates: int = 0
-    prompt: Prompt | None = None
 
     def to_row(self) -> Row:
         """
@@ -288,8 +293,9 @@ class CandidateList:
         if known), with what else there is to know: `candidates` (source, iteration, temperature, rank, ... of each),
         `left_out` (the other candidates, and why) and `problem`.
         """
-        row = {} if self.prompt is None else {"prompt_id": self.prompt.id, "prompt": self.prompt.content}
-        row |= {
+        row: Row = {
+            "prompt_id": self.prompt.id,
+            "prompt": self.prompt.content,
             "completions": [candidate.completion for candidate in self.selected],
             "rewards": [candidate.reward for candidate in self.selected],
             "finished": [candidate.finished for candidate in self.selected],
@@ -316,32 +322,32 @@ class CandidateList:
             for completion, reward, about, ids in columns
         ]
         left_out = [(Candidate.from_row(x["completion"], x["reward"], _but(x)), x["why"]) for x in row["left_out"]]
-        return cls(selected, left_out, row["problem"], prompt=Prompt.from_row(row))
+        return cls(Prompt.from_row(row), selected, left_out, row["problem"])
 
 
 def _but(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in ("completion", "reward", "why")}
 
 
-def build_list(candidates: Iterable[Candidate], selection: Selection, prompt: Prompt | None = None) -> CandidateList:
+def build_list(pool: CandidatePool, selection: Selection) -> CandidateList:
     """
     Ranks the candidates of one prompt and selects those to train on.
 
     Args:
-        candidates: Those of the current iteration first. Of completions that are equal word for word the first stays
-            and counts for all; where rewards tie, the first ranks higher.
+        pool: The prompt and its candidates, those of the current iteration first. Of completions that are equal word
+            for word the first stays and counts for all; where rewards tie, the first ranks higher.
         selection: What to take.
-        prompt: Their prompt.
 
     Returns:
         The list; without anything selected where it would not be of use.
     """
-    result, distinct = CandidateList(prompt=prompt), {}
+    result = CandidateList(pool.prompt)
+    distinct: dict[tuple[str, bool], Candidate] = {}
 
     def ranks_last(candidate: Candidate) -> bool:
         return selection.truncated_completions == "rank_last" and not candidate.finished
 
-    for candidate in candidates:
+    for candidate in pool.candidates:
         key = candidate.text, candidate.finished
         if not candidate.finished and selection.truncated_completions == "drop":
             result.left_out.append((candidate, "cut off"))
@@ -356,15 +362,15 @@ def build_list(candidates: Iterable[Candidate], selection: Selection, prompt: Pr
         else:
             distinct[key] = candidate
 
-    ranked = [candidate for candidate in distinct.values() if not ranks_last(candidate)]
-    ranked.sort(key=lambda candidate: -candidate.reward)
-    gap = ranked[0].reward - ranked[-1].reward if ranked else 0.0
-    num_rewarded = len(ranked)
+    rewarded = [(c.reward, c) for c in distinct.values() if c.reward is not None and not ranks_last(c)]
+    rewarded.sort(key=lambda pair: -pair[0])
+    gap = rewarded[0][0] - rewarded[-1][0] if rewarded else 0.0
+    num_rewarded = len(rewarded)
     last = [candidate for candidate in distinct.values() if ranks_last(candidate)]
     num_last = selection.max_truncated(num_rewarded)
     result.left_out += [(candidate, "cut off") for candidate in last[num_last:]]
-    ranked += last[:num_last]
-    ranked = [replace(candidate, rank=rank) for rank, candidate in enumerate(ranked, start=1)]
+    in_order = [*(candidate for _, candidate in rewarded), *last[:num_last]]
+    ranked = [replace(candidate, rank=rank) for rank, candidate in enumerate(in_order, start=1)]
     if num_rewarded < 2:
         result.problem = "too_few"
     elif gap == 0:  # also where some were cut off: such a list would teach nothing but to end soon
@@ -393,7 +399,7 @@ def build_lists(pools: Iterable[CandidatePool], selection: Selection) -> tuple[l
     """
     lists, counts = [], SelectionCounts()
     for pool in pools:
-        made = build_list(pool.candidates, selection, pool.prompt)
+        made = build_list(pool, selection)
         counts.add(made, selection)
         lists.append(made)
     return lists, counts

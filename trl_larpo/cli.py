@@ -261,7 +261,9 @@ def _parse(
     from accelerate.commands.launch import launch_command_parser
     from trl import TrlParser
 
-    class Parser(_Parser, TrlParser):
+    class Parser(TrlParser):
+        error = _Parser.error
+
         def format_help(self):
             return short_help(self)
 

@@ -74,7 +74,8 @@ def generate(options: GenerateConfig, model: ModelConfig) -> None:
     options.check_generation()
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     kinds = [SampleKind("policy", options.temperature[0])] * options.num_samples
-    pools = sample_file(options, model, prompts_of(options), kinds, output)
+    prompts = prompts_of(options)
+    pools = sample_file(options, model, prompts, kinds, output, seed=options.seed, use_cpu=options.use_cpu)
     if pools:
         print(f"{sum(len(pool.candidates) for pool in pools)} completions of {len(pools)} prompts in {output}")
 
@@ -83,14 +84,21 @@ def prompts_of(options: PromptOptions) -> list[Prompt]:
     """All prompts, each once."""
     prompts = [
         prompt
-        for path in options.prompts
+        for path in options.prompt_sources
         for prompt in load_prompts(path, options, options.prompts_config, options.prompts_split)
     ]
     return list({prompt.id: prompt for prompt in prompts}.values())
 
 
 def sample_file(
-    options: GenerateConfig, model: ModelConfig, prompts: list[Prompt], kinds: list[SampleKind], output: Path
+    options: GenerationOptions,
+    model: ModelConfig,
+    prompts: list[Prompt],
+    kinds: list[SampleKind],
+    output: Path,
+    *,
+    seed: int = 0,
+    use_cpu: bool = False,
 ) -> list[CandidatePool]:
     """
     Samples completions into a JSONL file. Called again after a kill, it resumes from what it saved.
@@ -101,6 +109,8 @@ def sample_file(
         prompts: The prompts.
         kinds: One for each completion of a prompt.
         output: The file.
+        seed: Seed of the sampling.
+        use_cpu: Do not use a GPU.
 
     Returns:
         The prompts with their candidates. On processes but the first nothing.
@@ -109,9 +119,9 @@ def sample_file(
     AutoTokenizer.from_pretrained(path)
     sampler = PolicySampler(
         options,
-        seed=options.seed,
+        seed=seed,
         log_folder=output.parent / "servers",
-        use_cpu=options.use_cpu,
+        use_cpu=use_cpu,
         attn_implementation=model.attn_implementation,
     )
     task = SamplingTask(kinds, path, iteration=1, key="1", revision=model.model_revision)

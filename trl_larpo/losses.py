@@ -196,7 +196,7 @@ def ndcg_lambda_weight(scores: Tensor, relevance: Tensor, mask: Tensor) -> Tenso
     return weights.masked_fill(~(mask.unsqueeze(1) & mask.unsqueeze(2)), 0.0)
 
 
-RANKING_LOSSES: dict[str, RankingLoss] = {
+RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {  # each a `RankingLoss`; some have options of their own
     "pairwise": pairwise_loss,
     "contrastive": contrastive_loss,
     "lambdarank": lambdarank_loss,

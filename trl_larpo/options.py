@@ -1,6 +1,6 @@
 """Dataclasses of options that come from YAML and flags."""
 
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
@@ -14,6 +14,7 @@ def option(default: Any, text: str, **metadata: Any):
     return field(default=default, metadata={"help": text} | metadata)
 
 
+@dataclass
 class CheckedOptions:
     def __post_init__(self):
         """YAML gives any type; this makes lists of single values and refuses what is of another type."""

@@ -146,10 +146,12 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
     """
     options.check_recall(model)
     answer_of = options.load_answer_func()
+    assert options.output is not None  # by `check_recall`
     folder = Path(options.output)
     with exclusive_lock(folder):
         _keep_settings(options, model, folder)
-        sources = _sampled(options, model, folder) if not options.candidates else _read(options, folder)
+        paths = options.candidates or []
+        sources = _read(options, paths, folder) if paths else _sampled(options, model, folder)
         groups = [samples for source in sources for samples in _groups(source, answer_of, options)]
         if not groups:
             raise DataError("There is no completion with a reward. Give `reward_funcs`.")
@@ -186,7 +188,7 @@ reranker would reach.
 
 
 def _title(options: RecallConfig, model: ModelConfig) -> str:
-    return f"Recall@N: {model.model_name_or_path or ', '.join(options.candidates)}"
+    return f"Recall@N: {model.model_name_or_path or ', '.join(options.candidates or [])}"
 
 
 def recall_curve(samples: CheckedSamples, num_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -213,11 +215,11 @@ def recall_curve(samples: CheckedSamples, num_bootstrap: int = 1000, seed: int =
     result = {"label": samples.label, "prompts": len(samples.correct), "samples": fewest, "n": ns}
     result["recall"] = summary([recall_at_n(*counts, n) for n in ns])
     if samples.judged is not None:
-        pairs = list(zip(samples.judged, samples.correct, strict=True))
-        result["best_of_n"] = summary([np.array([best_of_n_accuracy(j, c, n) for j, c in pairs]) for n in ns])
+        judged = list(zip(samples.judged, samples.correct, strict=True))
+        result["best_of_n"] = summary([np.array([best_of_n_accuracy(j, c, n) for j, c in judged]) for n in ns])
     if samples.answers is not None:
-        pairs = list(zip(samples.answers, samples.correct, strict=True))
-        result["majority"] = summary([np.array([majority_accuracy(a, c, n) for a, c in pairs]) for n in ns])
+        answered = list(zip(samples.answers, samples.correct, strict=True))
+        result["majority"] = summary([np.array([majority_accuracy(a, c, n) for a, c in answered]) for n in ns])
     if samples.greedy is not None:
         result["greedy"] = {key: value[0] for key, value in summary([np.array(samples.greedy, float)]).items()}
     return result
@@ -252,7 +254,7 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
     columns = min(3, 1 + len(several))
     rows = math.ceil((1 + len(several)) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    panels: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for number, one in enumerate(curves):
         _line(panels[0], one, "recall", f"C{number}", one["label"])
     _greedy(panels[0], curves)
@@ -301,25 +303,27 @@ def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[_S
     samples, rewarded = folder / "samples.jsonl", folder / "rewarded.jsonl"
     kinds = [SampleKind("policy", value) for value in options.temperature for _ in range(options.num_samples)]
     kinds += [SampleKind(GREEDY, 0.0)] if options.greedy else []
-    pools = (
-        read_pools(samples) if samples.exists() else sample_file(options, model, prompts_of(options), kinds, samples)
-    )
+    if samples.exists():
+        pools = read_pools(samples)
+    else:
+        prompts = prompts_of(options)
+        pools = sample_file(options, model, prompts, kinds, samples, seed=options.seed, use_cpu=options.use_cpu)
     pools = _rewarded(options, pools, rewarded, "Rewarding")
     return [_Source("", pools, _judged(options, pools, folder / "judged.jsonl"))]
 
 
-def _read(options: RecallConfig, folder: Path) -> list[_Source]:
+def _read(options: RecallConfig, paths: list[str], folder: Path) -> list[_Source]:
     """Samples of files and of the iterations of runs, each under its name."""
     sources = []
-    for path in map(Path, options.candidates):
+    for path in map(Path, paths):
         if path.is_dir() and (path / "run.yaml").exists():
             found = sorted(path.glob("iteration_*/held_out.jsonl"), key=lambda p: int(p.parent.name.split("_")[1]))
             if not found:
                 raise DataError(f"The run in {str(path)!r} has no samples on held-out prompts yet.")
-            run = f"{path.name}, " if len(options.candidates) > 1 else ""
+            run = f"{path.name}, " if len(paths) > 1 else ""
             sources += [(f"{run}{file.parent.name.replace('_', ' ')}", file) for file in found]
         else:
-            sources.append((path.stem if len(options.candidates) > 1 else "", path))
+            sources.append((path.stem if len(paths) > 1 else "", path))
     result = []
     for number, (name, path) in enumerate(sources):
         pools = read_candidate_pools(str(path))
@@ -371,13 +375,14 @@ def _groups(source: _Source, answer_of: Callable[[str], Any] | None, options: Re
             empty = CheckedSamples(label or "samples", [], [] if judged else None, [] if answer_of else None)
             samples = by_temperature.setdefault(temperature, empty)
             samples.correct.append(np.array([correct[i] for i in of_pool]))
-            if judged is not None:
+            if judged is not None and samples.judged is not None:
                 values = [judged[number].candidates[i].reward for i in of_pool]
                 samples.judged.append(np.array([-math.inf if value is None else value for value in values]))
-            if answer_of is not None:
+            if answer_of is not None and samples.answers is not None:
                 samples.answers.append([answer_of(pool.candidates[i].text) for i in of_pool])
+    known = [solved for solved in greedy if solved is not None]
     for samples in by_temperature.values():
-        samples.greedy = None if None in greedy else greedy
+        samples.greedy = known if len(known) == len(greedy) else None
     return list(by_temperature.values())
 
 

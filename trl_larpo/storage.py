@@ -21,7 +21,7 @@ Row = dict[str, Any]
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment] # mypy has no other way for a module that may be missing
 
 
 _PARTIAL = ".partial"

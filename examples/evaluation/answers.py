@@ -11,9 +11,11 @@ from trl import ModelConfig
 
 from trl_larpo import LarPOError
 from trl_larpo.commands import GenerateConfig, sample_file
+from trl_larpo.generation.sampler import SampleKind
 from trl_larpo.generation.server_process import check_servers
-from trl_larpo.prompts import completion_text, prompt_id
-from trl_larpo.storage import keep_settings, read_jsonl
+from trl_larpo.prompts import Prompt
+from trl_larpo.run.context import read_pools
+from trl_larpo.storage import keep_settings
 
 
 def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -54,8 +56,7 @@ def answer(arguments: argparse.Namespace, texts: list[str], path: Path, temperat
     }
     keep_settings(path.with_suffix(".settings.json"), settings, "--output")
     system = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
-    prompts = [[*system, {"role": "user", "content": text}] for text in texts]
-    rows = [{"prompt_id": prompt_id(prompt), "prompt": prompt} for prompt in prompts]
+    prompts = [Prompt.of([*system, {"role": "user", "content": text}]) for text in texts]
     options = GenerateConfig(
         max_new_tokens=arguments.max_new_tokens,
         generation_batch_size=arguments.batch_size,
@@ -67,11 +68,16 @@ def answer(arguments: argparse.Namespace, texts: list[str], path: Path, temperat
     options.check_sampler()
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     model = ModelConfig(model_name_or_path=arguments.model_name_or_path)
-    answered = read_jsonl(path) if path.exists() else sample_file(options, model, rows, [("policy", temperature)], path)
-    cut = sum(not row["candidates"][0]["finished"] for row in answered)
+    if path.exists():
+        pools = read_pools(path)
+    else:
+        kinds = [SampleKind("policy", temperature)]
+        pools = sample_file(options, model, prompts, kinds, path, seed=options.seed, use_cpu=options.use_cpu)
+    answers = [pool.candidates[0] for pool in pools]
+    cut = sum(not answer.finished for answer in answers)
     if cut:
-        print(f"{cut} of {len(answered)} answers were cut off after {arguments.max_new_tokens} tokens.")
-    return [completion_text(row["completions"][0]) for row in answered]
+        print(f"{cut} of {len(answers)} answers were cut off after {arguments.max_new_tokens} tokens.")
+    return [answer.text for answer in answers]
 
 
 def paper_figures(recipe: Path) -> str:

@@ -7,8 +7,8 @@ random numbers of its own, so that what is sampled does not depend on what else 
 """
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -35,16 +35,16 @@ class Job:
         prompt_ids: Tokens of the prompt, at least one.
         temperatures: Temperature of each completion; 0 decodes greedily.
         uniforms: One row of random numbers in [0, 1) for each completion, `(completions, max_new_tokens)`.
-        results: Tokens of each completion, an end token included. Filled by [`sample`].
+        results: Tokens of each completion, an end token included; empty until [`sample`] has sampled it.
     """
 
     prompt_ids: list[int]
     temperatures: list[float]
     uniforms: np.ndarray
-    results: list[list[int] | None] = None
+    results: list[list[int]] = field(init=False)
 
     def __post_init__(self):
-        self.results = [None] * len(self.temperatures)
+        self.results = [[] for _ in self.temperatures]
 
 
 @torch.no_grad()
@@ -75,12 +75,12 @@ def sample(
     rows = [(job, i) for job in jobs for i in range(len(job.temperatures))]
     if layer_obstacle(model) is not None:  # no cache of keys and values that could be rearranged
         # Prompts of one length together: not every model that keeps a state leaves padding out of it
-        for _, same_length in groupby(sorted(rows, key=_prompt_length, reverse=True), _prompt_length):
-            same_length = list(same_length)
+        for _, group in groupby(sorted(rows, key=_prompt_length, reverse=True), _prompt_length):
+            same_length = list(group)
             for start in range(0, len(same_length), batch_size):
-                batch = same_length[start : start + batch_size]
-                completions = _generate(model, batch, max_new_tokens, end_ids, pad_id, top_p)
-                for (job, i), ids in zip(batch, completions, strict=True):
+                together = same_length[start : start + batch_size]
+                completions = _generate(model, together, max_new_tokens, end_ids, pad_id, top_p)
+                for (job, i), ids in zip(together, completions, strict=True):
                     job.results[i] = ids
                     on_completion(ids)
         return
@@ -117,6 +117,10 @@ def _groups(jobs: list[Job], batch_size: int) -> list[tuple[Job, list[int]]]:
 class _Layer(DynamicLayer):
     """Keys and values in memory with room for further tokens, which is not copied for each token."""
 
+    keys: Tensor | None
+    values: Tensor | None
+    _rooms: list[Tensor]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         old = 0 if self.keys is None or self.keys.numel() == 0 else self.keys.size(2)
         new = old + key_states.size(2)
@@ -134,7 +138,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
 
-def _cache(layers: list[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
+def _cache(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
     cache = DynamicCache()
     cache.layer_class_to_replicate = _Layer
     for number, (keys, values) in enumerate(layers):
@@ -165,13 +169,15 @@ class _Batch:
         real, cache = real.to(device), _cache()
         logits = self._run(input_ids.to(device), real, cache)
         repeats = torch.tensor([len(numbers) for _, numbers in groups], device=device)
-        new_rows = [(job, i, []) for job, numbers in groups for i in numbers]
+        new_rows: list[tuple[Job, int, list[int]]] = [(job, i, []) for job, numbers in groups for i in numbers]
         new_ids = self._draw(logits.repeat_interleave(repeats, dim=0), new_rows, 0)
         for (*_, ids), token in zip(new_rows, new_ids.tolist(), strict=True):
             ids.append(token)
 
         real = real.repeat_interleave(repeats, dim=0)
-        layers = [tuple(t.repeat_interleave(repeats, dim=0) for t in (x.keys, x.values)) for x in cache.layers]
+        layers = [
+            (x.keys.repeat_interleave(repeats, dim=0), x.values.repeat_interleave(repeats, dim=0)) for x in cache.layers
+        ]
         if self.rows:
             layers = [
                 (_stack(old.keys, keys), _stack(old.values, values))
@@ -184,7 +190,7 @@ class _Batch:
 
     def advance(self) -> None:
         """Adds a few tokens to every row; what is too much in those that end meanwhile is cut off when they leave."""
-        columns = []
+        columns: list[Tensor] = []
         for _ in range(min(_STRIDE, self.max_new_tokens - max(len(ids) for *_, ids in self.rows))):
             self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], dim=1)
             logits = self._run(self.last_ids[:, None], self.real, self.cache)
@@ -209,7 +215,7 @@ class _Batch:
             self.real, self.last_ids = self.real[keep], self.last_ids[keep]
             first = int(self.real.any(dim=0).long().argmax()) if staying else 0  # columns before are all padding
             self.real = self.real[:, first:]
-            layers = [tuple(t[keep, :, first:] for t in (x.keys, x.values)) for x in self.cache.layers]
+            layers = [(x.keys[keep, :, first:], x.values[keep, :, first:]) for x in self.cache.layers]
             self.cache = _cache(layers) if staying else _cache()
         return ended
 

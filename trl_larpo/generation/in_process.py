@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -88,7 +89,9 @@ def generate_completions(
     ]
     end_ids = end_token_ids(model.generation_config, tokenizer)
     own_bar = progress is None
-    bar = tqdm(total=len(prompts) * num_samples, desc=description, unit=" completions") if own_bar else progress
+    bar: Any = progress  # `num_tokens` is an attribute of ours
+    if bar is None:
+        bar = tqdm(total=len(prompts) * num_samples, desc=description, unit=" completions")
     num_tokens = getattr(bar, "num_tokens", 0)
 
     def show(ids: list[int]) -> None:

@@ -200,6 +200,7 @@ class PolicySampler:
             return options.server_urls
         if self._servers is None or self._servers[0] != model_path:
             self.close()
+            assert options.server_command is not None  # servers are used, and none run already
             stack = contextlib.ExitStack()
             print(f"Starting {options.num_servers} server(s) of {model_path}; their output is in servers/")
             urls = stack.enter_context(

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import LarPOError
 from ..prompts import Content
@@ -113,7 +114,8 @@ class _Endpoint:
         from openai import AsyncOpenAI
 
         key = os.environ.get(sampler.api_key_variable) or "EMPTY"
-        self.url, self.sampler, self.model, self.extra = url, sampler, sampler.model, {}
+        self.url, self.sampler, self.model = url, sampler, sampler.model
+        self.extra: dict[str, Any] = {}
         self.client = AsyncOpenAI(base_url=url, api_key=key, timeout=sampler.timeout, max_retries=0)
         self.failing_since: float | None = None
         self.wait = _FIRST_WAIT
@@ -226,7 +228,7 @@ class _Run:
         await asyncio.sleep(wait * random.uniform(0.5, 1.0))
 
     async def _all_samples(self, endpoint: _Endpoint, request: Request) -> list[Sample]:
-        samples: list[Sample | None] = [None] * len(request.temperatures)
+        samples: dict[int, Sample] = {}
         for temperature in dict.fromkeys(request.temperatures):
             places = [i for i, value in enumerate(request.temperatures) if value == temperature]
             seed = request.seed + places[0]
@@ -240,7 +242,7 @@ class _Run:
                 found = await self._ask_to_sample(endpoint, request, temperature, places, found)
             for place, sample in zip(places, found, strict=True):
                 samples[place] = sample
-        return samples
+        return [samples[place] for place in range(len(request.temperatures))]
 
     async def _ask_to_sample(
         self, endpoint: _Endpoint, request: Request, temperature: float, places: list[int], found: list[Sample]

@@ -59,10 +59,10 @@ def running_servers(
         for index in range(num_servers):
             port = _free_port()
             words, environment = server_command(command, model=model, port=port, index=index)
-            with open(log_folder / f"server_{index}.log", "ab") as log:
+            with open(log_folder / f"server_{index}.log", "ab") as log_file:
                 try:
                     process = subprocess.Popen(
-                        words, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+                        words, stdout=log_file, stderr=log_file, env=os.environ | environment, start_new_session=True
                     )
                 except OSError as error:
                     raise LarPOError(f"`server_command` cannot be started: {error}.") from error

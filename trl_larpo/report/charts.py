@@ -10,18 +10,20 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from ..storage import finish, partial_path
 
 Row = dict[str, Any]
+Colors = tuple[list[str], str, str]
 
 # Colours of lines, text and axes in the pictures. In the SVG they are stand-ins, for which the page puts its own, light
 # or dark; in the PNG the light ones
-_STAND_INS = ([f"#00000{i}" for i in range(1, 7)], "#000007", "#000008")
+_STAND_INS: Colors = ([f"#00000{i}" for i in range(1, 7)], "#000007", "#000008")
 
-_OF_PAGE = ([f"var(--c{i})" for i in range(1, 7)], "var(--text)", "var(--line)")
+_OF_PAGE: Colors = ([f"var(--c{i})" for i in range(1, 7)], "var(--text)", "var(--line)")
 
-_LIGHT = (["#2a6f97", "#d1793b", "#5b8c5a", "#8d5a97", "#a08a2c", "#667085"], "#1c2430", "#d5d9e0")
+_LIGHT: Colors = (["#2a6f97", "#d1793b", "#5b8c5a", "#8d5a97", "#a08a2c", "#667085"], "#1c2430", "#d5d9e0")
 
 
 # Pictures
@@ -50,14 +52,14 @@ def draw(iterations: dict[int, Row], folder: Path) -> list[str]:
     return pictures
 
 
-def _draw_to(target, draw_one: Callable, iterations: dict[int, Row], colors: tuple, **options) -> bool:
+def _draw_to(target, draw_one: Callable, iterations: dict[int, Row], colors: Colors, **options) -> bool:
     """Draws one picture in some colours; `False` if there is nothing to draw."""
     lines, text, faint = colors
     style = {
         "svg.fonttype": "none", "svg.hashsalt": "larpo", "font.size": 10, "axes.titlesize": 11, "legend.frameon": False,
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": faint, "axes.labelcolor": text,
         "text.color": text, "xtick.color": faint, "ytick.color": faint, "xtick.labelcolor": text,
-        "ytick.labelcolor": text, "axes.prop_cycle": matplotlib.cycler(color=lines), "legend.labelcolor": "linecolor",
+        "ytick.labelcolor": text, "axes.prop_cycle": cycler(color=lines), "legend.labelcolor": "linecolor",
     }  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
@@ -73,11 +75,14 @@ def _as_page_svg(svg: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
-    for stand_ins, colors in zip(_STAND_INS, _OF_PAGE, strict=True):
-        pairs = zip(stand_ins, colors, strict=True) if isinstance(stand_ins, list) else [(stand_ins, colors)]
-        for stand_in, color in pairs:
-            svg = svg.replace(stand_in, color)
+    for stand_in, color in zip(_flat(_STAND_INS), _flat(_OF_PAGE), strict=True):
+        svg = svg.replace(stand_in, color)
     return svg
+
+
+def _flat(colors: Colors) -> list[str]:
+    lines, text, faint = colors
+    return [*lines, text, faint]
 
 
 def _labels(axes, numbers: list[int]) -> None:
@@ -206,7 +211,8 @@ def _lengths(axes, iterations: dict[int, Row]) -> None:
 
 
 def _ranking_metrics(axes, iterations: dict[int, Row]):
-    step, drawn = 0, {"ranking/ndcg": ([], []), "ranking/accuracy": ([], [])}
+    step = 0
+    drawn: dict[str, tuple[list[float], list[float]]] = {"ranking/ndcg": ([], []), "ranking/accuracy": ([], [])}
     for found in iterations.values():
         entries = [entry for entry in found.get("training_log", []) if "ranking/ndcg" in entry]
         for entry in entries:

@@ -16,7 +16,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError, LarPOError
 from ..prompts import Prompt
 from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward, verifiable_instructions_reward
 
-RewardFunction = Callable[..., list[float | None]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 PAIRWISE = "pairwise:"
@@ -143,7 +143,7 @@ def score_pools(
         ]
         candidates = []
         for place, candidate in enumerate(pool.candidates):
-            known = [values[place] for values in weighted if values[place] is not None]
+            known = [value for values in weighted if (value := values[place]) is not None]
             parts = {reward.name: values[place] for reward, values in zip(rewards, of_pool, strict=True)}
             total = math.fsum(known) if known else None
             candidates.append(replace(candidate, reward=total, reward_parts=parts, scored_by=scored_by))
@@ -203,7 +203,7 @@ def _score_flat(reward: Reward, pools: list[CandidatePool]) -> list[list[float |
 
 def _rank_pools(reward: Reward, pools: list[CandidatePool]) -> list[list[float | None]]:
     """One call for each prompt."""
-    result = []
+    result: list[list[float | None]] = []
     for pool in pools:
         count, where = len(pool.candidates), f"for the prompt {_shorten(pool.prompt)!r}"
         completions = [copy.deepcopy(candidate.completion) for candidate in pool.candidates]
@@ -223,7 +223,7 @@ def _rank_pools(reward: Reward, pools: list[CandidatePool]) -> list[list[float |
             for j, value in enumerate(line):
                 if i != j and _checked(value, reward.name, f"as preference [{i}][{j}] {where}") is None:
                     raise DataError(f"The ranker {reward.name} returned None as preference [{i}][{j}] {where}.")
-        result.append(win_rates(matrix))
+        result.append([*win_rates(matrix)])
     return result
 
 

@@ -16,7 +16,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def load_judge(
-    model_class: type, path: str, dtype: str = "auto", device: str | torch.device | None = None
+    model_class: type[Any], path: str, dtype: str = "auto", device: str | torch.device | None = None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """
     A model that judges completions, in eval mode, with the tokenizer it was trained with.
@@ -30,9 +30,9 @@ def load_judge(
     Raises:
         ConfigError: If there is no tokenizer, no model, or weights are missing.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "bfloat16" if target.type == "cuda" else "float32"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
@@ -48,7 +48,7 @@ def load_judge(
         raise ConfigError(
             f"{path!r} is no trained reward model: it has no weights for {', '.join(sorted(loading['missing_keys']))}."
         )
-    return tokenizer, model.to(device).eval()
+    return tokenizer, model.to(target).eval()
 
 
 class RewardModel:

@@ -66,8 +66,8 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     if problem := prompt_problem(prompt):
         raise DataError(f"{where}, column `{name}`: {problem}")
     column = next((column for column in _COMPLETION_COLUMNS if column in row), None)
-    completions = row.get(column)
-    if not isinstance(completions, list) or not completions:
+    completions = None if column is None else row[column]
+    if column is None or not isinstance(completions, list) or not completions:
         raise DataError(f"{where} has no list of completions; give a column `completions` or `responses`.")
     reward_column = next((column for column in _REWARD_COLUMNS if column in row), "rewards")
     rewards, source = row.get(reward_column), _COMPLETION_COLUMNS[column]

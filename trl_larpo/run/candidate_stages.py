@@ -5,7 +5,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
-from ..candidates import build_lists
+from ..candidates import CandidatePool, build_lists
 from ..errors import LarPOError
 from ..generation.sampler import SampleKind, SamplingTask
 from ..storage import GrowingFile, write_json, write_jsonl
@@ -43,7 +43,7 @@ def generate(context: RunContext, iteration: int, path: Path) -> None:
 def reward(context: RunContext, iteration: int, path: Path) -> None:
     """Rewards the new samples. Those of earlier iterations join them, with the rewards they have."""
     options, scorer, folder = context.options, context.scorer, context.folder
-    earlier = [
+    earlier: list[tuple[list[CandidatePool], int | None]] = [
         (read_pools(folder.iteration(number) / path.name), number)
         for number in earlier_iterations(options.memory, iteration)
     ]

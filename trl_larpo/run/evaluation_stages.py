@@ -59,7 +59,7 @@ def kl_from_initial(
         sampled = [candidate for candidate in pool.candidates if candidate.text.strip()]
         if sampled:
             distinct: dict[tuple[str, bool], Candidate] = {_key(candidate): candidate for candidate in sampled}
-            lists.append(CandidateList(list(distinct.values()), prompt=pool.prompt))
+            lists.append(CandidateList(pool.prompt, list(distinct.values())))
             counts.append([Counter(map(_key, sampled))[key] for key in distinct])
     if not lists:
         return None

@@ -182,7 +182,7 @@ class RunFolder:
 
 def _plain(value: Any) -> Any:
     """Values of options as YAML knows them."""
-    if dataclasses.is_dataclass(value):  # accelerator_config
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # accelerator_config
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}

@@ -89,8 +89,8 @@ def check_iteration(
     # Samples shrinking to nothing are no fewer for being finished
     truncated = max(1 - now["finished"], 1 - finished_share(samples))
     margins = [entry["rewards/margins"] / beta for entry in training_log if "rewards/margins" in entry and beta]
-    was_stopped = monitor is not None and monitor["stopped_at"] is not None
-    change = monitor["points"][-1]["change"] if was_stopped else now["change"]
+    stopped = monitor if monitor is not None and monitor["stopped_at"] is not None else None
+    change = now["change"] if stopped is None else stopped["points"][-1]["change"]
     kl = (now["kl_from_initial"] or {}).get("mean")
     return [
         Check(
@@ -126,7 +126,7 @@ def check_iteration(
             "held_out_reward",
             change["mean"],
             "not down by more than two standard errors in an iteration",
-            not was_stopped and not fell(change, now["prompts"]),
+            stopped is None and not fell(change, now["prompts"]),
             "Training makes answers to held-out prompts worse. Lower `learning_rate`, raise `beta`, or add 'sft' to "
             "`loss_type`, in a new `output_dir`.",
         ),

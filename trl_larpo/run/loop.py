@@ -194,9 +194,10 @@ def _fetch(mirror: Mirror) -> None:
 
 def _push(mirror: Mirror | None) -> None:
     """A store that is out of reach does not stop the run; the next stage tries again."""
+    if mirror is None:
+        return
     try:
-        if mirror is not None:
-            mirror.push()
+        mirror.push()
     except Exception as error:  # of any store's
         print(f"  WARNING mirror: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
 

@@ -45,14 +45,14 @@ def add_earlier_candidates(
     added: dict[str, list] = {pool.prompt.id: [] for pool in pools}
     for earlier_pools, iteration in earlier:
         for earlier_pool in earlier_pools:
-            pool = by_id.get(earlier_pool.prompt.id)
-            if pool is None:
+            current = by_id.get(earlier_pool.prompt.id)
+            if current is None:
                 continue
             for candidate in earlier_pool.candidates:
                 if iteration is None or candidate.iteration == iteration:
-                    completion = in_form_of(pool.prompt.content, candidate.completion)
+                    completion = in_form_of(current.prompt.content, candidate.completion)
                     candidate = replace(candidate, completion=completion)
                     if candidate.scored_by != reward_id:
                         candidate = replace(candidate, reward=None, reward_parts={}, scored_by=None)
-                    added[pool.prompt.id].append(candidate)
+                    added[current.prompt.id].append(candidate)
     return [pool.with_candidates([*pool.candidates, *added[pool.prompt.id]]) for pool in pools]

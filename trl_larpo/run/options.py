@@ -37,6 +37,11 @@ class PromptOptions(CheckedOptions):
         False, "Make each text prompt the user's message of a conversation, so that the chat template is applied."
     )
 
+    @property
+    def prompt_sources(self) -> list[str]:
+        """The files, folders and hub ids in `prompts`."""
+        return self.prompts or []
+
     def check_prompts(self) -> None:
         if not self.prompts or not all(self.prompts):
             raise ConfigError(
@@ -175,10 +180,10 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
             ConfigError: Names the option and how to fix it.
         """
         self.check_prompts()
-        if len(self.prompts) > 1 and self.prompt_schedule == "fresh" and len(self.prompts) != self.num_iterations:
+        num_sources = len(self.prompt_sources)
+        if num_sources > 1 and self.prompt_schedule == "fresh" and num_sources != self.num_iterations:
             raise ConfigError(
-                f"`prompts` names {len(self.prompts)} files for {self.num_iterations} iterations; give one, or one for "
-                "each."
+                f"`prompts` names {num_sources} files for {self.num_iterations} iterations; give one, or one for each."
             )
         for name, least in (
             ("num_iterations", 1),
@@ -223,9 +228,9 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
                 "command instead."
             )
         selection, pool = self.selection(), self.num_samples + self.num_negatives * len(self.negatives)
-        if selection.num_best is not None and selection.num_best + selection.num_worst > pool:
+        if selection.full_size is not None and selection.full_size > pool:
             raise ConfigError(
-                f"`num_best` + `num_worst` is {selection.num_best + selection.num_worst}, but a prompt has only {pool} "
+                f"`num_best` + `num_worst` is {selection.full_size}, but a prompt has only {pool} "
                 "completions. Raise `num_samples`, or take fewer."
             )
 

@@ -69,9 +69,7 @@ def _selection_text(options: RunConfig) -> str:
 
 
 def _list_size(options: RunConfig, pool: int) -> int:
-    if options.num_best is not None:
-        return min(pool, options.num_best + options.num_worst)
-    return min(pool, options.max_list_size or pool)
+    return min(pool, options.selection().full_size or options.max_list_size or pool)
 
 
 def _num_steps(folder: RunFolder, num_lists: int) -> int:

@@ -54,7 +54,7 @@ def choose_prompts(
 
     def load(path: str, split: str, known: set[str]) -> list[Prompt]:
         prompts = []
-        config = options.prompts_config if path in options.prompts else None
+        config = options.prompts_config if path in options.prompt_sources else None
         for prompt in load_prompts(path, options, config, split):
             counts["read"] += 1
             if prompt.id in known:
@@ -67,7 +67,7 @@ def choose_prompts(
         return prompts
 
     known: set[str] = set()
-    sources = [load(path, options.prompts_split, known) for path in options.prompts]
+    sources = [load(path, options.prompts_split, known) for path in options.prompt_sources]
     if options.prompt_schedule == "same":
         sources = [[prompt for prompts in sources for prompt in prompts]]
     for prompts in sources:

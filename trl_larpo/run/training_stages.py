@@ -139,10 +139,9 @@ class TrainingStage:
             for entry in trainer.state.log_history
             if "held_out/finished" not in entry  # in monitor.json; when it is sampled depends on the machine's speed
         ]
-        kept_step = None if monitor is None else monitor.kept_step
-        if kept_step is not None and PartialState().is_main_process:
+        if monitor is not None and monitor.kept_step is not None and PartialState().is_main_process:
             print(f"Iteration {self.iteration}: {monitor.explanation()}")
-        self._save_model(kept_step)
+        self._save_model(None if monitor is None else monitor.kept_step)
         if PartialState().is_main_process:
             write_jsonl(self.path.with_name("training_log.jsonl"), log)
             replace_folder(partial_path(self.path), self.path)

@@ -116,7 +116,7 @@ def enable_passes(model: PreTrainedModel) -> None:
         outputs = []
         for lists in passes:
             recorded: KeysAndValues = {}
-            if lists.prompt_ids is not None:
+            if lists.prompt_ids is not None and lists.prompt_real is not None:
                 self.base_model(
                     input_ids=lists.prompt_ids,
                     attention_mask=lists.prompt_real.long(),

@@ -73,11 +73,12 @@ class DataCollatorForCandidateLists(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [example["prompt_ids"] for example in examples]
         completions = [example["completion_ids"] for example in examples]
-        cut_at_start = self.max_length is not None and self.truncation_mode == "keep_end"
-        if self.max_length is not None and not cut_at_start:
-            prompts = [ids[: self.max_length] for ids in prompts]
+        kept_at_start = self.max_length if self.truncation_mode != "keep_end" else None
+        kept_at_end = self.max_length if self.truncation_mode == "keep_end" else None
+        if kept_at_start is not None:
+            prompts = [ids[:kept_at_start] for ids in prompts]
             completions = [
-                [ids[: self.max_length - len(prompt)] for ids in candidates]
+                [ids[: kept_at_start - len(prompt)] for ids in candidates]
                 for prompt, candidates in zip(prompts, completions, strict=True)
             ]
         list_size = max(len(candidates) for candidates in completions)
@@ -93,7 +94,7 @@ class DataCollatorForCandidateLists(DataCollatorMixin):
             "completion_mask": torch.zeros(shape, dtype=torch.long),
             "candidate_mask": torch.zeros(shape[:2], dtype=torch.bool),
         }
-        if cut_at_start:
+        if kept_at_end is not None:
             batch["first_position"] = torch.zeros(shape[:2], dtype=torch.long)
         for i, (prompt, candidates) in enumerate(zip(prompts, completions, strict=True)):
             batch["prompt_ids"][i, : len(prompt)] = torch.tensor(prompt)
@@ -102,8 +103,8 @@ class DataCollatorForCandidateLists(DataCollatorMixin):
             for j, ids in enumerate(candidates):
                 batch["completion_ids"][i, j, : len(ids)] = torch.tensor(ids)
                 batch["completion_mask"][i, j, : len(ids)] = 1
-                if cut_at_start:
-                    batch["first_position"][i, j] = max(0, len(prompt) + len(ids) - self.max_length)
+                if kept_at_end is not None:
+                    batch["first_position"][i, j] = max(0, len(prompt) + len(ids) - kept_at_end)
         for name in ("relevance", "ref_logps"):
             if name in examples[0]:
                 batch[name] = torch.zeros(shape[:2])

@@ -3,6 +3,7 @@
 import difflib
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
@@ -127,8 +128,9 @@ class LarPOConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        loss_type: Any = self.loss_type
+        if isinstance(loss_type, str):  # one name, not in a list
+            self.loss_type = [loss_type]
         check_loss_types(self.loss_type)
         if self.lambda_weight is not None and self.lambda_weight not in LAMBDA_WEIGHTS:
             raise ConfigError(
@@ -147,8 +149,9 @@ class LarPOConfig(DPOConfig):
                 f"{self.loss_type}. Add 'listnet' to `loss_type` or remove `listnet_temperature`."
             )
         check_truncated_completions(self.truncated_completions)
-        if isinstance(self.shared_prompt, bool):  # what YAML makes of on and off
-            self.shared_prompt = "on" if self.shared_prompt else "off"
+        shared_prompt: Any = self.shared_prompt
+        if isinstance(shared_prompt, bool):  # what YAML makes of on and off
+            self.shared_prompt = "on" if shared_prompt else "off"
         if self.shared_prompt not in SHARED_PROMPT:
             raise ConfigError(f"`shared_prompt` is {self.shared_prompt!r}; it must be one of {list(SHARED_PROMPT)}.")
         if self.candidate_chunk_size is not None and self.candidate_chunk_size < 1:
@@ -159,7 +162,7 @@ class LarPOConfig(DPOConfig):
                 "`gradient_checkpointing_kwargs` to {'use_reentrant': False}."
             )
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
-            self.bf16 = False  # DPOConfig's default of True is refused on a machine without an accelerator
+            self.bf16: bool | None = False  # DPOConfig's default of True is refused on a machine without an accelerator
         super().__post_init__()
 
 

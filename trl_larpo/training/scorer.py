@@ -98,7 +98,7 @@ class CandidateScorer:
             model_kwargs: Further arguments for the model.
         """
         if self.chunk_size is not None:
-            return self._in_chunks(model, batch, **model_kwargs)
+            return self._in_chunks(model, batch, self.chunk_size, **model_kwargs)
         if self.shares_prompt:
             rows = shared_prompt_rows(batch, self.args.pad_to_multiple_of)
             rows = pack(rows) if uses_blocks(self.model) else rows
@@ -111,14 +111,14 @@ class CandidateScorer:
             mask = rows.real.long()
         return _candidate_outputs(rows, run_rows(model, rows, mask, **model_kwargs))
 
-    def _in_chunks(self, model: nn.Module, batch: Batch, **model_kwargs) -> CandidateOutputs:
+    def _in_chunks(self, model: nn.Module, batch: Batch, chunk_size: int, **model_kwargs) -> CandidateOutputs:
         list_size = batch["candidate_mask"].size(1)
         if self.accelerator.num_processes > 1:
             sizes = self.accelerator.gather(torch.tensor([list_size], device=self.accelerator.device))
             list_size = int(sizes.max())
         is_fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         passes = passes_in_chunks(
-            self.model, batch, self.shares_prompt, self.chunk_size, list_size, prompts_first=not is_fsdp
+            self.model, batch, self.shares_prompt, chunk_size, list_size, prompts_first=not is_fsdp
         )
         outputs = iter(model(passes=passes, **model_kwargs))
         lists = [

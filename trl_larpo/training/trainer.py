@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
@@ -102,6 +102,9 @@ class LarPOTrainer(DPOTrainer):
             }"""),
     }
 
+    _signature_columns: list[str] | None  # of Trainer
+    _precompute_engine: nn.Module | None  # of DPOTrainer
+
     def __init__(
         self,
         model: "str | PreTrainedModel",
@@ -177,7 +180,7 @@ class LarPOTrainer(DPOTrainer):
             if self.ref_model is not None:
                 _ = self._reference_scorer
             else:
-                vars(self).pop("_reference_scorer", None)  # of a model that only the precomputation had
+                self.__dict__.pop("_reference_scorer", None)  # of a model that only the precomputation had
 
     # From rows to batches
 

@@ -6,6 +6,7 @@ When a new version breaks one, tests/test_contract.py says which.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def gather_partitioned_heads() -> None:
 
 
 @contextlib.contextmanager
-def fused_head(real: Tensor, cpu_function: type) -> Iterator[None]:
+def fused_head(real: Tensor, cpu_function: type[Any]) -> Iterator[None]:
     """
     Makes TRL's fused head fit for some rows.
 

@@ -234,7 +234,7 @@ def canonical_row(
 
     count = len(completions)
     finished = _finished(row, count, fail)
-    canonical = {
+    canonical: Row = {
         "prompt": prompt,
         "completions": completions,
         "relevance": _relevance(row, finished, truncated_completions, fail),
@@ -258,33 +258,41 @@ def _relevance(row: Row, finished: list[bool], truncated_completions: str, fail)
     Ranked last, all cut-off completions get one value below the others: lower than the worst by the mean distance of
     two neighbours among them, by 1 where they do not differ.
     """
-    if "rewards" not in row:
-        relevance = [float(rank) for rank in reversed(range(len(finished)))]
+    relevance: list[float | None]
+    if "rewards" in row:
+        relevance = _rewards(row, finished, truncated_completions, fail)
     else:
-        relevance = _as_list(row["rewards"])
-        if not isinstance(relevance, list):
-            kind = "None" if relevance is None else f"of type {type(relevance).__name__}"
-            raise fail(
-                "rewards",
-                f"is {kind}; give one number per completion (or drop the column if completions stand best first).",
-            )
-        if len(relevance) != len(finished):
-            raise fail("rewards", f"has {len(relevance)} numbers for {len(finished)} completions; give one for each.")
-        for position, (reward, ended) in enumerate(zip(relevance, finished, strict=True)):
-            if reward is None and not ended and truncated_completions != "by_reward":
-                continue
-            if reward is None or not isinstance(reward, Real):
-                problem = f"entry {position} is {reward!r}, not a number; score it or remove the completion."
-                raise fail("rewards", problem)
-            if not math.isfinite(reward):
-                raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
+        relevance = [float(rank) for rank in reversed(range(len(finished)))]
     if truncated_completions == "rank_last" and not all(finished):
-        of_finished = [float(value) for value, ended in zip(relevance, finished, strict=True) if ended]
+        by_completion = zip(relevance, finished, strict=True)
+        of_finished = [value for value, ended in by_completion if ended and value is not None]
         lowest, spread = (min(of_finished), max(of_finished) - min(of_finished)) if of_finished else (0.0, 0.0)
         last = lowest - (spread / (len(of_finished) - 1) if spread > 0 else 1.0)
         last = min(last, math.nextafter(lowest, -math.inf))  # also where rounding swallows the difference
         relevance = [value if ended else last for value, ended in zip(relevance, finished, strict=True)]
-    return [0.0 if value is None else float(value) for value in relevance]  # None: dropped
+    return [0.0 if value is None else value for value in relevance]  # None: dropped
+
+
+def _rewards(row: Row, finished: list[bool], truncated_completions: str, fail) -> list[float | None]:
+    """The rewards of a row; `None` is for cut-off completions alone, where their rewards do not count."""
+    rewards = _as_list(row["rewards"])
+    if not isinstance(rewards, list):
+        kind = "None" if rewards is None else f"of type {type(rewards).__name__}"
+        raise fail(
+            "rewards",
+            f"is {kind}; give one number per completion (or drop the column if completions stand best first).",
+        )
+    if len(rewards) != len(finished):
+        raise fail("rewards", f"has {len(rewards)} numbers for {len(finished)} completions; give one for each.")
+    for position, (reward, ended) in enumerate(zip(rewards, finished, strict=True)):
+        if reward is None and not ended and truncated_completions != "by_reward":
+            continue
+        if reward is None or not isinstance(reward, Real):
+            problem = f"entry {position} is {reward!r}, not a number; score it or remove the completion."
+            raise fail("rewards", problem)
+        if not math.isfinite(reward):
+            raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
+    return [None if reward is None else float(reward) for reward in rewards]
 
 
 def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int, Row]]:
@@ -357,7 +365,7 @@ def _check_ref_logps(row: Row, num_completions: int, fail) -> None:
             "drop the column.",
         )
     for position, logp in enumerate(ref_logps):
-        if not isinstance(logp, Real) or not math.isfinite(logp) or logp > 0:
+        if not isinstance(logp, Real) or not math.isfinite(logp) or float(logp) > 0:
             raise fail(
                 "ref_logps", f"entry {position} is {logp!r}; give a finite number of at most 0, or drop the column."
             )
