@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from trl_larpo import cli
-from trl_larpo.candidates import build_lists, candidates_of
+from trl_larpo.candidates import Candidate, CandidatePool, build_lists
+from trl_larpo.prompts import Prompt
 from trl_larpo.report.page import write_report as page
 from trl_larpo.run import loop
 from trl_larpo.run.options import SelectionOptions
@@ -108,15 +109,9 @@ def known(exceptions, name, option):
 def kept_ranks(recipe):
     """Which of the responses to a prompt the package trains on, best = 1."""
     options = SelectionOptions(num_best=recipe["num_best"], num_worst=recipe["num_worst"])
-    about = {"iteration": 1, "source": "policy", "temperature": 1.0, "finished": True, "num_tokens": 5}
-    size = recipe["num_samples"]
-    pool = {
-        "completions": [f"response {i}" for i in range(size)],
-        "rewards": [float(-i) for i in range(size)],
-        "candidates": [about] * size,
-    }
-    [row], _ = build_lists([({"prompt_id": "p", "prompt": "p"}, candidates_of(pool))], options.selection())
-    return [int(1 - reward) for reward in row["rewards"]]
+    candidates = [Candidate(f"response {i}", float(-i)) for i in range(recipe["num_samples"])]
+    [made], _ = build_lists([CandidatePool(Prompt.of("p"), candidates)], options.selection())
+    return [int(1 - candidate.reward) for candidate in made.selected]
 
 
 # AlpacaEval 2 LC win rate, win rate, MixEval, MixEval-Hard, as printed in the paper

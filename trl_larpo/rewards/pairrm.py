@@ -14,7 +14,7 @@ from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedMod
 
 from ..errors import ConfigError
 from ..prompts import Content, completion_text
-from .reward_models import load_judge
+from .reward_models import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class PairRMModel(DebertaV2PreTrainedModel):
         return (scores[0] - scores[1]).mean(dim=-1)
 
 
-class PairRM:
+class PairRM(Judge):
     """
     PairRM as a pairwise ranker: `ranker(prompt, completions)` returns a matrix of preferences.
 
@@ -83,23 +83,14 @@ class PairRM:
         ConfigError: If it is no such model.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        batch_size: int = 16,
-        max_length: int | None = None,
-        dtype: str = "auto",
-        device: str | torch.device | None = None,
-    ):
-        self.__name__ = path
-        self.tokenizer, self.model = load_judge(PairRMModel, path, dtype, device)
+    model_class = PairRMModel
+
+    def __init__(self, path: str, **options: Any):
+        super().__init__(path, **options)
         if self.tokenizer.convert_tokens_to_ids([SOURCE, FIRST, SECOND]) != self.model.markers:
             raise ConfigError(
                 f"The tokenizer of {path!r} is not PairRM's: it does not know {SOURCE}, {FIRST}, {SECOND}."
             )
-        self.batch_size, self.max_length = batch_size, max_length or MAX_LENGTH
-        self.num_cut = 0
 
     @torch.no_grad()
     def __call__(self, prompt: Content, completions: list[Any]) -> list[list[float]]:
@@ -116,8 +107,9 @@ class PairRM:
 
     def encode(self, source: str, completions: list[str]) -> dict[tuple[int, int], list[int]]:
         """Token ids of each comparison, by the numbers of its first and second completion; cut as in training."""
-        source_ids = self._marked(SOURCE, source, MAX_SOURCE_LENGTH * self.max_length // MAX_LENGTH)
-        rest = (self.max_length - len(source_ids)) // 2
+        max_length = self.max_length or MAX_LENGTH
+        source_ids = self._marked(SOURCE, source, MAX_SOURCE_LENGTH * max_length // MAX_LENGTH)
+        rest = (max_length - len(source_ids)) // 2
         firsts, seconds = ([self._marked(marker, text, rest) for text in completions] for marker in (FIRST, SECOND))
         return {
             (i, j): source_ids + first + second

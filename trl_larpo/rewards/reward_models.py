@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import ConfigError, DataError
 from ..prompts import Content
@@ -15,43 +15,57 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
-def load_judge(
-    model_class: type[Any], path: str, dtype: str = "auto", device: str | torch.device | None = None
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+class Judge:
     """
     A model that judges completions, in eval mode, with the tokenizer it was trained with.
 
     Args:
-        model_class: Has `from_pretrained`.
         path: Folder or hub id.
+        batch_size: Sequences that go through the model at the same time.
+        max_length: Longest sequence in tokens; `None`: the subclass decides.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
         device: `None`: a GPU where there is one.
 
     Raises:
         ConfigError: If there is no tokenizer, no model, or weights are missing.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype == "auto":
-        dtype = "bfloat16" if target.type == "cuda" else "float32"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"The reward model {path!r} has no tokenizer of its own ({' '.join(str(error).split())[:200]}). Save the "
-            "one it was trained with beside it."
-        ) from error
-    try:
-        model, loading = model_class.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"The reward model {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
-    if loading["missing_keys"]:
-        raise ConfigError(
-            f"{path!r} is no trained reward model: it has no weights for {', '.join(sorted(loading['missing_keys']))}."
-        )
-    return tokenizer, model.to(target).eval()
+
+    model_class: type[Any]
+    """Has `from_pretrained`."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+    ):
+        self.__name__ = path
+        self.batch_size, self.max_length, self.num_cut = batch_size, max_length, 0
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "auto":
+            dtype = "bfloat16" if place.type == "cuda" else "float32"
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(
+                f"The reward model {path!r} has no tokenizer of its own ({' '.join(str(error).split())[:200]}). Save "
+                "the one it was trained with beside it."
+            ) from error
+        try:
+            model, loading = self.model_class.from_pretrained(
+                path, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"The reward model {path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        if missing := sorted(loading["missing_keys"]):
+            raise ConfigError(f"{path!r} is no trained reward model: it has no weights for {', '.join(missing)}.")
+        self.model = model.to(place).eval()
 
 
-class RewardModel:
+class RewardModel(Judge):
     """
     A sequence classification model of one label as a reward function.
 
@@ -69,23 +83,16 @@ class RewardModel:
         ConfigError: If it is no reward model, or has no tokenizer.
     """
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        batch_size: int = 16,
-        max_length: int | None = None,
-        dtype: str = "auto",
-        device: str | torch.device | None = None,
-    ):
-        self.__name__ = path
-        self.tokenizer, self.model = load_judge(AutoModelForSequenceClassification, path, dtype, device)
+    model_class = AutoModelForSequenceClassification
+
+    def __init__(self, path: str, **options: Any):
+        super().__init__(path, **options)
         if self.model.config.num_labels != 1:
             raise ConfigError(
                 f"The reward model {path!r} has {self.model.config.num_labels} labels; a reward has 1. Wrap it in a "
                 "function that makes one number of them."
             )
-        self.batch_size, self.max_length, self.checked, self.num_cut = batch_size, max_length, False, 0
+        self.checked = False
 
     def __call__(self, prompts: list[Content], completions: list[Any], **columns: list[Any]) -> list[float]:
         """The reward of each completion."""
