@@ -74,10 +74,8 @@ class PairRM(Judge):
 
     Args:
         path: Folder or hub id, such as `llm-blender/PairRM-hf`.
-        batch_size: Pairs read at the same time.
-        max_length: Longest prompt with two completions, in tokens. `None`: 2048. The end of what is longer is cut off.
-        dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
-        device: `None`: a GPU where there is one.
+        **options: `batch_size`, `max_length`, `dtype` and `device`, as in [`Judge`]. `max_length` is the longest prompt
+            with two completions, in tokens; the end of what is longer is cut off. `None`: 2048.
 
     Raises:
         ConfigError: If it is no such model.

@@ -74,10 +74,8 @@ class RewardModel(Judge):
 
     Args:
         path: Folder or hub id.
-        batch_size: Completions scored at the same time.
-        max_length: Longest prompt plus completion in tokens; of longer ones the start is cut off. `None`: no limit.
-        dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
-        device: `None`: a GPU where there is one.
+        **options: `batch_size`, `max_length`, `dtype` and `device`, as in [`Judge`]. `max_length` is the longest prompt
+            plus completion in tokens; of longer ones the start is cut off. `None`: no limit.
 
     Raises:
         ConfigError: If it is no reward model, or has no tokenizer.
