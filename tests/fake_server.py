@@ -39,7 +39,8 @@ class FakeServer(ThreadingHTTPServer):
         self.url, self.closing = f"http://127.0.0.1:{self.server_port}/v1", threading.Event()
 
     def start(self) -> "FakeServer":
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        # Asked to stop, it looks up after this many seconds
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def close(self) -> None:

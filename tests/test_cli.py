@@ -63,6 +63,7 @@ def test_trains_from_yaml_with_flags_that_win(yaml_file, tmp_path, capsys):
     assert str(tmp_path) not in card.split("model=")[0]  # paths of this machine are no names of data sets
 
 
+@pytest.mark.slow
 def test_resumes_from_the_last_checkpoint(yaml_file, tmp_path, monkeypatch):
     assert cli.main(["train", "--config", str(yaml_file), "--resume_from_checkpoint", "last"]) == 0  # none there yet
     started_at = []
@@ -78,6 +79,7 @@ def test_resumes_from_the_last_checkpoint(yaml_file, tmp_path, monkeypatch):
     assert started_at == [4, 5]
 
 
+@pytest.mark.slow
 def test_trains_with_lora_and_evaluates(yaml_file, tmp_path, tiny_model):
     pytest.importorskip("peft")
     from datasets import DatasetDict

@@ -37,7 +37,8 @@ def plain_generate(model, tokenizer, prompt, **options):
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "mistral with a window", "gpt2", pytest.param("mamba", marks=pytest.mark.slow)]
+    "architecture",
+    ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("mistral with a window", "gpt2", "mamba"))],
 )
 def test_greedy_equals_generate_prompt_by_prompt(tmp_path, architecture):
     # Left padding, the shared prefill and leaving the batch early must not show
@@ -84,6 +85,7 @@ def test_samples_do_not_depend_on_the_batch(tmp_path, architecture):
     assert last == reference[-1:]
 
 
+@pytest.mark.slow
 def test_nucleus_sampling_leaves_out_the_tail():
     weights = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     job = Job([1], [1.0], np.linspace(0, 0.999, 1000)[None, :])

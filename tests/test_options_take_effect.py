@@ -112,6 +112,7 @@ def test_server_api_key_variable(generate, server, monkeypatch):
     assert {asked["key"] for asked in running.requests} == {"Bearer sk-mine"}
 
 
+@pytest.mark.slow
 def test_server_timeout(generate, server):
     running = server("stalls")
     assert generate("--server_urls", running.url, "--server_timeout", 0.5) == 0
@@ -119,12 +120,14 @@ def test_server_timeout(generate, server):
     assert len(rows_of("samples.jsonl")) == 4
 
 
+@pytest.mark.slow
 def test_server_health_route(generate, at_most_a_minute):
     pytest.importorskip("openai")
     command = ["--server_command", f"{FAKE_SERVER} --fault slow_start", "--server_start_timeout", 30]
     assert generate(*command, "--server_health_route", "/v1/models") == 0  # /health is never ready
 
 
+@pytest.mark.slow
 def test_server_start_timeout(generate, capsys, at_most_a_minute):
     pytest.importorskip("openai")
     assert generate("--server_command", f"{FAKE_SERVER} --fault slow_start", "--server_start_timeout", 2) == 2

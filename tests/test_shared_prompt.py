@@ -149,6 +149,7 @@ def test_chunks_equal_the_whole(first_step, name, shared_prompt, options):
         assert_same(found, whole, 1e-5)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_shared_after_truncation(first_step):
     separate = first_step("llama", shared_prompt="off", max_length=30)
     assert_same(first_step("llama", shared_prompt="on", max_length=30), separate, 1e-4)
@@ -165,6 +166,7 @@ def test_what_a_mask_cannot_do_is_not_shared(model_of):
     assert "linear_attention" in sharing_obstacle(model)
 
 
+@pytest.mark.slow
 def test_prompts_cut_at_the_start_are_not_shared(first_step, config):
     with pytest.raises(ConfigError, match="keep_end"):
         first_step("llama", shared_prompt="on", max_length=40, truncation_mode="keep_end")

@@ -56,6 +56,7 @@ def test_samples_do_not_depend_on_where_it_was_stopped(project, generate):
     assert (project / "samples.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_samples_from_a_server(project, generate):
     pytest.importorskip("openai")
     server = FakeServer().start()

@@ -176,6 +176,7 @@ def test_tied_lists_contribute_nothing(trained, caplog):
     assert trainer.state.log_history[0]["list_size"] == 3
 
 
+@pytest.mark.slow
 def test_own_loss_takes_the_place_of_loss_type(trained):
     seen = []
 
@@ -416,6 +417,7 @@ def test_sync_ref_model(tiny_model, config, alpha):
     assert (margins[2] == 0.0) == (alpha == 1.0)
 
 
+@pytest.mark.slow
 def test_explicit_reference_model_is_used(trained, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(tiny.save_tiny_model(tmp_path / "other", initializer_range=0.2))
     trainer = trained(tiny.lists(), {"max_steps": 1}, ref_model=other)
@@ -525,6 +527,7 @@ def test_a_stream_gives_the_numbers_of_the_same_rows_at_hand(trained, monkeypatc
     assert_same_weights(stream.model, rows.model, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_stream_of_unknown_columns_names_its_bad_row(trained):
     def rows():
         for i in range(40):
@@ -634,6 +637,7 @@ def test_nothing_left_is_an_error(tiny_model, config):
         LarPOTrainer(model=tiny_model, args=config(max_length=20), train_dataset=Dataset.from_list(rows))
 
 
+@pytest.mark.slow
 def test_without_max_length_nothing_is_cut(trained):
     rows = [{"prompt": "x" * 30, "completions": [" a", " b" * 30]}] * 4
     trainer = trained(Dataset.from_list(rows), {"max_length": None})

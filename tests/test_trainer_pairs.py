@@ -136,6 +136,7 @@ def test_options_equal_dpo_sigmoid(trained, options):
     assert_close(ours, theirs, ("loss", "grad_norm"), rtol=tolerance, atol=0)
 
 
+@pytest.mark.slow
 def test_sft_term_equals_dpo_trainer(trained):
     weights = {"loss_weights": [1.0, 0.3]}
     ours, theirs = run_both(
@@ -165,6 +166,7 @@ def test_own_collator_goes_dpo_trainers_way(trained, tiny_model):
     assert trajectory(ours, "loss", "grad_norm") == trajectory(theirs, "loss", "grad_norm")
 
 
+@pytest.mark.slow
 def test_lists_cannot_be_evaluated_after_training_dpo_trainers_way(trained):
     with pytest.raises(ConfigError, match="eval dataset holds lists, but this trainer was built for pairs"):
         trained(tiny.pairs(), {"loss_type": "ipo"}).evaluate(tiny.lists())

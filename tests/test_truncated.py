@@ -163,6 +163,7 @@ def test_they_are_counted():
     assert check_dataset(Dataset.from_list(rows), "rows", "by_reward").num_tied == 3
 
 
+@pytest.mark.slow
 def test_training_raises_the_probability_of_ending(trained, tiny_model):
     """The same texts, of which the second was cut off: the probability of an end token rises only where it was not."""
     rows = [row([say("yes yes"), say("no no no")], [True, False], rewards=[1.0, 0.0])] * 8
