@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from trl_larpo import ConfigError
+from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool, Selection, build_list, build_lists
 from trl_larpo.prompts import Prompt, prompt_id
 from trl_larpo.run.memory import earlier_iterations
@@ -229,3 +229,13 @@ def test_random_prompts_are_others_and_repeatable():
 def test_prompt_ids_depend_on_content_alone():
     assert prompt_id([{"role": "user", "content": "é"}]) == prompt_id([{"content": "é", "role": "user"}])
     assert prompt_id("a") != prompt_id("b")
+
+
+def test_rows_of_pools_keep_rewards_and_never_mix_judges():
+    judged = [Candidate("a", 1.0, scored_by="x"), Candidate("b", None, scored_by="x")]
+    for candidates in ([], [Candidate("a", 1.0), Candidate("b")], [Candidate("a"), Candidate("b")], judged):
+        pool = CandidatePool(Prompt.of("p", {"answer": "2"}), candidates)
+        assert CandidatePool.from_row(pool.to_row()) == pool
+    assert "rewards" not in CandidatePool(Prompt.of("p"), [Candidate("a")]).to_row()
+    with pytest.raises(DataError, match="different rewards"):
+        CandidatePool(Prompt.of("p"), [*judged, Candidate("c", 1.0, scored_by="y")]).to_row()

@@ -4,11 +4,12 @@ What LarPOTrainer relies on in TRL. A failure here says which part of TRL has ch
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import _tokenize, common_prefix_length
@@ -21,6 +22,7 @@ from trl_larpo import DataCollatorForCandidateLists
 from trl_larpo.training.chunking import run_rows
 from trl_larpo.training.config import DPO_LOSSES
 from trl_larpo.training.cpu_head import CPULogProbs
+from trl_larpo.training.log_probabilities import log_probabilities_under
 from trl_larpo.training.token_rows import separate_rows
 
 SIGNATURES = {
@@ -125,3 +127,25 @@ def test_names_of_trl_losses(tiny_model, config):
         trainer.train()
     in_trl = set(re.findall(r"'(\w+)'", str(error.value)))
     assert in_trl == DPO_LOSSES, f"TRL's losses are now {sorted(in_trl)}; update DPO_LOSSES in config.py"
+
+
+@pytest.mark.parametrize("kind, device_map", [("DEEPSPEED", {"device_map": None}), ("NO", {})])
+def test_a_launched_process_loads_the_model_without_a_device_map(tiny_model, config, monkeypatch, kind, device_map):
+    # transformers refuses device_map="auto" under ZeRO-3, also in one process; on a CPU it would not show
+    given = {}
+
+    class Stop(Exception):
+        pass
+
+    def load(path, **options):
+        given.update(options)
+        raise Stop
+
+    args = config()
+    monkeypatch.setattr("trl_larpo.training.log_probabilities.create_model_from_path", load)
+    monkeypatch.setattr(args, "distributed_state", SimpleNamespace(distributed_type=kind))
+    lists = tiny.lists()
+    dataset = lists.add_column("prompt_id", [str(number) for number in range(len(lists))])
+    with pytest.raises(Stop):
+        log_probabilities_under(tiny_model, dataset, args, {}, AutoTokenizer.from_pretrained(tiny_model), "scoring")
+    assert {k: v for k, v in given.items() if k == "device_map"} == device_map

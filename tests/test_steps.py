@@ -212,6 +212,25 @@ def test_rows_of_one_prompt_are_merged(tmp_path):
     assert told(second, "completion") == ["c"]
 
 
+def test_candidates_scored_by_different_rewards_are_one_pool_when_scored_again(project):
+    rows = [
+        {"prompt": "p", "completions": ["a", "bb"], "rewards": [1, 2], "candidates": [{"source": "policy"}] * 2,
+         "reward_id": "earlier"},
+        {"prompt": "p", "completions": ["ccc"], "candidates": [{"source": "policy"}]},
+    ]  # fmt: skip
+    write_jsonl(project / "all.jsonl", rows)
+    (project / "of_length.py").write_text("def length(completions, **_):\n    return [len(c) for c in completions]\n")
+    assert larpo("reward", "--samples", "all.jsonl", "--reward_funcs", "of_length:length", "--output", "out.jsonl") == 0
+    [pool] = read_candidate_pools("out.jsonl")
+    assert [(c.completion, c.reward) for c in pool.candidates] == [("a", 1.0), ("bb", 2.0), ("ccc", 3.0)]
+
+
+def test_descriptions_of_others_may_hold_anything(tmp_path):
+    about = [{"source": "gpt", "reward": 3, "completion": "x", "count": None, "scored_by": "y", "colour": "red"}]
+    [candidate] = read_pool(tmp_path, {"prompt": "p", "completions": ["a"], "candidates": about}).candidates
+    assert candidate == Candidate("a", None, iteration=0, source="gpt")
+
+
 def test_prompts_of_a_run_can_be_prompts_again(tmp_path):
     rows = [{"prompt": "p", "answer": "2", "rewards": "mine"}, {"prompt": "q", "answer": None, "rewards": None}]
     write_jsonl(tmp_path / "a.jsonl", rows)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .prompts import Content, Prompt, Row, completion_text
 
 TRUNCATED_COMPLETIONS = ("rank_last", "by_reward", "drop")
@@ -71,8 +71,9 @@ class Candidate:
     @classmethod
     def from_row(cls, completion: Content, reward: float | None, description: Row, **known: Any) -> "Candidate":
         """A candidate from its columns. What a description holds beyond the attributes is left out."""
-        names = {each.name for each in fields(cls)}
-        return cls(completion, reward, **{k: v for k, v in description.items() if k in names}, **known)
+        names = {each.name for each in fields(cls)} - {"completion", "reward", *known}
+        told = {k: v for k, v in description.items() if k in names and v is not None}  # Parquet fills gaps with None
+        return cls(completion, reward, **told, **known)
 
 
 _DESCRIPTION = ("iteration", "source", "temperature", "finished", "num_tokens", "count", "rank", "of_prompt")
@@ -103,19 +104,39 @@ class CandidatePool:
         return cls(Prompt.from_row(row), candidates)
 
     def to_row(self) -> Row:
-        """A row whose columns `prompt`, `completions` and `rewards` are those of a dataset of lists."""
+        """
+        A row whose columns `prompt`, `completions` and `rewards` are those of a dataset of lists.
+
+        Raises:
+            DataError: If different rewards have scored the candidates.
+        """
         row = self.prompt.to_row() | {
             "completions": [candidate.completion for candidate in self.candidates],
             "candidates": [_short_description(candidate) for candidate in self.candidates],
         }
-        judges = {candidate.scored_by for candidate in self.candidates}
-        if judges == {None}:
-            return row
+        rewards = [candidate.reward for candidate in self.candidates]
+        judges = {candidate.scored_by for candidate in self.candidates} or {None}
+        if len(judges) > 1:
+            raise DataError(
+                f"Candidates of the prompt {self.prompt.text[:60]!r} were scored by different rewards, which cannot be "
+                "compared. Score all of them again."
+            )
         [reward_id] = judges
-        return row | {"rewards": [candidate.reward for candidate in self.candidates], "reward_id": reward_id}
+        if reward_id is not None:
+            return row | {"rewards": rewards, "reward_id": reward_id}
+        return row if set(rewards) <= {None} else row | {"rewards": rewards}
 
     def with_candidates(self, candidates: list[Candidate]) -> "CandidatePool":
         return CandidatePool(self.prompt, candidates)
+
+
+def merge_pools(pools: Iterable[CandidatePool]) -> list[CandidatePool]:
+    """One pool for each prompt, in the order in which prompts come first."""
+    merged: dict[str, CandidatePool] = {}
+    for pool in pools:
+        first = merged.get(pool.prompt.id, pool.with_candidates([]))
+        merged[pool.prompt.id] = first.with_candidates([*first.candidates, *pool.candidates])
+    return list(merged.values())
 
 
 def _short_description(candidate: Candidate) -> Row:
@@ -314,19 +335,15 @@ class CandidateList:
 
     @classmethod
     def from_row(cls, row: Row) -> "CandidateList":
-        """The inverse of `to_row`."""
+        """What `to_row` keeps, without the log-probabilities under the reference."""
         token_ids = row.get("completion_ids") or [""] * len(row["completions"])
         columns = zip(row["completions"], row["rewards"], row["candidates"], token_ids, strict=True)
         selected = [
             Candidate.from_row(completion, reward, about, token_ids=[int(x) for x in ids.split()] or None)
             for completion, reward, about, ids in columns
         ]
-        left_out = [(Candidate.from_row(x["completion"], x["reward"], _but(x)), x["why"]) for x in row["left_out"]]
+        left_out = [(Candidate.from_row(x["completion"], x["reward"], x), x["why"]) for x in row["left_out"]]
         return cls(Prompt.from_row(row), selected, left_out, row["problem"])
-
-
-def _but(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name not in ("completion", "reward", "why")}
 
 
 def build_list(pool: CandidatePool, selection: Selection) -> CandidateList:

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, build_lists
+from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, build_lists, merge_pools
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
 from .generation.sampler import PolicySampler, SampleKind, SamplingTask
@@ -158,7 +158,7 @@ def reward_file(
 
     Args:
         options: Who judges.
-        pools: Prompts and their completions.
+        pools: Prompts and their completions. Those of one prompt are merged.
         output: The file.
         use_cpu: Do not use a GPU.
         description: What the progress bar says.
@@ -166,7 +166,7 @@ def reward_file(
     Returns:
         The pools with rewards. On processes but the first nothing.
     """
-    scored = RewardScorer(options, use_cpu=use_cpu).score(pools, output, description, again=True)
+    scored = RewardScorer(options, use_cpu=use_cpu).score(merge_pools(pools), output, description, again=True)
     if scored:
         GrowingFile(output).finish([pool.to_row() for pool in scored])
     return scored
@@ -175,21 +175,20 @@ def reward_file(
 def select(options: SelectConfig) -> None:
     """Makes candidate lists."""
     paths, output = _path(options, "candidates"), Path(_path(options, "output"))
-    pools: dict[str, CandidatePool] = {}
+    pools: list[CandidatePool] = []
     judges: dict[str | None, str] = {}
     for path in paths:
         for new in read_candidate_pools(path, options.as_messages):
             judges.setdefault(new.candidates[0].scored_by, path)
             if all(candidate.reward is None for candidate in new.candidates):
                 raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
-            pool = pools.get(new.prompt.id, new.with_candidates([]))
-            pools[new.prompt.id] = pool.with_candidates([*pool.candidates, *new.candidates])
+            pools.append(new)
     if len(judges) > 1:
         raise DataError(
             f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
             "Score all of them again: larpo reward."
         )
-    lists, counts = build_lists(pools.values(), options.selection(options.truncated_completions))
+    lists, counts = build_lists(merge_pools(pools), options.selection(options.truncated_completions))
     write_jsonl(output, [made.to_row() for made in lists if made.problem is None])
     print(f"{counts.summary()}\nLists in {output}")
 

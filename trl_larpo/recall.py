@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from trl import ModelConfig
 
-from .candidates import CandidatePool
+from .candidates import CandidatePool, merge_pools
 from .commands import prompts_of, reward_file, sample_file
 from .errors import ConfigError, DataError
 from .generation.in_process import check_sampling
@@ -326,7 +326,7 @@ def _read(options: RecallConfig, paths: list[str], folder: Path) -> list[_Source
             sources.append((path.stem if len(paths) > 1 else "", path))
     result = []
     for number, (name, path) in enumerate(sources):
-        pools = read_candidate_pools(str(path))
+        pools = merge_pools(read_candidate_pools(str(path)))
         if options.reward_funcs:
             pools = _rewarded(options, pools, folder / f"rewarded_{number}.jsonl", f"Rewarding {name or path}")
         result.append(_Source(name, pools, _judged(options, pools, folder / f"judged_{number}.jsonl")))

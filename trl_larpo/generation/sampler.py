@@ -1,6 +1,7 @@
 """[`PolicySampler`]: samples candidates of many prompts from a model, in this process or from servers."""
 
 import contextlib
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,11 @@ class PolicySampler:
 
     def close(self) -> None:
         """Stops servers and lets go of the model."""
-        self._loaded = None
+        if self._loaded is not None:
+            self._loaded = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         if self._servers is not None:
             self._servers[1].close()
             self._servers = None
@@ -119,7 +124,7 @@ class PolicySampler:
         state = PartialState()
         file = GrowingFile(path, share=state.process_index)
         state.wait_for_everyone()  # all have read what is there before any process adds to it
-        done = {row["prompt_id"] for row in file.rows}
+        done = {row["prompt_id"] for row in file.rows if "prompt" in row}  # not those of an earlier form
         size = len(task.kinds)
         with tqdm(
             total=len(prompts) * size,
@@ -135,7 +140,7 @@ class PolicySampler:
         state.wait_for_everyone()
         if not state.is_main_process:
             return []
-        rows = {row["prompt_id"]: row for row in GrowingFile(path).rows}
+        rows = {row["prompt_id"]: row for row in GrowingFile(path).rows if "prompt" in row}
         return [CandidatePool(prompt, CandidatePool.from_row(rows[prompt.id]).candidates) for prompt in prompts]
 
     def _sample_in_process(
@@ -158,7 +163,7 @@ class PolicySampler:
         if not prompts:
             return
         options, urls = self.options, self._server_urls(task.model_path)
-        tokenizer = AutoTokenizer.from_pretrained(task.model_path)
+        tokenizer = AutoTokenizer.from_pretrained(task.model_path, revision=task.revision)
         by_id = {prompt.id: prompt for prompt in prompts}
         started, num_tokens = time.monotonic(), 0
 
@@ -174,7 +179,7 @@ class PolicySampler:
             options.server_model or (task.model_path if options.server_command else None),
             max_new_tokens=options.max_new_tokens,
             top_p=options.top_p,
-            end_ids=sorted(_end_ids_of(task.model_path, tokenizer)),
+            end_ids=sorted(_end_ids_of(task, tokenizer)),
             count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
             api_key_variable=options.server_api_key_variable,
             requests_in_flight=options.server_requests_in_flight,
@@ -226,7 +231,7 @@ class PolicySampler:
                 attn_implementation=self.attn_implementation,
             )
             device = "cpu" if self.use_cpu else PartialState().device
-            self._loaded = (path, model.to(device), AutoTokenizer.from_pretrained(path))
+            self._loaded = (path, model.to(device), AutoTokenizer.from_pretrained(path, revision=revision))
         return self._loaded[1:]
 
 
@@ -301,8 +306,8 @@ def generation_dtype(name: str = "auto") -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _end_ids_of(model_path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _end_ids_of(task: SamplingTask, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     try:
-        return end_token_ids(GenerationConfig.from_pretrained(model_path), tokenizer)
+        return end_token_ids(GenerationConfig.from_pretrained(task.model_path, revision=task.revision), tokenizer)
     except OSError:  # it has none
         return {tokenizer.eos_token_id} - {None}

@@ -79,12 +79,14 @@ class RewardScorer:
             The pools with their rewards, in their order. In processes but the first nothing.
 
         Raises:
-            DataError: If a reward fails; the rewards of other prompts are kept.
+            DataError: If a reward fails; the rewards of other prompts are kept. If a prompt occurs twice.
         """
         state = PartialState()
         file = GrowingFile(path, share=state.process_index)
         state.wait_for_everyone()
-        done = {row["prompt_id"] for row in file.rows}
+        done = {row["prompt_id"] for row in file.rows if "prompt" in row}  # not those of an earlier form
+        if len({pool.prompt.id for pool in pools}) < len(pools):
+            raise DataError("A prompt occurs twice; put its candidates into one pool.")
         pools = _with_all_columns(pools)
         if again:
             pools = [p.with_candidates([replace(c, scored_by=None) for c in p.candidates]) for p in pools]
@@ -108,7 +110,7 @@ class RewardScorer:
             )
         if not state.is_main_process:
             return []
-        scored = {row["prompt_id"]: row for row in GrowingFile(path).rows}
+        scored = {row["prompt_id"]: row for row in GrowingFile(path).rows if "prompt" in row}
         if any(pool.prompt.id not in scored for pool in pools):
             raise DataError("Another process could not reward its share; see its message.")
         return [CandidatePool.from_row(scored[pool.prompt.id]) for pool in pools]

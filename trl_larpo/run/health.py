@@ -13,11 +13,11 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Check:
     """
-    One look at an iteration.
+    What one check found in an iteration.
 
     Attributes:
         name: By which `stop_on` calls it.
-        value: What was found; `None` where there was nothing to look at.
+        value: What was found; `None` where there was nothing to check.
         limit: What it should keep to, in words.
         ok: Whether it does.
         meaning: What it may mean if it does not.

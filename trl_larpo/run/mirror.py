@@ -17,7 +17,7 @@ from ..storage import finish, partial_path
 
 _MANIFEST = "mirror.json"  # names of all files that are whole
 
-_SCRATCH = ("trainer", "servers", "tracking", "plots")  # of no use on another machine, or made again
+_SCRATCH = ("trainer", "scoring", "servers", "tracking", "plots")  # of no use on another machine, or made again
 
 
 class Mirror:

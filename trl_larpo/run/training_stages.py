@@ -57,7 +57,7 @@ def log_probabilities(
         model_of: The iteration that ends with the model; 0: the initial one.
         folder: Where the dataset is kept meanwhile.
     """
-    model_path, training = context.folder.model_path(model_of), context.folder.training
+    (model_path, revision), training = context.model(model_of), context.folder.training
     rows = [made.to_row() for made in lists]
     scratch = folder / "scoring"
     dataset = _dataset_on_disk([{name: row[name] for name in _LIST_COLUMNS} for row in rows], scratch)
@@ -66,7 +66,7 @@ def log_probabilities(
         dataset,
         training,
         model_init_kwargs(context.folder.model, training),
-        AutoTokenizer.from_pretrained(model_path),
+        AutoTokenizer.from_pretrained(model_path, revision=revision),
         description=f"Scoring candidates with {Path(model_path).parent.name if model_of else 'the initial model'}",
     )
     _free_memory()
@@ -96,13 +96,13 @@ class TrainingStage:
     def __init__(self, context: RunContext, iteration: int, path: Path):
         self.context, self.iteration, self.path = context, iteration, path
         self.scratch = path.with_name("trainer")
-        self.model_path, _ = context.model(iteration - 1)
+        self.model_path, revision = context.model(iteration - 1)
         self.trainer = make_trainer(
             self.model_path,
             self._arguments(),
             context.folder.model,
             train_dataset=_dataset_on_disk(self._rows(), self.scratch / "data"),
-            processing_class=AutoTokenizer.from_pretrained(self.model_path),
+            processing_class=AutoTokenizer.from_pretrained(self.model_path, revision=revision),
         )
 
     def _arguments(self) -> LarPOConfig:

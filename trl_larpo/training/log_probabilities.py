@@ -93,8 +93,7 @@ def log_probabilities_under(
         Log-probability of each candidate, the sum over its tokens, by the list's `prompt_id`. Lists whose prompt fills
         `max_length` have none.
     """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
     with global_then_local_main_first():
         dataset = tokenize_dataset(
             dataset,
@@ -107,7 +106,9 @@ def log_probabilities_under(
             min_candidates=1,
         )
     accelerator = accelerator_of(args)
-    device_map = {"device_map": None} if accelerator.num_processes > 1 else {}
+    # As in DPOTrainer: "auto", its default on a GPU, does not go with a launcher, even of one process
+    launched = args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")
+    device_map = {"device_map": None} if launched else {}
     defaults = {"trust_remote_code": args.trust_remote_code}
     model = create_model_from_path(model_path, **defaults | model_init_kwargs | device_map)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -1,5 +1,5 @@
 """
-Every touch of what TRL and transformers do not document: imports of internals, and the patches of them.
+What the trainer touches of TRL's and transformers' internals: imports that they do not document, and patches of them.
 
 When a new version breaks one, tests/test_contract.py says which.
 """
@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -52,6 +52,7 @@ __all__ = [
     "prepare_fsdp",
     "prepare_multimodal_messages",
     "tokenize",
+    "unset_hf_deepspeed_config",
     "use_adapter",
     "whole_model",
     "without_deepspeed_config",
@@ -60,10 +61,13 @@ __all__ = [
 
 def accelerator_of(args: TrainingArguments) -> Accelerator:
     """The accelerator that a trainer with these options would make: same precision, device, DeepSpeed or FSDP."""
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    plugin = getattr(args, "deepspeed_plugin", None)
     _ = args.device  # decides on the device and joins the other processes
-    accelerator = Accelerator(mixed_precision=precision, deepspeed_plugin=plugin)
+    fsdp = getattr(args, "fsdp_plugin_args", None)  # transformers 4 keeps these, and the precision, in the environment
+    accelerator = Accelerator(
+        mixed_precision=getattr(args, "mixed_precision", None),
+        deepspeed_plugin=getattr(args, "deepspeed_plugin", None),
+        fsdp_plugin=None if fsdp is None else FullyShardedDataParallelPlugin(**fsdp),
+    )
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and getattr(args, "hf_deepspeed_config", None) is None:  # replaces its "auto" values
         plugin.hf_ds_config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)

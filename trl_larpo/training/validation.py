@@ -221,7 +221,7 @@ def canonical_row(
     completions = _as_list(row["completions"])
     if not isinstance(completions, list):
         kind = "a string" if isinstance(completions, str) else f"of type {type(completions).__name__}"
-        raise fail("completions", f"is {kind}; give a list of at least 2 completions.")
+        raise fail("completions", f"is {kind}; give a list of at least {min_candidates} completions.")
     for position, completion in enumerate(completions):
         problem = _completion_problem(completion, conversational)
         if problem:
