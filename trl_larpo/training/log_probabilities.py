@@ -105,7 +105,6 @@ def log_probabilities_under(
             num_proc=args.dataset_num_proc,
             min_candidates=1,
         )
-    accelerator = accelerator_of(args)
     # As in DPOTrainer: "auto", its default on a GPU, does not go with a launcher, even of one process
     launched = args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")
     device_map = {"device_map": None} if launched else {}
@@ -115,6 +114,7 @@ def log_probabilities_under(
     if args.disable_dropout:
         disable_dropout_in_model(model)
     add_fused_lm_head(model)
+    accelerator = accelerator_of(args)  # after the model: ZeRO-3 loads it with the batch sizes still "auto"
     scorer = CandidateScorer(model, args, accelerator)
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         prepared = prepare_deepspeed(model, accelerator)
