@@ -84,7 +84,7 @@ def test_public_names_load():
 
 
 def test_internals_of_trl_are_touched_in_one_module():
-    """Names that TRL does not document, and transformers' where they are of a trainer, are imported in trl_compat."""
+    """`trl.trainer` and private names of TRL are imported in trl_compat alone."""
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("trl.trainer"):

@@ -52,7 +52,7 @@ def test_signatures(function):
 
 
 def test_transformers_keeps_its_deepspeed_config_where_it_did():
-    assert hasattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref")  # `stages` removes it for a while and restores it
+    assert hasattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref")  # `trl_compat` removes it for a while and restores it
 
 
 def test_constructor_takes_what_we_hand_on():

@@ -17,11 +17,10 @@ from .prompts import Content, Prompt, Row, completion_text
 TRUNCATED_COMPLETIONS = ("rank_last", "by_reward", "drop")
 """What becomes of completions that `max_new_tokens` cut off. Those that stay are trained on without an end token."""
 
-
 _FINISHED_PER_TRUNCATED = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots: there are millions of them
 class Candidate:
     """
     One completion of a prompt: where it came from, and what is known of it. Made by the sampler or read from a file.
@@ -71,11 +70,12 @@ class Candidate:
     @classmethod
     def from_row(cls, completion: Content, reward: float | None, description: Row, **known: Any) -> "Candidate":
         """A candidate from its columns. What a description holds beyond the attributes is left out."""
-        names = {each.name for each in fields(cls)} - {"completion", "reward", *known}
-        told = {k: v for k, v in description.items() if k in names and v is not None}  # Parquet fills gaps with None
+        # Parquet fills gaps with None
+        told = {k: v for k, v in description.items() if k in _DESCRIBED and k not in known and v is not None}
         return cls(completion, reward, **told, **known)
 
 
+_DESCRIBED = {each.name for each in fields(Candidate)} - {"completion", "reward"}
 _DESCRIPTION = ("iteration", "source", "temperature", "finished", "num_tokens", "count", "rank", "of_prompt")
 _ALWAYS_WRITTEN = ("iteration", "source", "temperature", "finished", "num_tokens")
 

@@ -116,7 +116,7 @@ def sample_file(
         The prompts with their candidates. On processes but the first nothing.
     """
     path = model.model_name_or_path
-    AutoTokenizer.from_pretrained(path)
+    AutoTokenizer.from_pretrained(path, revision=model.model_revision)  # an error here, before servers start
     sampler = PolicySampler(
         options,
         seed=seed,

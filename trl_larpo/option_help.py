@@ -102,7 +102,6 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 """Group → option → its line."""
 
-
 FURTHER: dict[str, tuple[str, ...]] = {
     "prompts": ("prompts_config", "prompts_split", "max_prompt_length"),
     "sampling": (
@@ -117,7 +116,6 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "run": ("mirror",),
 }  # fmt: skip
 """Options of ours that only [`full_help`] shows, behind those of their group."""
-
 
 _NOT_IN_A_RUN = ("eval_strategy", "resume_from_checkpoint")  # it evaluates and resumes on its own
 

@@ -16,7 +16,6 @@ Content = str | list[Message]
 Row = dict[str, Any]
 """A row of a file or a dataset: columns by name."""
 
-
 KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 
 

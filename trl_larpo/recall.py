@@ -38,10 +38,8 @@ from .storage import exclusive_lock, keep_settings, saving_to, write_json, write
 
 N_VALUES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
-
 ANSWERS: dict[str, Callable[[str], Any]] = {"gsm8k": final_number, "math": boxed_answer}
 """What a completion answers, for the majority vote: name → function of its text."""
-
 
 GREEDY = "greedy"
 

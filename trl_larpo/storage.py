@@ -1,5 +1,5 @@
 """
-Files that survive being killed: JSON lines that are appended to, and files that appear only when they are whole.
+Crash-safe file writing: JSON lines that are appended to, and files that appear only when they are whole.
 
 A reader finds either nothing or all of what was written. What is appended counts once its line has ended.
 """

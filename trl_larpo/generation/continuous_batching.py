@@ -1,5 +1,5 @@
 """
-Samples from a causal language model with a batch that is kept full.
+Samples from a causal language model with continuous batching.
 
 A prompt runs through the model once, however many completions are sampled for it. Every few tokens the completions
 that have ended leave the batch, and those of waiting prompts take their places. Each completion draws its tokens with

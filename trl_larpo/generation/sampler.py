@@ -124,7 +124,7 @@ class PolicySampler:
         state = PartialState()
         file = GrowingFile(path, share=state.process_index)
         state.wait_for_everyone()  # all have read what is there before any process adds to it
-        done = {row["prompt_id"] for row in file.rows if "prompt" in row}  # not those of an earlier form
+        done = {row["prompt_id"] for row in file.rows}
         size = len(task.kinds)
         with tqdm(
             total=len(prompts) * size,
@@ -140,7 +140,7 @@ class PolicySampler:
         state.wait_for_everyone()
         if not state.is_main_process:
             return []
-        rows = {row["prompt_id"]: row for row in GrowingFile(path).rows if "prompt" in row}
+        rows = {row["prompt_id"]: row for row in GrowingFile(path).rows}
         return [CandidatePool(prompt, CandidatePool.from_row(rows[prompt.id]).candidates) for prompt in prompts]
 
     def _sample_in_process(

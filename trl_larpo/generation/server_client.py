@@ -24,7 +24,6 @@ from .in_process import Sample
 
 logger = logging.getLogger(__name__)
 
-
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
 
 

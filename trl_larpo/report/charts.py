@@ -26,9 +26,6 @@ _OF_PAGE: Colors = ([f"var(--c{i})" for i in range(1, 7)], "var(--text)", "var(-
 _LIGHT: Colors = (["#2a6f97", "#d1793b", "#5b8c5a", "#8d5a97", "#a08a2c", "#667085"], "#1c2430", "#d5d9e0")
 
 
-# Pictures
-
-
 def draw(iterations: dict[int, Row], folder: Path) -> list[str]:
     """
     Draws all pictures.

@@ -21,11 +21,9 @@ from .charts import draw
 MAX_DATA_BYTES = 10_000_000
 """Size of the packed lists in the page. Beyond it long texts are cut, and say so."""
 
-
 _TEXT_LIMITS = (None, 20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
 
 _TEMPLATE = Path(__file__).with_name("template.html")
-
 
 _KINDS: dict[str, Callable] = {
     "samples": CandidatePool.from_row,

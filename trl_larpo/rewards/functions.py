@@ -32,10 +32,8 @@ RewardFunction = Callable[..., Sequence[float | None]]
 PAIRWISE = "pairwise:"
 """In front of the name of a ranker that compares the completions of a prompt with each other."""
 
-
 OWN_ARGUMENTS = ("prompts", "completions", "finished")
 """Arguments of every reward function. The user's columns of these names are not passed on."""
-
 
 BUILT_IN: dict[str, RewardFunction] = {
     "verifiable_instruction": verifiable_instruction_reward,

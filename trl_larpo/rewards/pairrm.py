@@ -18,13 +18,10 @@ from .reward_models import Judge
 
 logger = logging.getLogger(__name__)
 
-
 SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
-
 
 MAX_LENGTH = 2048
 """Tokens of a prompt and two completions, in training and here."""
-
 
 MAX_SOURCE_LENGTH = 1224
 """Tokens of the prompt. What it leaves of [`MAX_LENGTH`] the two completions share equally."""

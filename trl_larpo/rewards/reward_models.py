@@ -11,7 +11,6 @@ from ..prompts import Content
 
 logger = logging.getLogger(__name__)
 
-
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..candidates import Candidate, CandidatePool
 from ..errors import DataError
+from ..prompts import Row
 from ..storage import GrowingFile
 from .functions import Reward, load_rewards, reward_id, score_pools
 from .options import RewardOptions
@@ -84,12 +85,10 @@ class RewardScorer:
         state = PartialState()
         file = GrowingFile(path, share=state.process_index)
         state.wait_for_everyone()
-        done = {row["prompt_id"] for row in file.rows if "prompt" in row}  # not those of an earlier form
+        done = {row["prompt_id"] for row in file.rows}
         if len({pool.prompt.id for pool in pools}) < len(pools):
             raise DataError("A prompt occurs twice; put its candidates into one pool.")
         pools = _with_all_columns(pools)
-        if again:
-            pools = [p.with_candidates([replace(c, scored_by=None) for c in p.candidates]) for p in pools]
         size = max(1, _COMPLETIONS_PER_CALL // max(1, max(len(pool.candidates) for pool in pools)))
         chunks = [pools[start : start + size] for start in range(0, len(pools), size)]
         failures: list[str] = []
@@ -99,7 +98,7 @@ class RewardScorer:
             for chunk in chunks[state.process_index :: state.num_processes]:
                 missing = [pool for pool in chunk if pool.prompt.id not in done]
                 if missing:
-                    self._score_into(file, missing, failures)
+                    self._score_into(file, missing, failures, again)
                     progress.update(len(missing))
         state.wait_for_everyone()
         if failures:
@@ -110,26 +109,28 @@ class RewardScorer:
             )
         if not state.is_main_process:
             return []
-        scored = {row["prompt_id"]: row for row in GrowingFile(path).rows if "prompt" in row}
+        scored = {row["prompt_id"]: row for row in GrowingFile(path).rows}
         if any(pool.prompt.id not in scored for pool in pools):
             raise DataError("Another process could not reward its share; see its message.")
-        return [CandidatePool.from_row(scored[pool.prompt.id]) for pool in pools]
+        return [_with_scores(pool, scored[pool.prompt.id], self.id) for pool in pools]
 
-    def _score_into(self, file: GrowingFile, pools: list[CandidatePool], failures: list[str]) -> None:
+    def _score_into(self, file: GrowingFile, pools: list[CandidatePool], failures: list[str], again: bool) -> None:
         """Scores a chunk; where a reward fails, prompt by prompt, so that the rewards of the others are kept."""
         if len(failures) >= _FAILURES_IN_A_ROW:
             return
         try:
-            file.add([pool.to_row() for pool in self.score_now(pools)])
+            file.add([_scores(pool) for pool in self.score_now(pools, again)])
         except DataError as error:
             if len(pools) == 1:
                 failures.append(str(error))
                 return
             for pool in pools:
-                self._score_into(file, [pool], failures)
+                self._score_into(file, [pool], failures, again)
 
-    def score_now(self, pools: list[CandidatePool]) -> list[CandidatePool]:
-        """The pools with rewards for the candidates that these rewards have not scored; nothing is saved."""
+    def score_now(self, pools: list[CandidatePool], again: bool = False) -> list[CandidatePool]:
+        """As `score`, without saving anything."""
+        if again:
+            return score_pools(self.rewards, pools, self.options.normalize_rewards, self.id)
         asked = [pool.with_candidates([c for c in pool.candidates if c.scored_by != self.id]) for pool in pools]
         scored = score_pools(self.rewards, asked, self.options.normalize_rewards, self.id)
         return [
@@ -141,6 +142,17 @@ class RewardScorer:
 def _in_place_of_unscored(candidates: list[Candidate], scored: list[Candidate], reward_id: str) -> list[Candidate]:
     remaining = iter(scored)
     return [candidate if candidate.scored_by == reward_id else next(remaining) for candidate in candidates]
+
+
+def _scores(pool: CandidatePool) -> Row:
+    """What is saved of a pool as it is scored: its texts are in a file already."""
+    scores = [{"reward": c.reward, "reward_parts": c.reward_parts} for c in pool.candidates]
+    return {"prompt_id": pool.prompt.id, "scores": scores}
+
+
+def _with_scores(pool: CandidatePool, row: Row, reward_id: str) -> CandidatePool:
+    pairs = zip(pool.candidates, row["scores"], strict=True)
+    return pool.with_candidates([replace(candidate, **score, scored_by=reward_id) for candidate, score in pairs])
 
 
 def _with_all_columns(pools: list[CandidatePool]) -> list[CandidatePool]:

@@ -19,7 +19,6 @@ from ..prompts import completion_text
 MIN_WORDS = 5
 """Shorter answers earn nothing: an instruction such as "at most 20 words" must not be met by saying nothing."""
 
-
 INSTRUCTIONS: dict[str, Callable[[str, Any], bool]] = {
     "no_commas": lambda text, _: "," not in text,
     "lowercase": lambda text, _: text == text.lower(),

@@ -13,13 +13,10 @@ from ..training.datasets import load_splits
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
 
-
 _COMPLETION_COLUMNS = {"completions": "file", "responses": "rlhflow", "all_generated_responses": "simpo"}
 """Column of the completions: where it comes from."""
 
-
 _REWARD_COLUMNS = ("rewards", "all_rm_scores")
-
 
 _OURS = ("prompt_id", "columns", "left_out", "problem", "reward_id", "reward_parts", "ref_logps")
 """Columns of this package's files that are read from, or made again. In files of others these are the user's."""

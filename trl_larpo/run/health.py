@@ -41,7 +41,6 @@ CHECKS = (
 )
 """Names of the checks, in the order of the table."""
 
-
 MAX_DUPLICATES = 0.5
 
 MAX_TIED = 0.5

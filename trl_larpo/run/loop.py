@@ -1,5 +1,5 @@
 """
-`larpo run`: Algorithm 1 of the paper, from prompts to aligned models, in a folder that survives being killed.
+`larpo run`: Algorithm 1 of the paper, from prompts to aligned models, in a folder from which a killed run resumes.
 
 Each iteration samples completions from the current policy, rewards them, builds candidate lists, trains on them with
 the policy that starts the iteration as reference, and evaluates on held-out prompts. The next iteration starts from
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from ..errors import ConfigError, LarPOError
@@ -37,7 +37,7 @@ from .tracking import Tracking
 
 def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
     """
-    Runs all iterations, or what is left of them.
+    Runs all iterations, or resumes where an earlier call stopped.
 
     Args:
         options: What the loop does.
@@ -58,16 +58,21 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
             with exclusive_lock(folder.path), explain_full_disk(folder.path):
                 _fetch(mirror)
     check_run(folder)
+    tokenizer = _tokenizer(model)
     if options.dry_run:
-        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
         folder.prepare_prompts(tokenizer, save=False)
         print(plan(folder))
         return folder.path / "report.html"
     with exclusive_lock(folder.path), explain_full_disk(folder.path):
-        folder.prepare_prompts(AutoTokenizer.from_pretrained(model.model_name_or_path))
+        folder.prepare_prompts(tokenizer)
         folder.save_configuration()
         print(plan(folder))
         return _run_all(folder, mirror)
+
+
+def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """That of the initial model."""
+    return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
 
 
 def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
@@ -227,7 +232,7 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
 
     folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(ModelConfig))
     folder.path = Path(path)
-    folder.prepare_prompts(AutoTokenizer.from_pretrained(folder.model.model_name_or_path))
+    folder.prepare_prompts(_tokenizer(folder.model))
     context = RunContext(folder)
     try:
         with explain_full_disk(folder.path):

@@ -28,7 +28,6 @@ from .evaluation import MIN_PROMPTS_TO_JUDGE, evaluate, fell, mean_and_error, me
 
 logger = get_logger(__name__)
 
-
 _CONFIRMATION = 4  # times as many prompts are asked before a training is stopped
 
 _CHANCES = 4  # steps at which it may sample, for each time that it is asked to

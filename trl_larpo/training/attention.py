@@ -18,7 +18,6 @@ from .token_rows import Rows
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Layer number → keys and values of prompts, each `(lists, heads, prompt_length, head_size)`."""
 
-
 _PREFIX = "larpo_"  # of the attention implementations registered here
 
 _MASKABLE = ("sdpa", "eager", "flex_attention")

@@ -2,7 +2,7 @@
 Passes over the candidates of a batch a few at a time, so that memory does not grow with the list.
 
 Each chunk of candidates runs under checkpointing: what its backward pass needs is computed again when it is needed, and
-is gone before the next chunk. Gradients are exact, and there is one backward pass. Where prompts are shared, a prompt
+freed before the next chunk. Gradients are exact, and there is one backward pass. Where prompts are shared, a prompt
 runs once for all of its chunks, and these read its keys and values.
 """
 

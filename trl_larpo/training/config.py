@@ -20,16 +20,12 @@ DPO_LOSSES = frozenset([
 # fmt: on
 """Names of TRL's own losses. TRL exports no such list; the contract test compares this one with TRL's."""
 
-
 SIGMOID_ON_PAIRS = frozenset({"pairwise", "contrastive", "lambdarank", "listmle"})
 """Ranking losses that are TRL's "sigmoid" on two candidates."""
 
-
 _PAIR_OPTIONS = ("ld_alpha", "use_weighting", "label_smoothing", "discopop_tau")
 
-
 SHARED_PROMPT = ("auto", "on", "off")
-
 
 LAMBDA_WEIGHTS = {"ndcg": ndcg_lambda_weight}
 

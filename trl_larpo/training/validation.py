@@ -1,11 +1,11 @@
 """
-From a user's dataset rows to tokenised candidate lists.
+Validates a user's dataset rows, and brings them into one form.
 
 Rows come as ranked lists (`prompt`, `completions` and, unless the completions stand best first, `rewards`) or as TRL's
 preference pairs (`chosen`, `rejected`, with or without `prompt`), in standard (strings) or conversational (messages)
 form. A column `finished` tells which completions of a list were cut off: those are trained on without an end token.
-[`check_dataset`] validates every row of a map-style dataset before a model is loaded; [`tokenize_dataset`] turns rows
-of any of these forms into one: `prompt_ids`, `completion_ids`, `relevance`.
+[`check_dataset`] validates every row of a map-style dataset before a model is loaded; [`canonical_row`] turns a row of
+any of these forms into one.
 """
 
 import json
@@ -43,9 +43,7 @@ _OTHER_NAMES = (
     "all_generated_responses",
 )
 
-
 _OPTIONAL_COLUMNS = ("rewards", "finished", "completion_ids", "ref_logps")
-
 
 _NUM_PEEKED_ROWS = 16  # of a stream, which cannot be read twice cheaply
 
