@@ -13,8 +13,10 @@ from trl_larpo.losses import (
     lambdarank_loss,
     listmle_loss,
     listnet_loss,
+    ndcg2pp_lambda_weight,
     ndcg_lambda_weight,
     pairwise_loss,
+    smoothed,
 )
 from trl_larpo.metrics import ndcg
 
@@ -292,3 +294,159 @@ def test_approx_ndcg_approaches_ndcg():
     comparable = torch.tensor([len(set(r[m].tolist())) > 1 for r, m in zip(relevance, mask, strict=True)])
     approximate = approx_ndcg_loss(scores, relevance, mask, temperature=1e-6)
     torch.testing.assert_close(approximate[comparable], exact[comparable], atol=1e-3, rtol=1e-3)
+
+
+# Options that losses share
+
+
+def softplus(x):
+    return neg_log_sigmoid(-x)
+
+
+def log_sum_exp(values):
+    highest = max(values)
+    return highest + math.log(sum(math.exp(value - highest) for value in values))
+
+
+def with_margin(name, scores, relevance, margin):
+    """The losses as loops over differences of scores, in which a better candidate has to be ahead by the margin."""
+    m = range(len(scores))
+
+    def behind(i, j):
+        sign = (relevance[i] > relevance[j]) - (relevance[i] < relevance[j])
+        return scores[j] - scores[i] + margin * sign
+
+    def against_worse(i):
+        worse = [behind(i, j) for j in m if relevance[j] < relevance[i]]
+        return softplus(log_sum_exp(worse)) if worse else 0.0
+
+    best = [i for i in m if relevance[i] == max(relevance)]
+    worst = [i for i in m if relevance[i] == min(relevance)]
+    if len(best) == len(scores):
+        return 0.0
+    if name == "pairwise":
+        return sum(softplus(behind(i, j)) for i in best for j in worst) / (len(best) * len(worst))
+    if name == "contrastive":
+        return sum(against_worse(i) for i in best) / len(best)
+    if name == "lambdarank":
+        return sum(softplus(behind(i, j)) for i in m for j in m if relevance[i] > relevance[j])
+    if name == "listmle":
+        return sum(against_worse(i) for i in m)
+    if name == "listnet":
+        targets = [math.exp(r - max(relevance)) for r in relevance]
+        losses = [log_sum_exp([behind(i, j) for j in m]) for i in m]
+        return sum(t / sum(targets) * loss for t, loss in zip(targets, losses, strict=True))
+    lift = min(0.0, *relevance)
+    gains = [r - lift for r in relevance]
+    ranks = [1 + sum(1 / (1 + math.exp(-behind(i, j) / 0.1)) for j in m if j != i) for i in m]
+    dcg = sum(gain / math.log2(1 + rank) for gain, rank in zip(gains, ranks, strict=True))
+    ideal = sum(gain / math.log2(2 + place) for place, gain in enumerate(sorted(gains, reverse=True)))
+    return 1 - dcg / (ideal or 1.0)
+
+
+LISTS = [
+    ([0.3, -1.2, 2.0, 0.7], [1.0, 0.0, 2.0, 2.0]),
+    ([0.3, -1.2, 2.0], [1.0, -3.0, 0.5]),
+    ([1.0, 2.0], [0.0, 1.0]),
+    ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]),
+]
+
+
+def as_tensors(scores, relevance, padding=0):
+    lists = [torch.tensor([x + [7.0] * padding], dtype=torch.float64) for x in (scores, relevance)]
+    return *lists, torch.tensor([[True] * len(scores) + [False] * padding])
+
+
+@pytest.mark.parametrize("scores, relevance", LISTS)
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("margin", [0.0, 0.7, -0.4])
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_margin(name, margin, padding, scores, relevance):
+    found = RANKING_LOSSES[name](*as_tensors(scores, relevance, padding), margin=margin).item()
+    assert found == pytest.approx(with_margin(name, scores, relevance, margin), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_smoothing_mixes_in_the_reversed_order(name):
+    for scores, relevance in LISTS:
+        reversed_order = [-r for r in relevance]
+        expected = 0.8 * with_margin(name, scores, relevance, 0.5) + 0.2 * with_margin(
+            name, scores, reversed_order, -0.5
+        )
+        found = smoothed(RANKING_LOSSES[name], 0.2, margin=0.5)(*as_tensors(scores, relevance, 1)).item()
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", PAPER_LOSSES)
+def test_margin_and_smoothing_on_pairs_are_the_published_loss(name):
+    # SimPO's loss as its authors' trainer has it: z = score of chosen - score of rejected - margin
+    better, worse, margin, smoothing = 0.4, -0.3, 0.5, 0.1
+    z = better - worse - margin
+    expected = (1 - smoothing) * neg_log_sigmoid(z) + smoothing * neg_log_sigmoid(-z)
+    found = smoothed(RANKING_LOSSES[name], smoothing, margin)(*as_tensors([better, worse], [1.0, 0.0])).item()
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_listmle_over_the_first_places():
+    scores, relevance = [0.3, -1.2, 2.0, 0.7, 0.1], [1.0, 0.0, 3.0, 2.0, 2.0]
+    terms = {}
+    for i, rel in enumerate(relevance):
+        worse = [scores[j] for j in range(5) if relevance[j] < rel]
+        terms[i] = neg_log_softmax_first([scores[i], *worse]) if worse else 0.0
+    for top_k, counted in ((1, [2]), (2, [2, 3, 4]), (3, [2, 3, 4]), (4, [0, 2, 3, 4]), (None, [0, 1, 2, 3, 4])):
+        found = listmle_loss(*as_tensors(scores, relevance, 2), top_k=top_k).item()
+        assert found == pytest.approx(sum(terms[i] for i in counted), rel=1e-9), top_k
+
+
+def test_contrastive_with_several_positives_compares_chosen_with_rejected():
+    scores, relevance = [0.3, -1.2, 2.0, 0.7], [1.0, 0.0, 3.0, 2.0]
+    rejected = [scores[0], scores[1]]
+    expected = sum(neg_log_softmax_first([scores[i], *rejected]) for i in (2, 3)) / 2
+    assert contrastive_loss(*as_tensors(scores, relevance, 1), positives=2).item() == pytest.approx(expected, rel=1e-9)
+    # All that tie for the last place are positives; where nothing is left to compare with, nothing is compared
+    tied = contrastive_loss(*as_tensors([1.0, 2.0, 3.0], [1.0, 0.5, 0.5]), positives=2)
+    assert tied.item() == 0.0
+
+
+def test_normalized_sums_are_means():
+    scores, relevance = [0.3, -1.2, 2.0, 0.7], [1.0, 0.0, 2.0, 2.0]
+    batch = as_tensors(scores, relevance, 1)
+    assert lambdarank_loss(*batch, normalize=True).item() == pytest.approx(lambdarank_loss(*batch).item() / 5)
+    assert listmle_loss(*batch, normalize=True).item() == pytest.approx(listmle_loss(*batch).item() / 3)
+    nothing = as_tensors([1.0, 2.0], [1.0, 1.0])
+    assert lambdarank_loss(*nothing, normalize=True).item() == listmle_loss(*nothing, normalize=True).item() == 0.0
+
+
+@pytest.mark.parametrize("name, terms", [("lambdarank", 128 * 127 / 2), ("listmle", 127)])
+def test_gradients_of_normalized_losses_do_not_grow_with_the_list(name, terms):
+    norms = {}
+    for size in (2, 128):
+        relevance = torch.arange(size, dtype=torch.float64)[None]
+        for normalize in (False, True):
+            scores = torch.zeros(1, size, dtype=torch.float64, requires_grad=True)
+            RANKING_LOSSES[name](
+                scores, relevance, torch.ones(1, size, dtype=torch.bool), normalize=normalize
+            ).backward()
+            norms[size, normalize] = scores.grad.abs().sum().item()
+    assert norms[128, True] <= 2 * norms[2, True]
+    assert norms[128, False] == pytest.approx(terms * norms[128, True])
+
+
+def test_weights_of_ndcg_loss_2_plus_plus():
+    scores, relevance = [0.3, -1.2, 2.0, 0.7], [1.0, 0.0, 3.0, 2.0]
+    ranks = [3, 4, 1, 2]
+    ideal = sum(gain / math.log2(2 + place) for place, gain in enumerate(sorted(relevance, reverse=True)))
+    found = ndcg2pp_lambda_weight(*as_tensors(scores, relevance, 1))[0]
+    for i in range(4):
+        for j in range(4):
+            if i == j:
+                continue
+            rho = abs(1 / math.log2(1 + ranks[i]) - 1 / math.log2(1 + ranks[j]))
+            distance = abs(ranks[i] - ranks[j])
+            delta = abs(1 / math.log2(1 + distance) - 1 / math.log2(2 + distance))
+            expected = (rho + 10 * delta) * abs(relevance[i] - relevance[j]) / ideal
+            assert found[i, j].item() == pytest.approx(expected, rel=1e-9)
+    assert found[4].eq(0).all() and found[:, 4].eq(0).all()
+    # Before the first step all scores are equal, and every ordered pair has a weight
+    first = ndcg2pp_lambda_weight(*as_tensors([0.0] * 4, relevance))[0]
+    assert (first[~torch.eye(4, dtype=torch.bool)] > 0).all()

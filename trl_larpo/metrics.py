@@ -37,7 +37,7 @@ def ndcg(scores: Tensor, relevance: Tensor, mask: Tensor, k: int | None = None) 
     scores, relevance = _float64(scores, relevance, mask)
     gains, ideal = gains_and_ideal_dcg(relevance, mask, cutoff=k)
     ahead, level = _ahead_and_level(scores, mask)
-    return (gains * mean_discounts(ahead, level, cutoff=k)).sum(dim=1) / ideal
+    return (gains * mean_discounts(ahead, level, cutoff=k, dtype=gains.dtype)).sum(dim=1) / ideal
 
 
 def mrr(scores: Tensor, relevance: Tensor, mask: Tensor) -> Tensor:
