@@ -14,7 +14,8 @@ def test_defaults_are_those_of_dpo_config_but_for_the_loss(tmp_path):
     ours, theirs = (cls(str(tmp_path), use_cpu=True) for cls in (LarPOConfig, DPOConfig))
     own = {
         "loss_type", "lambda_weight", "listnet_temperature", "shared_prompt", "candidate_chunk_size", "logging_dir",
-        "truncated_completions", "per_token_scores",
+        "truncated_completions", "per_token_scores", "reference_free", "target_margin", "normalize_comparisons",
+        "listmle_top_k", "contrastive_positives",
     }  # fmt: skip
     names = set(LarPOConfig.__dataclass_fields__) - own
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
@@ -56,13 +57,13 @@ def test_every_known_loss_is_accepted(tmp_path, name):
         ({"lambda_weight": "mrr"}, "`lambda_weight` is 'mrr'; it must be one of"),
         (
             {"lambda_weight": "ndcg", "loss_type": "listmle"},
-            "`lambda_weight='ndcg'` weights the pairs of the 'lambdarank'",
+            "`lambda_weight='ndcg'` belongs to 'lambdarank'",
         ),
         (
             {"listnet_temperature": 0.0, "loss_type": "listnet"},
             "`listnet_temperature` is 0.0; it must be greater than 0",
         ),
-        ({"listnet_temperature": 0.5}, "`listnet_temperature=0.5` belongs to the 'listnet' loss"),
+        ({"listnet_temperature": 0.5}, "`listnet_temperature=0.5` belongs to 'listnet'"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, options, message):

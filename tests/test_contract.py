@@ -4,26 +4,27 @@ What LarPOTrainer relies on in TRL. A failure here says which part of TRL has ch
 
 import inspect
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import trl
+from packaging.version import Version
+from transformers import AutoTokenizer
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl import DPOConfig, DPOTrainer
-from trl.data_utils import _tokenize, common_prefix_length
+from trl.data_utils import _tokenize
 from trl.models import prepare_deepspeed
 from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_hooks
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from trl_larpo import DataCollatorForCandidateLists
-from trl_larpo.training.chunking import run_rows
 from trl_larpo.training.config import DPO_LOSSES
-from trl_larpo.training.cpu_head import CPULogProbs
 from trl_larpo.training.log_probabilities import log_probabilities_under
-from trl_larpo.training.token_rows import separate_rows
+from trl_larpo.training.trl_compat import triton_log_probs
 
 SIGNATURES = {
     DPOTrainer._prepare_dataset: ["self", "dataset", "processing_class", "args", "dataset_name"],
@@ -32,17 +33,18 @@ SIGNATURES = {
     DPOTrainer.compute_ref_log_probs: ["self", "model", "inputs"],
     DPOTrainer._compute_loss: ["self", "model", "inputs", "return_outputs"],
     DPOTrainer.prediction_step: ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
-    common_prefix_length: ["ids", "other_ids"],
     _tokenize: ["processing_class", "input", "apply_chat_template_kwargs"],
     disable_gradient_checkpointing: ["model", "gradient_checkpointing_kwargs"],
     prepare_deepspeed: ["model", "accelerator"],
     add_hooks: ["model"],
     remove_hooks: ["model"],
     trl_utils.use_adapter: ["model", "adapter_name"],
-    trl_utils.global_then_local_main_first: [],
     trl_utils.get_config_model_id: ["config"],
-    trl_utils._use_triton: ["device"],
 }
+
+
+def is_trl(since: str) -> bool:
+    return Version(trl.__version__) >= Version(since)
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
@@ -68,9 +70,10 @@ def test_attributes_of_a_dpo_trainer(tiny_model, config):
     trainer = DPOTrainer(model=tiny_model, args=config(DPOConfig), train_dataset=tiny.pairs())
     used = [
         "beta", "loss_types", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "precompute_ref_logps",
-        "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_metrics", "_total_train_tokens", "_tp_size",
-        "_tokenizer", "_precompute_engine", "_precompute_model_hash", "_signature_columns", "is_deepspeed_enabled",
+        "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_metrics", "_total_train_tokens", "_tokenizer",
+        "_precompute_engine", "_signature_columns", "is_deepspeed_enabled",
     ]  # fmt: skip
+    used += [name for name, since in (("_tp_size", "1.13"), ("_precompute_model_hash", "1.16")) if is_trl(since)]
     missing = [name for name in used if not hasattr(trainer, name)]
     assert not missing, f"DPOTrainer no longer has {missing}"
     assert isinstance(trainer.data_collator, DataCollatorForPreference)
@@ -78,47 +81,10 @@ def test_attributes_of_a_dpo_trainer(tiny_model, config):
     assert list(DataCollatorForPreference.__dataclass_fields__) == fields
 
 
-def test_fused_head_gives_log_probabilities_of_the_next_token(tiny_model):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
-    expected = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
-    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    labels = torch.tensor([[-100, -100, 7, 8, 9]])
-    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
-    scored = torch.tensor([[False, True, True, True]])
-    torch.testing.assert_close(output.log_probs, expected.masked_fill(~scored, 0.0))
-    for name in ("entropy", "mean_logits", "is_top1"):
-        assert getattr(output, name).shape == (1, 4), f"field {name} of the fused head"
-
-
-def test_scoring_labelled_positions_only_changes_no_number(tiny_model, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    num_scored = []
-
-    def spy(function):
-        class Spy:
-            fits = getattr(function, "fits", None)
-
-            @staticmethod
-            def apply(hidden, *args):
-                num_scored.append((function.__name__, hidden.size(0)))
-                return function.apply(hidden, *args)
-
-        return Spy
-
-    example = {"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9]], "relevance": [1.0, 0.0]}
-    rows = separate_rows(DataCollatorForCandidateLists(pad_token_id=0)([example]))
-    mask = rows.real.long()
-    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", spy(trl_utils._ChunkedLogProbFunction))
-    monkeypatch.setattr("trl_larpo.training.chunking.CPULogProbs", spy(CPULogProbs))
-    whole = model(input_ids=rows.input_ids, attention_mask=mask, labels=rows.labels, fused_lm_head=True)
-    part = run_rows(model, rows, mask)
-    assert num_scored == [("ChunkedLogProbFunction", 6), ("CPULogProbs", 3)], (
-        "TRL no longer chooses the scored positions by `_use_triton`, or the function by `_ChunkedLogProbFunction`"
-    )
-    for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
-        torch.testing.assert_close(getattr(part, name), getattr(whole, name))
+@pytest.mark.skipif(not is_trl("1.16"), reason="TRL has the function in this form from 1.16 on")
+def test_triton_function_is_found():
+    assert triton_log_probs is not None, "TRL changed the arguments of `ChunkedLogProbFunction`"
+    assert triton_log_probs(torch.zeros(1, 2), *[None] * 6) is None  # no Triton on a CPU
 
 
 def test_names_of_trl_losses(tiny_model, config):
@@ -149,3 +115,17 @@ def test_a_launched_process_loads_the_model_without_a_device_map(tiny_model, con
     with pytest.raises(Stop):
         log_probabilities_under(tiny_model, dataset, args, {}, AutoTokenizer.from_pretrained(tiny_model), "scoring")
     assert {k: v for k, v in given.items() if k == "device_map"} == device_map
+
+
+@pytest.mark.parametrize("missing", ["trl.trainer.utils.use_adapter", "trl.DPOTrainer._compute_loss"])
+def test_a_trl_that_is_not_known_is_named_at_import(missing):
+    module, _, name = missing.rpartition(".")
+    code = (
+        f"import importlib, trl.trainer.utils\n"
+        f"from trl import DPOTrainer\n"
+        f"delattr({'DPOTrainer' if 'DPOTrainer' in module else module}, {name!r})\n"
+        "import trl_larpo\n"
+        "try:\n    trl_larpo.LarPOTrainer\nexcept ImportError as error:\n    print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert f"does not know TRL {trl.__version__}" in said and name in said and "pip install 'trl>=1.10,<1.17'" in said

@@ -9,6 +9,7 @@ from trl_larpo.training.token_rows import (
     _round_up,
     candidate_rows,
     count_tokens,
+    extend,
     pack,
     prompt_rows,
     separate_rows,
@@ -28,12 +29,14 @@ def make_batch(examples=EXAMPLES, **options):
 def test_separate_rows():
     rows = separate_rows(make_batch())
     assert rows.input_ids.tolist() == [
-        [1, 2, 3, 4, 0],
+        [1, 2, 3, 4, 1],  # padding repeats the first token
         [1, 2, 3, 5, 6],
-        [1, 2, 3, 7, 0],
-        [8, 9, 10, 0, 0],
-        [8, 11, 0, 0, 0],
+        [1, 2, 3, 7, 1],
+        [8, 9, 10, 8, 8],
+        [8, 11, 8, 8, 8],
     ]
+    assert rows.real.sum(dim=1).tolist() == [4, 5, 4, 3, 2]
+    assert rows.weights.equal(rows.real.long())
     assert rows.labels.tolist() == [
         [-100, -100, -100, 4, -100],
         [-100, -100, -100, 5, 6],
@@ -41,12 +44,12 @@ def test_separate_rows():
         [-100, 9, 10, -100, -100],
         [-100, 11, -100, -100, -100],
     ]
-    assert (rows.input_ids != 0).equal(rows.real)
 
 
 def test_shared_prompt_rows():
     rows = shared_prompt_rows(make_batch())
-    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 3, 5, 6, 3, 7], [8, 9, 10, 8, 11, 0, 0, 0, 0]]
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 3, 5, 6, 3, 7], [8, 9, 10, 8, 11, 8, 8, 8, 8]]
+    assert rows.weights.tolist() == [[3, 3, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0, 0]]
     assert rows.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4, 2, 3], [0, 1, 2, 0, 1, 0, 0, 0, 0]]
     assert rows.segments[0].tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3]
     assert rows.segments[1, :5].tolist() == [1, 1, 1, 2, 2]
@@ -72,8 +75,11 @@ def test_values_come_back_to_their_tokens(lay_out, options, scored):
     expected = torch.tensor(scored)[:, :, : found.size(2)]
     assert found.tolist() == expected.tolist()
     assert rows.token_mask.equal(expected != 0)
-    # Virtual tokens of prompt learning in front
-    assert rows.per_token(torch.nn.functional.pad(rows.input_ids[:, 1:], (3, 0), value=-7)).equal(found)
+    # Nor does a column more move anything
+    longer = extend(rows, 99)
+    assert longer.positions[:, -1].eq(99).all() and longer.positions[:, :-1].equal(rows.positions)
+    assert longer.per_token(longer.input_ids[:, 1:]).equal(found)
+    assert not longer.real[:, -1].any() and longer.weights.sum() == rows.weights.sum()
 
 
 def test_sequences_cut_at_the_start():
@@ -130,7 +136,7 @@ def test_packed_lists():
     assert rows.input_ids.shape == (1, 128)
     assert rows.input_ids[0, :14].tolist() == [1, 2, 3, 4, 3, 5, 6, 3, 7, 8, 9, 10, 8, 11]
     assert rows.lists[0, :14].tolist() == [0] * 9 + [1] * 5
-    assert rows.real.sum() == 14
+    assert rows.real.sum() == 14 and rows.weights.sum() == 18
     assert rows.per_token(rows.input_ids[:, 1:]).tolist() == [[[4, 0], [5, 6], [7, 0]], [[9, 10], [11, 0], [0, 0]]]
     lengths = [_round_up(length) for length in range(1, 5000)]
     assert all(rounded - length < max(128, length / 8) for length, rounded in enumerate(lengths, start=1))
@@ -146,6 +152,6 @@ def test_windows_reach_back_by_position(window):
     assert shared[0][columns][:, columns].equal(separate[1])
     # The same with the prompt kept outside the row
     prompt_ids, prompt_real = prompt_rows(batch)
-    assert prompt_ids.tolist() == [[1, 2], [0, 0]]
+    assert prompt_ids.tolist() == [[1, 2], [8, 8]] and prompt_real.tolist() == [[True, True], [False, False]]
     apart = visible(candidate_rows(batch), window, prompt_real)
     assert apart[0].equal(shared[0, 2:])

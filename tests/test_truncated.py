@@ -181,3 +181,49 @@ def end_probability(trainer):
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         return trainer.model(ids).logits[0, -1].softmax(-1)[tokenizer.eos_token_id].item()
+
+
+# Beginnings of answers, and tokenizers with habits
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_beginning_of_an_answer_is_continued(name, finished):
+    prompt = [*USER, *say("Because the")]
+    [found], tokenizer = tokenized([row([say(" sky"), say(" sea is")], [finished] * 2, prompt)], TEMPLATES[name])
+    assert tokenizer.decode(found["prompt_ids"]).endswith("Because the")
+    for text, ids in zip((" sky", " sea is"), found["completion_ids"], strict=True):
+        whole = tokenizer.apply_chat_template([*USER, *say("Because the" + text)], tokenize=False)
+        rendered = tokenizer.decode(found["prompt_ids"] + ids)
+        if finished:  # as if it had been said at once
+            assert rendered == whole
+        else:
+            assert whole.startswith(rendered) and rendered.endswith(text)
+
+
+def test_a_tokenizer_that_adds_an_end_token_itself_adds_no_second_one(monkeypatch):
+    tokenizer = tiny.tiny_tokenizer()
+    plain = tokenizer("why, blue", add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    call = type(tokenizer).__call__
+
+    def with_end_token(self, text, *args, **kwargs):
+        output = call(self, text, *args, **kwargs)
+        output["input_ids"] = output["input_ids"] + [eos]
+        return output
+
+    monkeypatch.setattr(type(tokenizer), "__call__", with_end_token)
+    rows = [{"prompt": "why", "completions": [", blue", ", green"], "finished": [True, False]}]
+    settings = {"where": "rows", "eos_token": tokenizer.eos_token, "max_length": None, "truncation_mode": "keep_start"}
+    [found] = list(tokenize_dataset(Dataset.from_list(rows), tokenizer, **settings))
+    assert found["prompt_ids"] + found["completion_ids"][0] == [*plain, eos]
+    assert found["prompt_ids"] == plain[:3] and eos not in found["completion_ids"][1]
+
+
+def test_what_is_said_once_is_said_once_a_data_set(caplog):
+    rows = [row([say("a"), say("b")], [True, True], completion_ids=[[1], [2]]) for _ in range(30)]
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        tokenized(rows)
+        tokenized(rows[:20])
+    said = [record.message for record in caplog.records if "does not hold the tokens" in record.message]
+    assert len(said) == 2 and all("row 0" in text for text in said)

@@ -11,3 +11,7 @@ class ConfigError(LarPOError):
 
 class DataError(LarPOError):
     """A dataset, or one row of it, cannot be used."""
+
+
+class NonFiniteError(LarPOError):
+    """Training has run into NaN or infinite numbers."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def layer_obstacle(model: PreTrainedModel) -> str | None:
+def state_obstacle(model: PreTrainedModel) -> str | None:
     """
     Why keys and values are not all that a bare model knows of earlier tokens, or its positions cannot be given.
 
@@ -24,9 +24,15 @@ def layer_obstacle(model: PreTrainedModel) -> str | None:
         return f"{name} has layers of another kind than full or sliding attention ({kinds})"
     if getattr(config, "alibi", False):
         return f"{name} biases attention by the distance in the row (ALiBi)"
-    backbone = model.base_model
-    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
         return f"{name} takes no `position_ids`"
-    if not hasattr(sys.modules[type(backbone).__module__], "create_causal_mask"):
-        return f"{name} does not take its mask the way transformers' own models do"
+    return None
+
+
+def layer_obstacle(model: PreTrainedModel) -> str | None:
+    """As [`state_obstacle`], and why a bare model does not take any mask that it is given."""
+    if (obstacle := state_obstacle(model)) is not None:
+        return obstacle
+    if not hasattr(sys.modules[type(model.base_model).__module__], "create_causal_mask"):
+        return f"{type(model).__name__} does not take its mask the way transformers' own models do"
     return None

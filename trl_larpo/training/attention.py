@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..layers import layer_obstacle
+from ..layers import state_obstacle
 from .token_rows import Rows
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
@@ -25,25 +25,52 @@ _MASKABLE = ("sdpa", "eager", "flex_attention")
 
 def sharing_obstacle(model: PreTrainedModel) -> str | None:
     """
-    Why the candidates of a list cannot share one row with their prompt in this model.
+    Why the candidates of a list cannot share a row with their prompt in this model, as far as that is known in advance.
 
     Sharing needs attention layers alone, a mask that may be any relation between tokens, and positions that may be
-    given. All of it is read from the model's configuration and code.
+    given. Whether the model then computes the same is measured on itself, by [`trl_larpo.training.proof`]; here stands
+    what two short lists would not show.
 
     Args:
         model: The model, bare or as a `PeftModel`.
 
     Returns:
-        The reason, to be read after "because"; `None` if they can.
+        The reason, to be read after "because"; `None` if nothing is known.
     """
     if is_peft_model(model):
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             return "prompt-learning PEFT puts virtual tokens in front of each row"
         model = model.get_base_model()
-    implementation = model.config.get_text_config()._attn_implementation.removeprefix(_PREFIX)
-    if (obstacle := layer_obstacle(model)) is None and implementation not in _MASKABLE:
+    config = model.config.get_text_config()
+    implementation = (config._attn_implementation or "eager").removeprefix(_PREFIX)
+    if implementation not in _MASKABLE:
         return f"attn_implementation={implementation!r} takes no mask of its own; 'sdpa' does"
-    return obstacle
+    if (obstacle := state_obstacle(model)) is not None:
+        return obstacle
+    if sliding_window(model) is None and not getattr(config, "layer_types", None):
+        for name, value in config.to_dict().items():
+            is_window = "window" in name and not name.startswith("use_") and "layer" not in name
+            if is_window and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return f"{type(model).__name__} may count its window ({name}={value}) in places of the row"
+    return None
+
+
+def positions_depend_on_length(model: PreTrainedModel) -> bool:
+    """Whether position embeddings depend on the largest position in a call (LongRoPE, dynamic NTK)."""
+    config = model.config.get_text_config()
+    return any(
+        _names_rope_type(getattr(config, name, None), {"dynamic", "longrope", "su"})
+        for name in ("rope_scaling", "rope_parameters")
+    )
+
+
+def _names_rope_type(parameters, kinds: set[str]) -> bool:
+    """Whether RoPE parameters, which may be a dictionary of them for each type of layer, name one of some kinds."""
+    if not isinstance(parameters, dict):
+        return False
+    if kinds & {value for name in ("rope_type", "type") if isinstance(value := parameters.get(name), str)}:
+        return True
+    return any(_names_rope_type(value, kinds) for value in parameters.values())
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:
@@ -94,17 +121,20 @@ class SplitRows:
     it sees no more than separate rows do.
 
     Attributes:
-        prompt_length: Length of the longest prompt, of which every row's first columns are taken.
         columns: int64 `(rows * list_size * segment_length,)`, where candidates' tokens stand in the flattened rows.
         places: int64 `(rows, length)`, where the result for each token stands after those for prompts and candidates
             are put behind one another.
         mask: bool `(rows * list_size, 1, segment_length, prompt_length + segment_length)`, what candidates see.
     """
 
-    prompt_length: int
     columns: Tensor
     places: Tensor
     mask: Tensor
+
+    @property
+    def prompt_length(self) -> int:
+        """Length of the longest prompt, of which every row's first columns are taken."""
+        return self.mask.size(3) - self.mask.size(2)
 
 
 def split_rows(rows: Rows) -> SplitRows | None:
@@ -136,7 +166,7 @@ def split_rows(rows: Rows) -> SplitRows | None:
     places = torch.where(
         rows.segments == 0, column, prompt_length + (rows.segments - 1) * segment_length + in_segment
     ).masked_fill(~rows.real, 0)
-    return SplitRows(prompt_length, columns.flatten(), places, mask.flatten(0, 1)[:, None])
+    return SplitRows(columns.flatten(), places, mask.flatten(0, 1)[:, None])
 
 
 def attention_masks(
@@ -218,6 +248,12 @@ def enable_sharing(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if _PREFIX + config._attn_implementation in _KNOWING_SHARED_PROMPTS:
         config._attn_implementation = _PREFIX + config._attn_implementation
+
+
+def disable_sharing(model: PreTrainedModel) -> None:
+    """Takes [`enable_sharing`] back."""
+    config = model.config.get_text_config()
+    config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
 
 
 def _eager_attention_forward(module, *args, **kwargs):

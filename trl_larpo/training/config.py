@@ -1,6 +1,8 @@
 """Options of [`LarPOTrainer`]: TRL's [`~trl.DPOConfig`] plus what lists need."""
 
 import difflib
+import inspect
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +12,7 @@ from trl import DPOConfig
 
 from ..candidates import TRUNCATED_COMPLETIONS, check_truncated_completions
 from ..errors import ConfigError
-from ..losses import RANKING_LOSSES, RankingLoss, ndcg_lambda_weight
+from ..losses import RANKING_LOSSES, RankingLoss, ndcg2pp_lambda_weight, ndcg_lambda_weight, smoothed
 
 # fmt: off
 DPO_LOSSES = frozenset([
@@ -23,11 +25,19 @@ DPO_LOSSES = frozenset([
 SIGMOID_ON_PAIRS = frozenset({"pairwise", "contrastive", "lambdarank", "listmle"})
 """Ranking losses that are TRL's "sigmoid" on two candidates."""
 
-_PAIR_OPTIONS = ("ld_alpha", "use_weighting", "label_smoothing", "discopop_tau")
+_PAIR_OPTIONS = ("ld_alpha", "use_weighting", "discopop_tau")
 
 SHARED_PROMPT = ("auto", "on", "off")
 
-LAMBDA_WEIGHTS = {"ndcg": ndcg_lambda_weight}
+LAMBDA_WEIGHTS = {"ndcg": ndcg_lambda_weight, "ndcg2++": ndcg2pp_lambda_weight}
+
+_OF_LOSS = {  # option: the losses that it belongs to
+    "lambda_weight": ("lambdarank",),
+    "listnet_temperature": ("listnet",),
+    "listmle_top_k": ("listmle",),
+    "contrastive_positives": ("contrastive",),
+    "normalize_comparisons": ("lambdarank", "listmle"),
+}
 
 
 @dataclass
@@ -46,7 +56,16 @@ class LarPOConfig(DPOConfig):
             Several are combined with `loss_weights`. On chosen/rejected pairs TRL's own losses may be used as well.
         lambda_weight (`str`, *optional*):
             Weight of a pair of candidates in the `'lambdarank'` loss. `None`: every pair counts the same, as in the
-            paper. `'ndcg'`: the change in NDCG from swapping the two, as in LambdaRank proper.
+            paper. `'ndcg'`: the change in NDCG from swapping the two, as in LambdaRank proper. `'ndcg2++'`: the weights
+            of NDCG-Loss2++ from the LambdaLoss framework.
+        normalize_comparisons (`bool`, *optional*, defaults to `False`):
+            Whether the `'lambdarank'` and `'listmle'` losses are divided by the number of comparisons in a list, so
+            that gradients do not grow with it. The learning rate should then be larger.
+        listmle_top_k (`int`, *optional*):
+            The first places of the ranking that the `'listmle'` loss counts. `None`: all.
+        contrastive_positives (`int`, *optional*, defaults to `1`):
+            The first places of the ranking that are positives in the `'contrastive'` loss, each compared with the
+            others that are worse.
         listnet_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the soft targets of the `'listnet'` loss, softmax(rewards / temperature), in units of the
             reward.
@@ -54,6 +73,15 @@ class LarPOConfig(DPOConfig):
             Whether the score of a completion is divided by its number of tokens, as in TRL's `'sigmoid_norm'` on pairs,
             so that long completions weigh no more than short ones. `beta` should then be larger, about 2. The default
             of `larpo run` is `True`, with `beta` 2.
+        reference_free (`bool`, *optional*, defaults to `False`):
+            Whether scores are `beta` times the policy's log-probabilities, without a reference, which is then not
+            loaded. With `per_token_scores` and `target_margin` they are SimPO's, on lists of any size. For lists, and
+            pairs that are trained as lists.
+        target_margin (`float`, *optional*, defaults to `0.0`):
+            By how much the score of a better completion has to be ahead of a worse one's, in units of the score.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            For ranking losses, the probability that an order is the other way round, below 0.5; for TRL's losses as
+            there.
         truncated_completions (`str`, *optional*, defaults to `"rank_last"`):
             What becomes of completions that the column `finished` calls cut off. `"rank_last"`: they rank below all
             that ended, and tie with each other; `"by_reward"`: they rank by their rewards; `"drop"`: they are left out.
@@ -80,8 +108,27 @@ class LarPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Weight of a pair of candidates in the 'lambdarank' loss. None: every pair counts the same, as in "
-            "the LarPO paper. 'ndcg': the change in NDCG from swapping the two, as in LambdaRank proper.",
+            "the LarPO paper. 'ndcg': the change in NDCG from swapping the two, as in LambdaRank proper. 'ndcg2++': "
+            "the weights of NDCG-Loss2++.",
             "choices": [*LAMBDA_WEIGHTS],
+        },
+    )
+    normalize_comparisons: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide the 'lambdarank' and 'listmle' losses by the number of comparisons in a list, so that "
+            "gradients do not grow with it. The learning rate should then be larger."
+        },
+    )
+    listmle_top_k: int | None = field(
+        default=None,
+        metadata={"help": "The first places of the ranking that the 'listmle' loss counts. None: all."},
+    )
+    contrastive_positives: int = field(
+        default=1,
+        metadata={
+            "help": "The first places of the ranking that are positives in the 'contrastive' loss, each compared with "
+            "the others that are worse."
         },
     )
     listnet_temperature: float = field(
@@ -96,6 +143,27 @@ class LarPOConfig(DPOConfig):
         metadata={
             "help": "Divide the score of a completion by its number of tokens, as TRL's 'sigmoid_norm' does on pairs, "
             "so that long completions weigh no more than short ones. `beta` should then be larger, about 2."
+        },
+    )
+    reference_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Score completions by the policy's log-probabilities alone; no reference model is loaded. With "
+            "`per_token_scores` and `target_margin` the scores are SimPO's."
+        },
+    )
+    target_margin: float = field(
+        default=0.0,
+        metadata={
+            "help": "By how much the score of a better completion has to be ahead of a worse one's, in units of the "
+            "score."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "For ranking losses, the probability that an order is the other way round, below 0.5; for TRL's "
+            "losses as there."
         },
     )
     truncated_completions: str = field(
@@ -132,18 +200,20 @@ class LarPOConfig(DPOConfig):
             raise ConfigError(
                 f"`lambda_weight` is {self.lambda_weight!r}; it must be one of {sorted(LAMBDA_WEIGHTS)} or None."
             )
-        if self.lambda_weight is not None and "lambdarank" not in self.loss_type:
-            raise ConfigError(
-                f"`lambda_weight={self.lambda_weight!r}` weights the pairs of the 'lambdarank' loss, but `loss_type` "
-                f"is {self.loss_type}. Add 'lambdarank' to `loss_type` or remove `lambda_weight`."
-            )
         if not self.listnet_temperature > 0:
             raise ConfigError(f"`listnet_temperature` is {self.listnet_temperature}; it must be greater than 0.")
-        if self.listnet_temperature != 1.0 and "listnet" not in self.loss_type:
-            raise ConfigError(
-                f"`listnet_temperature={self.listnet_temperature}` belongs to the 'listnet' loss, but `loss_type` is "
-                f"{self.loss_type}. Add 'listnet' to `loss_type` or remove `listnet_temperature`."
-            )
+        for name in ("listmle_top_k", "contrastive_positives"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"`{name}` is {value}; it must be at least 1.")
+        for option, losses in _OF_LOSS.items():
+            value = getattr(self, option)
+            if value != _default(option) and not set(losses) & set(self.loss_type):
+                names = " and ".join(repr(name) for name in losses)
+                raise ConfigError(
+                    f"`{option}={value!r}` belongs to {names}, but `loss_type` is {self.loss_type}. Add {losses[0]!r} "
+                    f"to `loss_type` or remove `{option}`."
+                )
+        self._check_scores()
         check_truncated_completions(self.truncated_completions)
         shared_prompt: Any = self.shared_prompt
         if isinstance(shared_prompt, bool):  # what YAML makes of on and off
@@ -160,6 +230,28 @@ class LarPOConfig(DPOConfig):
         if self.bf16 is None and not self.fp16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16: bool | None = False  # DPOConfig's default of True is refused on a machine without an accelerator
         super().__post_init__()
+
+    def _check_scores(self) -> None:
+        if not math.isfinite(self.target_margin) or self.target_margin < 0:
+            raise ConfigError(f"`target_margin` is {self.target_margin}; it must be a number of at least 0.")
+        if not 0 <= self.label_smoothing < 0.5 and set(self.loss_type) - DPO_LOSSES:
+            raise ConfigError(
+                f"`label_smoothing` is {self.label_smoothing}; with ranking losses it must be at least 0 and below 0.5."
+            )
+        if self.reference_free and self.f_divergence_type != "reverse_kl":
+            raise ConfigError(
+                f"`reference_free` scores have no reference to diverge from, but `f_divergence_type` is "
+                f"{self.f_divergence_type!r}. Remove one of the two."
+            )
+        for option in ("sync_ref_model", "precompute_ref_log_probs"):
+            if self.reference_free and getattr(self, option):
+                raise ConfigError(
+                    f"`{option}` needs a reference, and `reference_free` has none. Remove one of the two."
+                )
+
+
+def _default(option: str) -> Any:
+    return LarPOConfig.__dataclass_fields__[option].default
 
 
 def check_loss_types(loss_types: list[str]) -> None:
@@ -184,12 +276,27 @@ def check_loss_types(loss_types: list[str]) -> None:
 
 def ranking_loss(name: str, args: DPOConfig) -> RankingLoss:
     """The function behind a name in `loss_type`, with the options that belong to it bound."""
-    loss_fn = RANKING_LOSSES[name]
+    options: dict[str, Any] = {}
     if name == "lambdarank" and getattr(args, "lambda_weight", None) is not None:
-        return partial(loss_fn, lambda_weight=LAMBDA_WEIGHTS[args.lambda_weight])
-    if name == "listnet" and hasattr(args, "listnet_temperature"):
-        return partial(loss_fn, temperature=args.listnet_temperature)
-    return loss_fn
+        options["lambda_weight"] = LAMBDA_WEIGHTS[args.lambda_weight]
+    if name in _OF_LOSS["normalize_comparisons"]:
+        options["normalize"] = getattr(args, "normalize_comparisons", False)
+    for option, loss, keyword in (
+        ("listmle_top_k", "listmle", "top_k"),
+        ("contrastive_positives", "contrastive", "positives"),
+        ("listnet_temperature", "listnet", "temperature"),
+    ):
+        if name == loss and hasattr(args, option):
+            options[keyword] = getattr(args, option)
+    loss_fn = partial(RANKING_LOSSES[name], **options)
+    margin = getattr(args, "target_margin", 0.0)
+    if margin and "margin" not in inspect.signature(RANKING_LOSSES[name]).parameters:
+        raise ConfigError(
+            f"`target_margin={margin}`: the loss {name!r} takes no argument `margin`. Remove one of the two."
+        )
+    if args.label_smoothing:
+        return smoothed(loss_fn, args.label_smoothing, margin)
+    return partial(loss_fn, margin=margin) if margin else loss_fn
 
 
 def trains_lists(
@@ -228,11 +335,20 @@ def trains_lists(
             f"`loss_fn` and `loss_type={args.loss_type}` are both given. `loss_fn` takes the place of `loss_type`: "
             "leave `loss_type` at its default."
         )
-    if loss_fn is not None and getattr(args, "lambda_weight", None) is not None:
-        raise ConfigError("`lambda_weight` has no effect on a `loss_fn` of your own; remove one of the two.")
+    if loss_fn is not None:
+        for option in ("lambda_weight", "normalize_comparisons", "target_margin", "label_smoothing"):
+            if getattr(args, option, None):
+                raise ConfigError(f"`{option}` has no effect on a `loss_fn` of your own; remove one of the two.")
     dpo_losses = [name for name in args.loss_type if name in DPO_LOSSES and name != "sft"] if loss_fn is None else []
 
+    if not args.beta > 0 and (formats[train_set] == "list" or not dpo_losses):
+        raise ConfigError(f"`beta` is {args.beta}; it must be greater than 0.")
     if formats[train_set] == "list":
+        if "inputs" in (getattr(args, "include_for_metrics", None) or []):
+            raise ConfigError(
+                "`include_for_metrics` names 'inputs', which are the `input_ids` of single sequences; lists have none. "
+                "Remove it: `compute_metrics` receives scores and relevance."
+            )
         if has_images:
             raise ConfigError(
                 f"{train_set} has images. Images are supported on chosen/rejected pairs only, not on lists."
@@ -263,7 +379,11 @@ def trains_lists(
         return True
     list_only = [f"loss_type {name!r}" for name in args.loss_type if name not in DPO_LOSSES | SIGMOID_ON_PAIRS]
     list_only += ["`lambda_weight`"] if getattr(args, "lambda_weight", None) is not None else []
-    list_only += ["`per_token_scores`"] if getattr(args, "per_token_scores", False) else []
+    list_only += [
+        f"`{option}`"
+        for option in ("per_token_scores", "reference_free", "target_margin")
+        if getattr(args, option, False)
+    ]
     list_only += ["`loss_fn`"] if loss_fn is not None else []
     if list_only:
         raise ConfigError(

@@ -1,115 +1,219 @@
-"""TRL's fused head for a CPU: the same numbers in half the time."""
+"""From hidden states to log-probabilities of tokens, without logits of the whole vocabulary in memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from .trl_compat import gather_head
+from .trl_compat import gather_head, triton_log_probs
 
-_TOKENS, _VOCABULARY = (
-    512,
-    2048,
-)  # of a tile of logits: small enough to stay in the cache, large enough to multiply fast
+_TOKENS, _VOCABULARY = 512, 2048  # of a tile of logits: small enough to stay in a cache, large enough to multiply fast
+
+TokenValues = dict[str, Tensor]
+"""`"log_probs"` and, where they are asked for, `"entropy"`, `"mean_logits"` and `"is_top1"` of tokens; float32."""
 
 
-class CPULogProbs(torch.autograd.Function):
+@dataclass
+class OutputHead:
+    """
+    How a model turns hidden states into logits z.
+
+    Where it is linear, z = scale · (W h + b), then softcap · tanh(z / softcap) if the model has one, and logits never
+    exist as a whole. Some models do something else; then they work out their logits themselves.
+
+    Attributes:
+        linear: Whether it is of that form.
+        scale: Factor of the logits.
+        softcap: Limit of the logits, `None` for none.
+    """
+
+    linear: bool = True
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, model: PreTrainedModel) -> "OutputHead":
+        """What a model's configuration says. Whether it is right is for [`trl_larpo.training.proof`] to find out."""
+        config = model.config.get_text_config()
+        linear = isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor)
+        scale = 1.0
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            if isinstance(value := getattr(config, name, None), int | float):
+                scale *= value
+                break
+        if isinstance(value := getattr(config, "logits_scaling", None), int | float):
+            scale *= value if config.model_type == "hyperclovax" else 1 / value
+        return cls(linear, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.compiler.disable
+def score_tokens(
+    model: PreTrainedModel, head: OutputHead, hidden: Tensor, targets: Tensor, with_statistics: bool
+) -> TokenValues:
+    """
+    Log-probabilities of tokens from the hidden states that predict them.
+
+    Args:
+        model: Bare model, whose output embeddings are the head.
+        head: Its form, linear.
+        hidden: `(tokens, hidden_size)`.
+        targets: int64 `(tokens,)`.
+        with_statistics: Whether to return more than log-probabilities.
+    """
+    layer = model.get_output_embeddings()
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    # With a model split across devices, the backbone may end on another one than the head
+    hidden, targets = hidden.to(weight.device), targets.to(weight.device)
+    if isinstance(weight, DTensor):  # FSDP2
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    arguments = hidden, weight, bias, targets, head.scale, head.softcap, with_statistics
+    with gather_head(weight, bias):
+        values = None if triton_log_probs is None else triton_log_probs(*arguments)
+        if values is None:
+            values = TiledLogProbs.apply(*arguments)
+    names = ("log_probs", "entropy", "mean_logits", "is_top1")
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+
+
+@torch.compiler.disable
+def score_logits(logits: Tensor, targets: Tensor, with_statistics: bool) -> TokenValues:
+    """
+    The same from logits `(tokens, vocabulary)`, for models whose head is not linear.
+
+    A few tokens at a time go through the softmax in float32.
+    """
+    parts = []
+    for some_logits, some_targets in zip(logits.split(_TOKENS), targets.to(logits.device).split(_TOKENS), strict=True):
+        log_probs = some_logits.float().log_softmax(dim=-1)
+        values = {"log_probs": log_probs.gather(1, some_targets[:, None])[:, 0]}
+        if with_statistics:
+            with torch.no_grad():
+                values["entropy"] = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(dim=1)
+                values["mean_logits"] = some_logits.float().mean(dim=1)
+                values["is_top1"] = some_logits.argmax(dim=1) == some_targets
+        parts.append(values)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class TiledLogProbs(torch.autograd.Function):
     """
     Log-probability of each token, and statistics of the distribution it comes from, from hidden states.
 
-    Takes the place of TRL's `ChunkedLogProbFunction`, with the same arguments and results. Logits are worked out a tile
-    at a time, in the forward pass and again in the backward pass, and the memory of a tile is gone through few times:
-    TRL's form for devices without Triton does so about a dozen times.
+    Logits are worked out a tile of tokens and vocabulary at a time, in the forward pass and again in the backward pass,
+    and go through memory few times: on a CPU it takes half the time of TRL's function for devices without Triton.
+    Products are summed up in float32. Statistics carry no gradient.
     """
-
-    @staticmethod
-    def fits(bias: Tensor | None, temperature: float, softcap: float | None, logit_scale: float, outputs) -> bool:
-        """Whether this function can do what is asked of the head; if not, TRL's own has to."""
-        plain = bias is None and temperature == 1.0 and softcap is None and logit_scale == 1.0
-        return plain and "log_sum_sq_probs" not in outputs
 
     @staticmethod
     def forward(
         ctx,
         hidden: Tensor,  # (tokens, hidden_size)
         weight: Tensor,  # (vocabulary, hidden_size)
-        bias: None,
+        bias: Tensor | None,  # (vocabulary,)
         targets: Tensor,  # (tokens,)
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "mean_logits", "is_top1"),
-    ) -> tuple[Tensor, Tensor | None, None, Tensor | None, Tensor | None]:
+        scale: float = 1.0,
+        softcap: float | None = None,
+        with_statistics: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
-        num_tokens, wants_entropy = len(hidden), "entropy" in outputs
-        largest = torch.full((num_tokens,), -torch.inf)
-        best = torch.zeros(num_tokens, dtype=torch.long)
-        sum_exp, sum_exp_times_logit, target_logit = torch.zeros(3, num_tokens)
-        for tokens, vocabulary, logits in _tiles(hidden, weight, dtype):
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.scale, ctx.softcap = scale, softcap
+        num_tokens = len(hidden)
+        largest = hidden.new_full((num_tokens,), -torch.inf, dtype=torch.float32)
+        best = targets.new_zeros(num_tokens)
+        sum_exp, sum_exp_times_logit, target_logit, sum_logits = largest.new_zeros(4, num_tokens)
+        for tokens, vocabulary, logits in _tiles(hidden, weight, bias, ctx.dtype, scale, softcap):
             tile_largest, tile_best = logits.max(dim=1)
             local = targets[tokens] - vocabulary.start
             inside = (local >= 0) & (local < logits.size(1))
             target = logits.gather(1, local.clamp(0, logits.size(1) - 1)[:, None])[:, 0]
             target_logit[tokens] = torch.where(inside, target, target_logit[tokens])
-            best[tokens] = torch.where(tile_largest > largest[tokens], tile_best + vocabulary.start, best[tokens])
 
             new_largest = torch.maximum(largest[tokens], tile_largest)
             shrink = torch.exp(largest[tokens] - new_largest)
             exp = torch.sub(logits, new_largest[:, None]).exp_()
             sum_exp[tokens] = sum_exp[tokens] * shrink + exp.sum(dim=1)
-            if wants_entropy:
-                sum_exp_times_logit[tokens] = sum_exp_times_logit[tokens] * shrink + torch.linalg.vecdot(exp, logits)
+            if with_statistics:
+                best[tokens] = torch.where(tile_largest > largest[tokens], tile_best + vocabulary.start, best[tokens])
+                products = torch.linalg.vecdot(exp, logits)
+                sum_exp_times_logit[tokens] = sum_exp_times_logit[tokens] * shrink + products
+                if softcap is not None:
+                    sum_logits[tokens] += logits.sum(dim=1)
             largest[tokens] = new_largest
 
         log_normalizer = largest + sum_exp.log()
-        entropy = log_normalizer - sum_exp_times_logit / sum_exp if wants_entropy else None
-        mean_logits = is_top1 = None
-        if "mean_logits" in outputs:
-            mean_logits = hidden.float() @ weight.float().mean(dim=0)
-        if "is_top1" in outputs:
-            is_top1 = best == targets
-        ctx.save_for_backward(hidden, weight, targets, log_normalizer, log_normalizer if entropy is None else entropy)
-        ctx.dtype = dtype
-        ctx.mark_non_differentiable(*(x for x in (mean_logits, is_top1) if x is not None))
-        return target_logit - log_normalizer, entropy, None, mean_logits, is_top1
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
+        log_probs = target_logit - log_normalizer
+        if not with_statistics:
+            return log_probs, None, None, None
+        entropy = log_normalizer - sum_exp_times_logit / sum_exp
+        if softcap is not None:
+            mean_logits = sum_logits / len(weight)
+        else:  # the mean of the logits is the logit of the mean
+            mean_logits = scale * (hidden.float() @ weight.float().mean(dim=0))
+            mean_logits += 0.0 if bias is None else scale * bias.float().mean()
+        is_top1 = best == targets
+        ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
+        return log_probs, entropy, mean_logits, is_top1
 
     @staticmethod
-    def backward(ctx, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, *_):
-        hidden, weight, targets, log_normalizer, entropy = ctx.saved_tensors
-        grad_log_probs = torch.zeros(len(hidden)) if grad_log_probs is None else grad_log_probs.float()
-        with gather_head(weight, None):
-            grad_hidden = torch.zeros(hidden.shape) if ctx.needs_input_grad[0] else None
+    def backward(ctx, grad_log_probs: Tensor | None, *_):
+        hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        if grad_log_probs is None:
+            return (None,) * 7
+        grad_log_probs = grad_log_probs.float()
+        with gather_head(weight, bias):
+            grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
             # Every part of it is written once before anything is added, so it need not be filled with zeros
-            grad_weight = torch.empty(weight.shape) if ctx.needs_input_grad[1] else None
+            grad_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
             if len(hidden) == 0 and grad_weight is not None:
                 grad_weight.zero_()
-            for tokens, vocabulary, logits in _tiles(hidden, weight, ctx.dtype):
-                log_probs = logits.sub_(log_normalizer[tokens, None])
-                if grad_entropy is None:
-                    grad = log_probs.exp_().mul_(-grad_log_probs[tokens, None])
-                else:  # dH / dz = -p (log p + H)
-                    of_entropy = (log_probs + entropy[tokens, None]) * grad_entropy[tokens, None].float()
-                    grad = log_probs.exp_().mul_(-(grad_log_probs[tokens, None] + of_entropy))
+            for tokens, vocabulary, logits in _tiles(hidden, weight, bias, ctx.dtype, ctx.scale, ctx.softcap):
+                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+                grad = logits.sub_(log_normalizer[tokens, None]).exp_().mul_(-grad_log_probs[tokens, None])
                 local = targets[tokens] - vocabulary.start
                 rows = ((local >= 0) & (local < grad.size(1))).nonzero()[:, 0]
                 grad[rows, local[rows]] += grad_log_probs[tokens][rows]
-                grad = grad.to(ctx.dtype)
-                # Products are summed up in float32 whatever the logits were computed in, as TRL does
+                if slope is not None:
+                    grad *= slope
+                if ctx.scale != 1.0:
+                    grad *= ctx.scale
+                if grad_bias is not None:
+                    grad_bias[vocabulary] += grad.sum(dim=0)
+                grad = grad.to(ctx.dtype).float()
                 if grad_hidden is not None:
-                    grad_hidden[tokens].addmm_(grad.float(), weight[vocabulary].float())
+                    grad_hidden[tokens].addmm_(grad, weight[vocabulary].float())
                 if grad_weight is not None:
                     kept = 0 if tokens.start == 0 else 1
-                    grad_weight[vocabulary].addmm_(grad.float().t(), hidden[tokens].float(), beta=kept)
-        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+                    grad_weight[vocabulary].addmm_(grad.t(), hidden[tokens].float(), beta=kept)
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 4,
+        )
 
 
-def _tiles(hidden: Tensor, weight: Tensor, dtype: torch.dtype):
+def _tiles(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float, softcap: float | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Token and vocabulary ranges that cover everything, each with its logits in float32."""
     for start in range(0, len(hidden), _TOKENS):
         tokens = slice(start, start + _TOKENS)
         states = hidden[tokens].to(dtype)
         for first in range(0, len(weight), _VOCABULARY):
             vocabulary = slice(first, first + _VOCABULARY)
-            yield tokens, vocabulary, torch.mm(states, weight[vocabulary].to(dtype).t()).float()
+            logits = torch.mm(states, weight[vocabulary].to(dtype).t()).float()
+            if bias is not None:
+                logits += bias[vocabulary].float()
+            if scale != 1.0:
+                logits *= scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            yield tokens, vocabulary, logits

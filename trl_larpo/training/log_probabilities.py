@@ -20,7 +20,6 @@ from .token_rows import Batch
 from .tokenization import tokenize_dataset
 from .trl_compat import (
     accelerator_of,
-    add_fused_lm_head,
     create_model_from_path,
     disable_dropout_in_model,
     global_then_local_main_first,
@@ -113,7 +112,6 @@ def log_probabilities_under(
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(model)
-    add_fused_lm_head(model)
     accelerator = accelerator_of(args)  # after the model: ZeRO-3 loads it with the batch sizes still "auto"
     scorer = CandidateScorer(model, args, accelerator)
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:

@@ -1,26 +1,71 @@
 """
-Passes over the candidates of a batch a few at a time, so that memory does not grow with the list.
+How the candidates of a batch become the calls of a model: in which rows, and how many at a time.
 
-Each chunk of candidates runs under checkpointing: what its backward pass needs is computed again when it is needed, and
-freed before the next chunk. Gradients are exact, and there is one backward pass. Where prompts are shared, a prompt
-runs once for all of its chunks, and these read its keys and values.
+With a chunk size, each chunk of candidates runs under checkpointing: what its backward pass needs is computed again
+when it is needed, and freed before the next chunk. So memory does not grow with the list, gradients are exact, and
+there is one backward pass.
 """
 
-import types
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from .attention import KeysAndValues, attention_masks, uses_blocks
-from .cpu_head import CPULogProbs
-from .token_rows import Batch, Rows, candidate_rows, pack, prompt_rows, separate_rows, shared_prompt_rows
-from .trl_compat import FusedCausalLMOutput, fused_head, gather_partitioned_heads
+from .attention import SplitRows, attention_masks, split_rows, uses_blocks
+from .token_rows import Batch, Rows, candidate_rows, extend, pack, prompt_rows, separate_rows, shared_prompt_rows
+
+
+class Layout(Enum):
+    """What the rows of a model hold, and how its attention treats them."""
+
+    SPLIT = "one row for each list, taken apart for attention"
+    SHARED = "one row for each list"
+    PROMPT_FIRST = "the prompt of a list once, then its candidates, which read its keys and values"
+    SEPARATE = "a row for each completion, with the prompt in each"
+
+    @property
+    def shares_prompt(self) -> bool:
+        return self is not Layout.SEPARATE
+
+
+@dataclass
+class Call:
+    """
+    One call of the model.
+
+    Attributes:
+        rows: The rows it is given.
+        mask: What they see, as `attention_mask`.
+        with_positions: Whether to tell the model the positions of the tokens, which it works out itself in plain rows.
+        split: How attention takes the rows apart, `None` where it does not.
+    """
+
+    rows: Rows
+    mask: "Tensor | BlockMask | dict[str, Tensor | BlockMask]"
+    with_positions: bool
+    split: SplitRows | None = None
+
+
+@dataclass
+class Prompts:
+    """
+    Prompts that run once before the calls that read their keys and values.
+
+    Attributes:
+        input_ids: int64 `(lists, prompt_length)`.
+        real: bool, same shape, `False` in the padding.
+        weights: int64, same shape, as in [`Rows`].
+        positions: int64, same shape.
+    """
+
+    input_ids: Tensor
+    real: Tensor
+    weights: Tensor
+    positions: Tensor
 
 
 @dataclass
@@ -29,26 +74,40 @@ class Pass:
     Lists that go through the model together.
 
     Attributes:
-        chunks: Their candidates, in the rows that the model is given one after the other.
-        masks: What the rows of each chunk see, as `attention_mask`.
-        prompt_ids: int64 `(lists, prompt_length)`, prompts that run once before the chunks; `None` where each chunk has
-            its prompts in its rows.
-        prompt_real: bool, same shape, `False` in the padding.
+        calls: Their candidates, in chunks that the model is given one after the other.
+        prompts: Their prompts where these run first, else `None`.
+        recompute: Whether the backward pass computes the calls again.
     """
 
-    chunks: list[Rows]
-    masks: list[Tensor | dict[str, Tensor]]
-    prompt_ids: Tensor | None = None
-    prompt_real: Tensor | None = None
+    calls: list[Call]
+    prompts: Prompts | None = None
+    recompute: bool = field(default=True)
+
+
+def whole_pass(
+    model: PreTrainedModel, batch: Batch, layout: Layout, pad_to_multiple_of: int | None = None
+) -> list[Pass]:
+    """
+    All candidates of a batch at once.
+
+    Args:
+        model: Model the pass is for, bare or as a `PeftModel`.
+        batch: As [`DataCollatorForCandidateLists`] makes it.
+        layout: `SPLIT`, `SHARED` or `SEPARATE`.
+        pad_to_multiple_of: The length of the rows is padded to a multiple of this.
+    """
+    lay_out = shared_prompt_rows if layout.shares_prompt else separate_rows
+    return [Pass([_call(model, lay_out(batch, pad_to_multiple_of), layout)], recompute=False)]
 
 
 def passes_in_chunks(
     model: PreTrainedModel,
     batch: Batch,
-    shared_prompt: bool,
+    layout: Layout,
     chunk_size: int,
     list_size: int,
-    prompts_first: bool = True,
+    *,
+    longest: int | None = None,
 ) -> list[Pass]:
     """
     The candidates of a batch, at most `chunk_size` at a time. Lists are cut only where a whole one does not fit.
@@ -56,13 +115,12 @@ def passes_in_chunks(
     Args:
         model: Model the passes are for, bare or as a `PeftModel`.
         batch: As [`DataCollatorForCandidateLists`] makes it.
-        shared_prompt: Whether candidates share their prompt.
+        layout: `PROMPT_FIRST`, `SHARED` (the prompt in the rows of each chunk) or `SEPARATE`.
         chunk_size: Most candidates in a chunk.
         list_size: What lists are taken to hold, at least `batch`'s own. Processes that work together must agree on it,
             because all take part in every pass.
-        prompts_first: Whether shared prompts may run once before all chunks, and not in the rows of each. Not under
-            FSDP: it brings back the weights of a layer for the backward pass when the layer's output gets a gradient,
-            and here only keys and values do.
+        longest: Tokens of the longest sequence, for models whose position embeddings depend on it: all calls then see
+            the same.
     """
     of_prompts = {name: tensor for name, tensor in batch.items() if name.startswith("prompt_")}
     missing = list_size - batch["candidate_mask"].size(1)
@@ -75,82 +133,46 @@ def passes_in_chunks(
     passes = []
     for start in range(0, of_prompts["prompt_ids"].size(0), lists_per_pass):
         lists = slice(start, start + lists_per_pass)
-        prompts = {name: tensor[lists] for name, tensor in of_prompts.items()}
+        of_these = {name: tensor[lists] for name, tensor in of_prompts.items()}
         chunks = [
-            prompts
+            of_these
             | {name: tensor[lists, first : first + candidates_per_chunk] for name, tensor in of_candidates.items()}
             for first in range(0, list_size, candidates_per_chunk)
         ]
-        if shared_prompt and (uses_blocks(model) or not prompts_first):  # the prompt is in the rows of each chunk
-            rows = [shared_prompt_rows(chunk) for chunk in chunks]
-            rows = [pack(of_chunk) for of_chunk in rows] if uses_blocks(model) else rows
-            passes.append(Pass(rows, [attention_masks(model, of_chunk) for of_chunk in rows]))
-        elif shared_prompt:
-            rows = [candidate_rows(chunk) for chunk in chunks]
-            prompt_ids, prompt_real = prompt_rows(prompts)
-            masks = [attention_masks(model, of_chunk, prompt_real) for of_chunk in rows]
-            passes.append(Pass(rows, masks, prompt_ids, prompt_real))
-        else:
-            rows = [separate_rows(chunk) for chunk in chunks]
-            passes.append(Pass(rows, [of_chunk.real.long() for of_chunk in rows]))
+        lay_out = {
+            Layout.PROMPT_FIRST: candidate_rows,
+            Layout.SHARED: shared_prompt_rows,
+            Layout.SEPARATE: separate_rows,
+        }[layout]
+        prompts = None
+        if layout is Layout.PROMPT_FIRST:
+            prompts = _prompts(of_these, of_candidates["candidate_mask"][lists].sum(dim=1), longest)
+        passes.append(Pass([_call(model, lay_out(chunk), layout, prompts, longest) for chunk in chunks], prompts))
     return passes
 
 
-def enable_passes(model: PreTrainedModel) -> None:
-    """
-    Lets `model` be called as `model(passes=[Pass, ...])`, which returns what it says of each chunk, in order.
-
-    They are run inside the model's forward so that whatever wraps it (PEFT, DDP, DeepSpeed, FSDP) sees one call. The
-    values returned are TRL's `FusedCausalLMOutput`. Further keyword arguments go to every call of the model.
-
-    Args:
-        model: Bare model with TRL's fused head.
-    """
-    original_forward = model.forward
-    gather_partitioned_heads()
-
-    def forward(self, *args, passes: list[Pass] | None = None, **kwargs):
-        if passes is None:
-            return original_forward(*args, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in its own
-        outputs = []
-        for lists in passes:
-            recorded: KeysAndValues = {}
-            if lists.prompt_ids is not None and lists.prompt_real is not None:
-                self.base_model(
-                    input_ids=lists.prompt_ids,
-                    attention_mask=lists.prompt_real.long(),
-                    use_cache=False,
-                    record=recorded,
-                    **kwargs,
-                )
-            reading = {"recorded": recorded} if recorded else {}
-            for rows, mask in zip(lists.chunks, lists.masks, strict=True):
-                run = partial(run_rows, original_forward, rows, mask, **kwargs, **reading)
-                outputs.append(checkpoint(run, use_reentrant=False) if torch.is_grad_enabled() else run())
-        return outputs
-
-    model.forward = types.MethodType(forward, model)
+def _call(
+    model: PreTrainedModel, rows: Rows, layout: Layout, prompts: Prompts | None = None, longest: int | None = None
+) -> Call:
+    if longest is not None:
+        if layout is Layout.SEPARATE:  # where sequences are cut at the start, these begin at 0 again
+            rows.positions = torch.arange(rows.real.size(1), device=rows.real.device).expand(len(rows.real), -1)
+        rows = extend(rows, longest - 1)
+    if layout is Layout.SEPARATE:
+        # A row that is all padding must see something, or its softmax is over nothing
+        seen = rows.real | (torch.arange(rows.real.size(1), device=rows.real.device) == 0)
+        return Call(rows, seen.long(), with_positions=longest is not None)
+    if uses_blocks(model):
+        rows = pack(rows)
+    if layout is Layout.SPLIT and (split := split_rows(rows)) is not None:
+        return Call(rows, split.mask, True, split)
+    return Call(rows, attention_masks(model, rows, None if prompts is None else prompts.real), True)
 
 
-def run_rows(model: Callable, rows: Rows, mask: Tensor | dict[str, Tensor], **kwargs) -> FusedCausalLMOutput:
-    """
-    Calls a model with TRL's fused head on some rows.
-
-    Args:
-        model: The model, however wrapped, or its forward.
-        rows: The rows.
-        mask: Two-dimensional for rows of one sequence; else from [`attention_masks`].
-        kwargs: Further arguments for the model.
-    """
-    if isinstance(mask, dict) or len(mask.shape) == 4:
-        kwargs["position_ids"] = rows.positions
-    with fused_head(rows.real, CPULogProbs):
-        return model(
-            input_ids=rows.input_ids,
-            attention_mask=mask,
-            labels=rows.labels,
-            use_cache=False,
-            fused_lm_head=True,
-            **kwargs,
-        )
+def _prompts(batch: Batch, num_candidates: Tensor, longest: int | None) -> Prompts:
+    input_ids, real = prompt_rows(batch)
+    positions = torch.arange(input_ids.size(1), device=real.device).expand(len(real), -1)
+    if longest is not None:
+        input_ids, real = torch.cat([input_ids, input_ids[:, :1]], dim=1), F.pad(real, (0, 1))
+        positions = torch.cat([positions, torch.full_like(positions[:, :1], longest - 1)], dim=1)
+    return Prompts(input_ids, real, real * num_candidates[:, None], positions)

@@ -1,20 +1,32 @@
 """[`CandidateScorer`]: one model's log-probabilities of candidates."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig
 
 from ..errors import ConfigError
-from .attention import attention_masks, enable_sharing, sharing_obstacle, split_rows, splits_rows, uses_blocks
-from .chunking import enable_passes, passes_in_chunks, run_rows
-from .token_rows import Batch, Rows, pack, separate_rows, shared_prompt_rows
-from .trl_compat import FusedCausalLMOutput
+from .attention import (
+    disable_sharing,
+    enable_sharing,
+    positions_depend_on_length,
+    sharing_obstacle,
+    splits_rows,
+    uses_blocks,
+)
+from .forward import enable_passes, run_plainly
+from .head import OutputHead, TokenValues
+from .load_balancing import experts_per_token, load_balancing_loss
+from .passes import Layout, Pass, passes_in_chunks, whole_pass
+from .proof import Proof
+from .token_rows import Batch, Rows, sequence_lengths
+from .trl_compat import forget_order_of_modules
 
 logger = get_logger(__name__)
 
@@ -27,13 +39,13 @@ class CandidateOutputs:
     Attributes:
         logps: Log-probability of each completion, the sum over its tokens, `(batch, list_size)`, 0 in the padding.
         tokens: Statistics of each completion, summed over its tokens and without gradient, float `(batch, list_size)`:
-            `"count"`, `"entropy"`, `"mean_logits"`, `"is_top1"`. Of a reference model only `"count"`.
+            `"count"` and, where asked for, `"entropy"`, `"mean_logits"` and `"is_top1"`.
         aux_loss: Load-balancing loss of a mixture of experts, a scalar.
     """
 
     logps: Tensor
     tokens: dict[str, Tensor]
-    aux_loss: Tensor | None
+    aux_loss: Tensor | None = None
 
     def up_to(self, list_size: int) -> "CandidateOutputs":
         """Without the candidates from `list_size` on."""
@@ -45,107 +57,228 @@ class CandidateScorer:
     """
     Scores candidates with one model: how a batch becomes the rows of its forward pass is decided here, once.
 
+    The layout is proved on the model before it is used: see [`trl_larpo.training.proof`]. Where the model is sharded,
+    that happens in the first call.
+
     Args:
-        model: Bare model, or a `PeftModel`, with TRL's fused head. It learns to share prompts and to run in chunks.
+        model: Bare model, or a `PeftModel`. It learns to score candidates in its forward.
         args: Options of the training: `shared_prompt`, `candidate_chunk_size`, `max_length`, `truncation_mode`,
             `pad_to_multiple_of`. Those that a plain `DPOConfig` lacks are at their defaults.
         accelerator: That of the training.
         name: What the log calls the model.
+        is_trained: Whether gradients are wanted, so that they are proved too.
 
     Attributes:
-        shares_prompt: Whether the candidates of a list share their prompt in one row.
+        layout: How candidates are laid out in rows; `None` before it is decided.
 
     Raises:
         ConfigError: If an option asks for what the model cannot do.
     """
 
-    def __init__(self, model: PreTrainedModel, args: DPOConfig, accelerator: Accelerator, name: str = "Model"):
-        self.model, self.args, self.accelerator = model, args, accelerator
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DPOConfig,
+        accelerator: Accelerator,
+        name: str = "Model",
+        is_trained: bool = False,
+    ):
+        self.model, self.args, self.accelerator, self.name, self.is_trained = model, args, accelerator, name, is_trained
         self.chunk_size: int | None = getattr(args, "candidate_chunk_size", None)
-        wish = getattr(args, "shared_prompt", "auto")
-        obstacle = "`shared_prompt` is 'off'" if wish == "off" else self._sharing_obstacle()
-        if wish == "on" and obstacle:
-            raise ConfigError(
-                f"`shared_prompt='on'` is not possible, because {obstacle}. With 'auto' such models get a row for "
-                "each completion."
-            )
-        self.shares_prompt = obstacle is None
-        if self.shares_prompt:
-            enable_sharing(model)
-            logger.info(f"{name}: one row for each list; its completions share one pass over their prompt.")
-        else:
-            log = logger.info if wish == "off" else logger.warning
-            log(f"{name}: a row for each completion, with the prompt in each, because {obstacle}.")
-        if self.chunk_size is not None:
-            if is_peft_model(model) and any(x.is_prompt_learning for x in model.peft_config.values()):
-                raise ConfigError(
-                    "`candidate_chunk_size` does not work with prompt-learning PEFT. Remove it, or use LoRA."
-                )
-            enable_passes(model.get_base_model() if is_peft_model(model) else model)
+        self._wish = getattr(args, "shared_prompt", "auto")
+        self._bare: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
+        self.layout: Layout | None = None
+        self._head = OutputHead()
+        self._engine: nn.Module | None = None  # of ZeRO-3
+        self._longest_matters = positions_depend_on_length(self._bare)
+        self._runs_plainly = is_peft_model(model) and any(x.is_prompt_learning for x in model.peft_config.values())
+        self._obstacle = "`shared_prompt` is 'off'" if self._wish == "off" else self._known_obstacle()
+        if self._wish == "on" and self._obstacle:
+            self._refuse(self._obstacle)
+        if self._runs_plainly and self.chunk_size is not None:
+            raise ConfigError("`candidate_chunk_size` does not work with prompt-learning PEFT. Remove it, or use LoRA.")
+        if not self._runs_plainly:
+            enable_passes(self._bare)
+        if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            self._decide()
 
-    def _sharing_obstacle(self) -> str | None:
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether the candidates of a list share their prompt in one row."""
+        return self.layout is not None and self.layout.shares_prompt
+
+    def _known_obstacle(self) -> str | None:
         if self.args.max_length is not None and self.args.truncation_mode == "keep_end":
             return "`truncation_mode='keep_end'` leaves each completion another prompt"
         return sharing_obstacle(self.model)
 
-    def __call__(self, model: nn.Module, batch: Batch, **model_kwargs) -> CandidateOutputs:
+    def _refuse(self, obstacle: str) -> None:
+        raise ConfigError(
+            f"`shared_prompt='on'` is not possible, because {obstacle}. With 'auto' such models get a row for each "
+            "completion."
+        )
+
+    # How the model is to be called
+
+    def _decide(self) -> None:
+        """Chooses the head and the layout, by measurement."""
+        if self._runs_plainly:
+            self._settle(Layout.SEPARATE, self._obstacle)
+            return
+        device = self.accelerator.device.type
+        weights = self.model.get_input_embeddings().weight
+        full_precision = torch.autocast(device, enabled=False)  # where weights have it, to see mistakes and no rounding
+        with full_precision if weights.dtype == torch.float32 else self.accelerator.autocast():
+            # Logits are the model's own word: whatever is faster is compared with them
+            logits = self._head = OutputHead(linear=False)
+            separate = partial(self._logps, logits, Layout.SEPARATE)
+            # ZeRO-3 takes no backward pass that is not its engine's
+            with_gradients = self.is_trained and self._engine is None
+            try:
+                proof = Proof(self.model, separate, self.accelerator, with_gradients)
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._settle(Layout.SEPARATE, f"two short lists could not be scored: {error}")
+                return
+            head = OutputHead.from_config(self._bare)
+            if head.linear:
+                difference = proof.compare(partial(self._logps, head, Layout.SEPARATE))
+                if difference.accepted:
+                    self._head = head
+                else:
+                    logger.info(f"{self.name}: whole logits are worked out; from hidden states {difference}.")
+            if self._obstacle is not None:
+                self._settle(Layout.SEPARATE, self._obstacle)
+                return
+            enable_sharing(self.model)
+            reasons = []
+            for layout in self._sharing_layouts():
+                difference = proof.compare(partial(self._logps, self._head, layout))
+                if difference.accepted:
+                    self._settle(layout, str(difference))
+                    return
+                reasons.append(str(difference))
+        disable_sharing(self.model)
+        obstacle = f"{type(self._bare).__name__} does not give the same numbers otherwise: {reasons[-1]}"
+        if self._wish == "on":
+            self._refuse(obstacle)
+        self._settle(Layout.SEPARATE, obstacle)
+
+    def _settle(self, layout: Layout, reason: str | None) -> None:
+        self.layout = layout
+        if layout.shares_prompt:
+            logger.info(
+                f"{self.name}: one row for each list; its completions share one pass over their prompt. Checked on "
+                f"this model: {reason}."
+            )
+        else:
+            log = logger.info if self._wish == "off" else logger.warning
+            log(f"{self.name}: a row for each completion, with the prompt in each, because {reason}.")
+
+    def _sharing_layouts(self) -> list[Layout]:
+        """Those that the model may be able to do, the best first."""
+        if self.chunk_size is None:
+            return [Layout.SPLIT, Layout.SHARED] if splits_rows(self.model) else [Layout.SHARED]
+        # FSDP brings back the weights of a layer for the backward pass when the layer's output gets a gradient, and of
+        # a prompt that runs first only keys and values do. Block masks hold whole rows.
+        is_fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        return [Layout.SHARED] if is_fsdp or uses_blocks(self.model) else [Layout.PROMPT_FIRST, Layout.SHARED]
+
+    def _logps(self, head: OutputHead, layout: Layout, batch: Batch) -> Tensor:
+        logps = self._run(self.model, head, self._passes(batch, layout)).logps
+        if self._engine is not None:
+            forget_order_of_modules(self._engine)
+        return logps
+
+    # Scoring
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, *, with_statistics: bool = False, router_logits: bool = False
+    ) -> CandidateOutputs:
         """
         Runs each candidate of a batch once.
 
         Args:
             model: The scorer's model, however the training has wrapped it.
             batch: As [`DataCollatorForCandidateLists`] makes it.
-            model_kwargs: Further arguments for the model.
+            with_statistics: Whether to return more of the tokens than their number.
+            router_logits: Whether to work out the load-balancing loss of a mixture of experts.
         """
-        if self.chunk_size is not None:
-            return self._in_chunks(model, batch, self.chunk_size, **model_kwargs)
-        if self.shares_prompt:
-            rows = shared_prompt_rows(batch, self.args.pad_to_multiple_of)
-            rows = pack(rows) if uses_blocks(self.model) else rows
-            split = split_rows(rows) if splits_rows(self.model) else None
-            if split is not None:
-                model_kwargs["split"] = split
-            mask = attention_masks(self.model, rows) if split is None else split.mask
-        else:
-            rows = separate_rows(batch, self.args.pad_to_multiple_of)
-            mask = rows.real.long()
-        return _candidate_outputs(rows, run_rows(model, rows, mask, **model_kwargs))
+        if self.layout is None:
+            zero = getattr(self.accelerator.state, "deepspeed_plugin", None)
+            self._engine = model if zero is not None and zero.zero_stage == 3 else None
+            self._decide()
+        assert self.layout is not None
+        passes = self._passes(batch, self.layout)
+        outputs = self._run(model, self._head, passes, with_statistics, router_logits)
+        return outputs.up_to(batch["candidate_mask"].size(1))
 
-    def _in_chunks(self, model: nn.Module, batch: Batch, chunk_size: int, **model_kwargs) -> CandidateOutputs:
+    def _passes(self, batch: Batch, layout: Layout) -> list[Pass]:
+        if self.chunk_size is None:
+            return whole_pass(self.model, batch, layout, self.args.pad_to_multiple_of)
         list_size = batch["candidate_mask"].size(1)
         if self.accelerator.num_processes > 1:
             sizes = self.accelerator.gather(torch.tensor([list_size], device=self.accelerator.device))
             list_size = int(sizes.max())
-        is_fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
-        passes = passes_in_chunks(
-            self.model, batch, self.shares_prompt, chunk_size, list_size, prompts_first=not is_fsdp
-        )
-        outputs = iter(model(passes=passes, **model_kwargs))
+        longest = None
+        if self._longest_matters:
+            longest = int((sequence_lengths(batch) - batch.get("first_position", 0)).max())
+        return passes_in_chunks(self.model, batch, layout, self.chunk_size, list_size, longest=longest)
+
+    def _run(
+        self,
+        model: nn.Module,
+        head: OutputHead,
+        passes: list[Pass],
+        with_statistics: bool = False,
+        router_logits: bool = False,
+    ) -> CandidateOutputs:
+        if self._runs_plainly:
+            values = [run_plainly(model, call, with_statistics) for of_pass in passes for call in of_pass.calls]
+            logits: list[Tensor] = []
+        else:
+            asked = {"output_router_logits": True} if router_logits else {}
+            values, logits = model(passes=passes, head=head, with_statistics=with_statistics, **asked)
+        remaining = iter(values)
         lists = [
-            _concatenate([_candidate_outputs(rows, next(outputs)) for rows in of_pass.chunks], dim=1)
+            _concatenate([_candidate_outputs(call.rows, next(remaining)) for call in of_pass.calls], dim=1)
             for of_pass in passes
         ]
-        return _concatenate(lists, dim=0).up_to(batch["candidate_mask"].size(1))
+        outputs = _concatenate(lists, dim=0)
+        if router_logits:
+            if not logits:
+                raise ConfigError(
+                    f"{type(self._bare).__name__} returns no router logits, which the load-balancing loss is made of. "
+                    "Set `router_aux_loss_coef` to 0."
+                )
+            top_k = experts_per_token(self._bare.config.get_text_config())
+            outputs.aux_loss = load_balancing_loss(logits, _token_weights(passes), top_k)
+        return outputs
 
 
-def _candidate_outputs(rows: Rows, raw: FusedCausalLMOutput) -> CandidateOutputs:
+def _token_weights(passes: list[Pass]) -> Tensor:
+    """How often each token counts, in the order of the router logits."""
+    weights = []
+    for of_pass in passes:
+        weights += [] if of_pass.prompts is None else [of_pass.prompts.weights]
+        weights += [call.rows.weights for call in of_pass.calls]
+    return torch.cat([of_rows.flatten() for of_rows in weights])
+
+
+def _candidate_outputs(rows: Rows, values: TokenValues) -> CandidateOutputs:
     """What a model says of the tokens of some rows, summed up by candidate."""
-    statistics = {name: getattr(raw, name) for name in ("entropy", "mean_logits", "is_top1")}
-    tokens = {name: rows.per_token(v.detach()).sum(dim=-1).float() for name, v in statistics.items() if v is not None}
-    return CandidateOutputs(
-        logps=rows.per_token(raw.log_probs).sum(dim=-1),
-        tokens={"count": rows.token_mask.sum(dim=-1).float()} | tokens,
-        aux_loss=raw.aux_loss,
-    )
+    sums = {name: rows.per_token(of_rows.to(rows.token_index.device)).sum(dim=-1) for name, of_rows in values.items()}
+    logps = sums.pop("log_probs")
+    tokens = {name: of_candidates.detach().float() for name, of_candidates in sums.items()}
+    return CandidateOutputs(logps, {"count": rows.token_mask.sum(dim=-1).float()} | tokens)
 
 
 def _concatenate(parts: list[CandidateOutputs], dim: int) -> CandidateOutputs:
-    """Joins lists (dim 0) or candidates of the same lists (dim 1). Load-balancing losses are averaged."""
+    """Joins lists (dim 0) or candidates of the same lists (dim 1)."""
     if len(parts) == 1:
         return parts[0]
-    aux_losses = [part.aux_loss for part in parts]
     return CandidateOutputs(
         logps=torch.cat([part.logps for part in parts], dim=dim),
         tokens={name: torch.cat([part.tokens[name] for part in parts], dim=dim) for name in parts[0].tokens},
-        aux_loss=None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
     )

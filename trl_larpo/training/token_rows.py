@@ -15,7 +15,8 @@ class Rows:
     Rows for a causal language model, and the way back from their tokens to the candidates.
 
     Attributes:
-        input_ids: int64 `(rows, length)`, 0 in the padding.
+        input_ids: int64 `(rows, length)`. Padding holds the first token of the row's prompt: the embedding of a token
+            called padding may be all zeros, where gradients of norms are NaN.
         labels: int64 `(rows, length)`, the tokens of completions that are to be scored, -100 elsewhere.
         real: bool `(rows, length)`, `False` in the padding.
         positions: int64 `(rows, length)`, position of each token in its own sequence of prompt and completion.
@@ -23,6 +24,8 @@ class Rows:
             it in the row. Segment 0 is the shared prompt; in separate rows it is empty.
         token_mask: bool `(batch, list_size, completion_length)`, `True` where a completion token is scored.
         token_index: int64, same shape; where the score of that token stands in a flattened `(rows, length - 1)` tensor.
+        weights: int64 `(rows, length)`, in how many separate rows the token would stand: the number of candidates for
+            tokens of a shared prompt, 1 for others, 0 in the padding.
         lists: int64 `(rows, length)`, which list a token is of, where a row holds several; they do not see each other.
     """
 
@@ -33,6 +36,7 @@ class Rows:
     segments: Tensor
     token_mask: Tensor
     token_index: Tensor
+    weights: Tensor
     lists: Tensor | None = None
 
     def per_token(self, values: Tensor) -> Tensor:
@@ -40,13 +44,11 @@ class Rows:
         Takes what the model says of each token to the completions.
 
         Args:
-            values: `(rows, length - 1)`, the value at t belongs to token t + 1. Columns more than that in front are
-                left out (virtual tokens of prompt learning).
+            values: `(rows, length - 1)`, the value at t belongs to token t + 1.
 
         Returns:
             `(batch, list_size, completion_length)`, 0 where no token is scored.
         """
-        values = values[:, values.size(1) - (self.input_ids.size(1) - 1) :]
         return values.flatten()[self.token_index].masked_fill(~self.token_mask, 0)
 
 
@@ -63,7 +65,7 @@ def separate_rows(batch: Batch, pad_to_multiple_of: int | None = None) -> Rows:
     if len(lists) == 0:  # a chunk past the end of its lists: one row of padding
         lists = candidates = torch.zeros(1, dtype=torch.long, device=exists.device)
     first = batch["first_position"] if "first_position" in batch else torch.zeros_like(exists, dtype=torch.long)
-    lengths = ((_sequence_lengths(batch) - first) * exists)[lists, candidates]
+    lengths = ((sequence_lengths(batch) - first) * exists)[lists, candidates]
     rows = torch.zeros_like(exists, dtype=torch.long)
     rows[lists, candidates] = torch.arange(len(lists), device=exists.device)
     return _build(
@@ -106,18 +108,21 @@ def pack(rows: Rows) -> Rows:
     def packed(values: Tensor, fill: int = 0) -> Tensor:
         return F.pad(values.flatten()[order], (0, padding), value=fill)[None]
 
+    first_token = int(rows.input_ids[0, 0])
+
     place = torch.zeros(rows.real.numel(), dtype=torch.long, device=order.device)
     place[order] = torch.arange(len(order), device=order.device)
     # A score at t is of token t + 1: from there to where that token went
     row, column = rows.token_index // (length - 1), rows.token_index % (length - 1)
     return Rows(
-        input_ids=packed(rows.input_ids),
+        input_ids=packed(rows.input_ids, first_token),
         labels=packed(rows.labels, -100),
         real=packed(rows.real),
         positions=packed(rows.positions),
         segments=packed(rows.segments),
         token_mask=rows.token_mask,
         token_index=(place[row * length + column + 1] - 1).masked_fill(~rows.token_mask, 0),
+        weights=packed(rows.weights),
         lists=packed(torch.arange(len(rows.real), device=order.device)[:, None].expand_as(rows.real)),
     )
 
@@ -146,19 +151,47 @@ def prompt_rows(batch: Batch) -> tuple[Tensor, Tensor]:
         batch: As [`DataCollatorForCandidateLists`] makes it, not cut at the start.
 
     Returns:
-        Tokens, int64, and which of them are real, bool, both `(batch, prompt_length - 1)` with at least one column.
+        Tokens, int64, padded with the first one, and which of them are real, bool, both `(batch, prompt_length - 1)`
+        with at least one column.
     """
     lengths = batch["prompt_mask"].sum(dim=1) - 1
     length = max(1, int(lengths.max()))
     real = torch.arange(length, device=lengths.device) < lengths[:, None]
-    return batch["prompt_ids"][:, :length].masked_fill(~real, 0), real
+    prompt_ids = batch["prompt_ids"][:, :length]
+    return torch.where(real, prompt_ids, prompt_ids[:, :1]), real
+
+
+def extend(rows: Rows, position: int) -> Rows:
+    """
+    Rows with one column of padding more, at a given position.
+
+    Some models work out their position embeddings from the largest position in a call. This column makes it the same in
+    all calls of a batch.
+    """
+    length = rows.input_ids.size(1)
+    row, column = rows.token_index // (length - 1), rows.token_index % (length - 1)
+
+    def extended(values: Tensor) -> Tensor:
+        return torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
+
+    return Rows(
+        input_ids=torch.cat([rows.input_ids, rows.input_ids[:, :1]], dim=1),
+        labels=torch.cat([rows.labels, torch.full_like(rows.labels[:, :1], -100)], dim=1),
+        real=extended(rows.real),
+        positions=torch.cat([rows.positions, torch.full_like(rows.positions[:, :1], position)], dim=1),
+        segments=torch.cat([rows.segments, rows.segments[:, -1:]], dim=1),
+        token_mask=rows.token_mask,
+        token_index=(row * length + column).masked_fill(~rows.token_mask, 0),
+        weights=extended(rows.weights),
+        lists=None if rows.lists is None else torch.cat([rows.lists, rows.lists[:, -1:]], dim=1),
+    )
 
 
 def _shared_rows(batch: Batch, multiple: int, with_prompt: bool) -> Rows:
     exists = batch["candidate_mask"]
     batch_size, list_size = exists.shape
     shared = (batch["prompt_mask"].sum(dim=1) - 1).clamp(min=0)
-    lengths = (_sequence_lengths(batch) - shared[:, None]).masked_fill(~exists, 0)
+    lengths = (sequence_lengths(batch) - shared[:, None]).masked_fill(~exists, 0)
     every_list = torch.arange(batch_size, device=exists.device)
     every_candidate = torch.arange(list_size, device=exists.device).expand(batch_size, -1)
     return _build(
@@ -203,7 +236,8 @@ def _build(
         in_completion < 0,
         prompt_ids[lists, positions.clamp(max=prompt_ids.size(1) - 1)],
         completion_ids[lists, candidates, in_completion.clamp(0, completion_ids.size(2) - 1)],
-    ).masked_fill(~real, 0)
+    )
+    input_ids = torch.where(real, input_ids, prompt_ids[lists, torch.zeros_like(lists)])
     # What a segment begins with has nothing before it that could predict it
     scored = real & (segments > 0) & (in_completion >= 0) & (offset > 0)
 
@@ -211,6 +245,7 @@ def _build(
     place = prompt_lengths[:, None, None] + token - first[..., None]  # in its segment
     token_mask = batch["candidate_mask"][..., None] & (token < completion_lengths[..., None]) & (place > 0)
     token_index = row_of[..., None] * (length - 1) + starts[row_of, segment_of][..., None] + place - 1
+    num_candidates = batch["candidate_mask"].sum(dim=1)[lists]
     return Rows(
         input_ids=input_ids,
         labels=input_ids.masked_fill(~scored, -100),
@@ -219,10 +254,11 @@ def _build(
         segments=segments,
         token_mask=token_mask,
         token_index=token_index.masked_fill(~token_mask, 0),
+        weights=torch.where(segments == 0, num_candidates, 1).masked_fill(~real, 0),
     )
 
 
-def _sequence_lengths(batch: Batch) -> Tensor:
+def sequence_lengths(batch: Batch) -> Tensor:
     """Prompt plus completion in tokens, `(batch, list_size)`."""
     return batch["prompt_mask"].sum(dim=1)[:, None] + batch["completion_mask"].sum(dim=2)
 
@@ -230,6 +266,6 @@ def _sequence_lengths(batch: Batch) -> Tensor:
 def count_tokens(batch: Batch, shared_prompt: bool = False) -> Tensor:
     """Tokens that are no padding, in separate rows or in [`shared_prompt_rows`]. A scalar."""
     exists = batch["candidate_mask"]
-    lengths = _sequence_lengths(batch) - batch.get("first_position", 0)
+    lengths = sequence_lengths(batch) - batch.get("first_position", 0)
     shared = (batch["prompt_mask"].sum(dim=1) - 1).clamp(min=0) if shared_prompt else 0
     return (lengths * exists).sum() - (shared * (exists.sum(dim=1) - 1)).sum()

@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import DataError
 from .datasets import column_names
-from .trl_compat import common_prefix_length, prepare_multimodal_messages, tokenize
+from .trl_compat import prepare_multimodal_messages, tokenize
 from .validation import canonical_row
 
 logger = get_logger(__name__)
 Row = dict[str, Any]
+
+_warned_of: set[tuple[str, str]] = set()  # data set and kind of trouble, of the data set that is being tokenised
 
 
 def tokenize_dataset(
@@ -60,6 +62,7 @@ def tokenize_dataset(
     Raises:
         DataError: If a row is unusable, or no row is left.
     """
+    _warned_of.clear()
     # Nothing but plain values is handed to `map` and `filter`, so that datasets can find their results in its cache
     map_kwargs: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
@@ -155,35 +158,48 @@ def _tokenize_row(
 ) -> Row:
     ranked = canonical_row(row, index, where, truncated_completions, min_candidates)
     prompt = ranked["prompt"]
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     template_kwargs = {}
     if isinstance(prompt, list):
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-        prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
+        if prompt[-1]["role"] == "assistant":  # the beginning of an answer, which the completions continue
+            text = _render_up_to_end_of_content(processing_class, prompt, template_kwargs)
+            if text is None:
+                raise DataError(
+                    f"{where} row {index}, column `prompt`: it ends with the beginning of an answer, whose end cannot "
+                    "be found in the rendered chat template. Move it into the completions."
+                )
+            prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
     else:
         prompt_ids = tokenize(processing_class, prompt)["input_ids"]
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if prompt_ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(eos_token):
+            prompt_ids = prompt_ids[:-1]  # added by the tokenizer
     sequences = []
     of_completions = (ranked[name] for name in ("completions", "finished", "completion_ids"))
     for position, (completion, finished, ids) in enumerate(zip(*of_completions, strict=True)):
         if ids is not None and not _are_tokens_of(completion, ids, tokenizer):
-            logger.warning_once(
+            _warn_once(
+                where,
+                "tokens",
                 f"{where} row {index}, column `completion_ids`: entry {position} does not hold the tokens of the "
-                "completion with this tokenizer, so its text is tokenised. Said once; other rows may be affected too."
+                "completion with this tokenizer, so its text is tokenised. Said once; other rows may be affected too.",
             )
             ids = None
         if ids is not None:
             sequence = prompt_ids + ids
-            if isinstance(prompt, str) and prompt_ids[-1:] == [tokenizer.eos_token_id]:  # added by the tokenizer
-                sequence = prompt_ids[:-1] + ids
         elif isinstance(prompt, str):
             text = completion.removesuffix(eos_token)
             sequence = tokenize(processing_class, prompt + text + eos_token * finished)["input_ids"]
+            if finished and sequence[-2:] == 2 * [tokenizer.eos_token_id] and not text.endswith(eos_token):
+                sequence = sequence[:-1]  # some tokenizers add one on their own
         elif finished:
-            sequence = tokenize(processing_class, prompt + completion, **template_kwargs)["input_ids"]
+            sequence = tokenize(processing_class, _continued(prompt, completion), **template_kwargs)["input_ids"]
         else:
-            text = _render_up_to_end_of_content(processing_class, prompt + completion, template_kwargs)
+            text = _render_up_to_end_of_content(processing_class, _continued(prompt, completion), template_kwargs)
             if text is None:
                 raise DataError(
                     f"{where} row {index}, column `finished`: entry {position} is false, but its end cannot be found "
@@ -196,13 +212,15 @@ def _tokenize_row(
 
     # A completion starts where prompt and prompt + completion part ways, which can be before the end of the prompt.
     # The candidates of a list share one prompt, so the earliest such place counts.
-    prompt_length = min((common_prefix_length(prompt_ids, x) for x in sequences), default=len(prompt_ids))
+    prompt_length = min((_common_prefix_length(prompt_ids, x) for x in sequences), default=len(prompt_ids))
     if prompt_length < len(prompt_ids):
-        logger.warning_once(
+        _warn_once(
+            where,
+            "prompt",
             f"{where} row {index}: the tokenised prompt is not how the tokenised prompt with completion begins. The "
             f"prompt's end {processing_class.decode(prompt_ids[prompt_length:])!r} is left out of training, so the "
             "model will see another context when it generates. Use a chat template that renders the prompt alike in "
-            "both, or end the prompt where a token ends. Said once; other rows may be affected too."
+            "both, or end the prompt where a token ends. Said once; other rows may be affected too.",
         )
     length = prompt_length + sum(len(sequence) - prompt_length for sequence in sequences)
     tokenized = {
@@ -212,6 +230,30 @@ def _tokenize_row(
         "relevance": ranked["relevance"],
     }
     return tokenized | ({"ref_logps": ranked["ref_logps"]} if "ref_logps" in ranked else {})
+
+
+def _warn_once(where: str, kind: str, message: str) -> None:
+    """Warns of a kind of trouble in the first row that has it; the message may name the row."""
+    if (where, kind) not in _warned_of:
+        _warned_of.add((where, kind))
+        logger.warning(message)
+
+
+def _common_prefix_length(ids: list[int], other_ids: list[int]) -> int:
+    return next(
+        (place for place, (a, b) in enumerate(zip(ids, other_ids, strict=False)) if a != b),
+        min(len(ids), len(other_ids)),
+    )
+
+
+def _continued(prompt: list[Row], completion: list[Row]) -> list[Row]:
+    """The conversation; a completion goes on in the last message where that is the beginning of an answer."""
+    first, last = completion[0], prompt[-1]
+    beginning, rest = last.get("content"), first.get("content")
+    is_answer = last["role"] == first["role"] == "assistant"
+    if not is_answer or not isinstance(beginning, str) or not isinstance(rest, str):
+        return prompt + completion
+    return [*prompt[:-1], last | first | {"content": beginning + rest}, *completion[1:]]
 
 
 def _are_tokens_of(completion: str | list[Row], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:

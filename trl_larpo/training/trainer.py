@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import math
 import os
 import textwrap
 
 import torch
-import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -22,8 +20,10 @@ from ..metrics import kendall_tau, mrr, ndcg, pair_accuracy
 from .collator import DataCollatorForCandidateLists
 from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
 from .datasets import column_names, has_images
+from .finite import FiniteTraining, SkippedBatch
 from .log_probabilities import score_dataset
 from .scorer import CandidateOutputs, CandidateScorer
+from .scores import candidate_scores
 from .token_rows import count_tokens
 from .tokenization import tokenize_dataset
 from .trl_compat import (
@@ -31,6 +31,7 @@ from .trl_compat import (
     disable_gradient_checkpointing,
     get_config_model_id,
     global_then_local_main_first,
+    hash_module,
     prepare_deepspeed,
     use_adapter,
 )
@@ -141,7 +142,18 @@ class LarPOTrainer(DPOTrainer):
                 has_collator=data_collator is not None,
                 has_compute_metrics=compute_metrics is not None,
             )
-        if self._list_mode and "ref_logps" in column_names(train_dataset):
+        if not self._list_mode and isinstance(train_dataset, Dataset) and "ref_logps" in train_dataset.column_names:
+            logger.warning(
+                "The column `ref_logps` is not read: these pairs are trained by DPOTrainer's own code, which knows "
+                "`ref_chosen_logps` and `ref_rejected_logps`."
+            )
+        given = {name: getattr(args, name) for name in ("loss_type", "precompute_ref_log_probs")}
+        self._reference_free = self._list_mode and getattr(args, "reference_free", False)
+        if self._reference_free:
+            if ref_model is not None:
+                raise ConfigError("`reference_free` scores need no reference, but `ref_model` is given. Remove one.")
+            args.precompute_ref_log_probs = True  # so that DPOTrainer loads none
+        elif self._list_mode and "ref_logps" in column_names(train_dataset):
             if ref_model is not None:
                 raise ConfigError(
                     "train_dataset has the column `ref_logps`, and `ref_model` is given as well. Pass one of the two."
@@ -168,7 +180,8 @@ class LarPOTrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         finally:
-            args.loss_type = loss_types
+            for name, value in given.items():  # the user's, who may have another use for it
+                setattr(args, name, value)
         self._datasets_are_checked = False  # those still to come, in `evaluate`
         if self._list_mode:
             self.data_collator = self._list_collator()
@@ -176,6 +189,17 @@ class LarPOTrainer(DPOTrainer):
             self._ranking_losses = {name: ranking_loss(name, args) for name in loss_types if name not in DPO_LOSSES}
             if loss_fn is not None:
                 self._ranking_losses, self.loss_weights = {"loss_fn": loss_fn}, [1.0]
+            if args.n_gpu > 1:
+                raise ConfigError(
+                    "Several GPUs are visible to one process, and `nn.DataParallel` is not supported. Start with "
+                    "`accelerate launch` or `torchrun`, or make one GPU visible with `CUDA_VISIBLE_DEVICES`."
+                )
+            if self._reference_free:
+                self.precompute_ref_logps = False
+            self.use_liger_kernel = False  # up to TRL 1.13, Liger's loss on pairs; its layer kernels stay
+            self._list_totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+            self._finite = FiniteTraining(self)
+            self.add_callback(self._finite)
             _ = self._policy_scorer  # now, in case an option is impossible
             if self.ref_model is not None:
                 _ = self._reference_scorer
@@ -225,17 +249,20 @@ class LarPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if not self._list_mode:
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        if "ref_logps" in column_names(dataset):
+        if self._reference_free or "ref_logps" in column_names(dataset):
             return dataset
         if isinstance(dataset, IterableDataset):
             raise ConfigError(
-                f"`precompute_ref_log_probs` needs a dataset that can be read twice, but the {name} dataset is an "
-                "IterableDataset. Turn the option off, pass a map-style Dataset, or bring a column `ref_logps`."
+                f"`precompute_ref_log_probs=True` is not supported with IterableDataset, which the {name} dataset is. "
+                "Turn the option off, pass a map-style Dataset, or bring a column `ref_logps`."
             )
         # Everything the values depend on, and the same file for every process
         args = self.args
         settings = (args.max_length, args.truncation_mode, args.bf16, args.fp16)
-        fingerprint = [Hasher.hash((dataset._fingerprint, self._precompute_model_hash, settings))]
+        model_hash = getattr(self, "_precompute_model_hash", None)  # from TRL 1.16
+        if model_hash is None:
+            model_hash = hash_module(self.model if self.ref_model is None else self.ref_model)
+        fingerprint = [Hasher.hash((dataset._fingerprint, model_hash, settings))]
         broadcast_object_list(fingerprint, from_process=0)
         cache_file = dataset._get_cache_file_path(fingerprint[0])
         if not os.path.exists(cache_file):
@@ -255,7 +282,7 @@ class LarPOTrainer(DPOTrainer):
 
     def _compute_all_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> list[list[float]]:
         """Reference log-probabilities of every candidate, list by list."""
-        model = self.ref_model or self.model
+        model = self.model if self.ref_model is None else self.ref_model
         # As in DPOTrainer: the policy is prepared in `train`, so until then DeepSpeed needs an engine to run it
         if self.ref_model is None and self.is_deepspeed_enabled:
             if self._precompute_engine is None:
@@ -275,7 +302,8 @@ class LarPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _policy_scorer(self) -> CandidateScorer:
-        return CandidateScorer(self.accelerator.unwrap_model(self.model), self.args, self.accelerator, "Policy")
+        model = self.accelerator.unwrap_model(self.model)
+        return CandidateScorer(model, self.args, self.accelerator, "Policy", is_trained=True)
 
     @functools.cached_property
     def _reference_scorer(self) -> CandidateScorer:
@@ -309,16 +337,16 @@ class LarPOTrainer(DPOTrainer):
         if not self._list_mode:
             return super()._compute_loss(model, inputs, return_outputs)
         relevance, candidate_mask = inputs["relevance"], inputs["candidate_mask"]
-        router_logits = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        policy = self._policy_scorer(model, inputs, **router_logits)
-        if self.precompute_ref_logps:
+        policy = self._policy_scorer(model, inputs, with_statistics=True, router_logits=self.aux_loss_enabled)
+        if self._reference_free:
+            ref_logps = torch.zeros_like(policy.logps)
+        elif self.precompute_ref_logps:
             ref_logps = inputs["ref_logps"]
         else:
-            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            reference = self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
+            ref_logps = self.compute_ref_log_probs(reference, inputs)
         log_ratios = policy.logps - ref_logps
-        scores = self.beta * divergence_scores(log_ratios.float(), self.f_divergence_type, self.f_alpha_divergence_coef)
-        if getattr(self.args, "per_token_scores", False):
-            scores = scores / policy.tokens["count"].clamp(min=1)
+        scores = candidate_scores(log_ratios, policy.tokens["count"], self.args)
 
         loss = 0.0
         for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
@@ -328,6 +356,7 @@ class LarPOTrainer(DPOTrainer):
                 loss = loss + weight * self._ranking_losses[name](scores, relevance, candidate_mask).mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
+        self._finite.check_loss(loss, inputs)
 
         with torch.no_grad():
             self._log_list_metrics(inputs, policy, self.beta * log_ratios, scores)
@@ -354,6 +383,8 @@ class LarPOTrainer(DPOTrainer):
     def training_step(self, *args, **kwargs):
         try:
             return super().training_step(*args, **kwargs)
+        except SkippedBatch:
+            return torch.zeros((), device=self.accelerator.device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
             if self._list_mode and any(text in str(error) for text in ("out of memory", "can't allocate memory")):
                 error.add_note(self._how_to_save_memory())
@@ -389,6 +420,7 @@ class LarPOTrainer(DPOTrainer):
         relevance, mask, tokens = inputs["relevance"], inputs["candidate_mask"], policy.tokens
         best, worst = best_and_worst(relevance, mask)
         chosen, rejected = _shares(best), _shares(worst)
+        num_lists = torch.tensor(mask.size(0))
         comparable = chosen.any(dim=1)
         num_comparable = comparable.sum()
         chosen_rewards, rejected_rewards = (chosen * rewards).sum(dim=1), (rejected * rewards).sum(dim=1)
@@ -412,56 +444,34 @@ class LarPOTrainer(DPOTrainer):
             # NaN where all scores are equal, as at the very first step: no correlation
             "ranking/kendall_tau": (kendall_tau(*lists).nan_to_num(0.0).sum(), num_comparable),
             "ranking/accuracy": (pair_accuracy(*lists).sum(), num_comparable),
-            "list_size": (mask.sum(), torch.tensor(mask.size(0))),
+            "list_size": (mask.sum(), num_lists),
             "completions/mean_length": (tokens["count"].sum(), mask.sum()),
             "num_tokens": (count_tokens(inputs), torch.tensor(1)),
         }
-        # Sums and counts, so that every candidate of every process weighs the same
-        flat = torch.stack([x.to(scores.device, torch.float32) for pair in averages.values() for x in pair])
-        totals = self.accelerator.reduce(flat, reduction="sum").view(-1, 2).tolist()
-        metrics = self._metrics[mode]
-        for name, (total, count) in zip(averages, totals, strict=True):
-            if name == "num_tokens":
-                if mode == "train":
-                    self._total_train_tokens += int(total) // self._tp_size
-                metrics[name] = [self._total_train_tokens]
-            elif count > 0:
-                metrics[name].append(total / count)
         if policy.aux_loss is not None:
-            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(policy.aux_loss.detach()).mean().item())
+            averages["aux_loss"] = (policy.aux_loss.detach() * num_lists, num_lists)
+        # Sums and counts, so that every candidate of every process weighs the same
+        dtype = torch.float32 if scores.device.type == "mps" else torch.float64
+        flat = torch.stack([x.to(scores.device, dtype) for pair in averages.values() for x in pair])
+        sums = self.accelerator.reduce(flat, reduction="sum").view(-1, 2).cpu()
+        totals = self._list_totals[mode]
+        for name, of_batch in zip(averages, sums, strict=True):
+            if name != "num_tokens":
+                totals[name] = totals.get(name, 0) + of_batch
+            elif mode == "train":
+                self._total_train_tokens += int(of_batch[0]) // getattr(self, "_tp_size", 1)
 
-
-def divergence_scores(log_ratios: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
-    """
-    f'(π_θ / π_ref): what takes the place of the log ratio under another divergence (f-DPO, arXiv 2309.16240).
-
-    Args:
-        log_ratios: log π_θ - log π_ref, float32 of any shape.
-        f_divergence_type: `"reverse_kl"` (the log ratio itself), `"forward_kl"`, `"js_divergence"` or
-            `"alpha_divergence"`.
-        alpha: Coefficient of the α-divergence.
-
-    Returns:
-        Tensor of the same shape. A constant is added where it keeps the value finite; ranking losses do not see it.
-
-    Raises:
-        ConfigError: If the divergence is unknown.
-    """
-    if f_divergence_type == "reverse_kl":
-        return log_ratios
-    if f_divergence_type == "forward_kl":
-        return -torch.expm1(-log_ratios)
-    if f_divergence_type == "js_divergence":
-        return math.log(2) + F.logsigmoid(log_ratios)
-    if f_divergence_type == "alpha_divergence":
-        if abs(alpha - 1) < 1e-6:
-            return log_ratios
-        # exp overflows float32 at 88; DPOTrainer stops at 80 too
-        return torch.expm1(((alpha - 1) * log_ratios).clamp(max=80.0)) / (alpha - 1)
-    raise ConfigError(
-        f"`f_divergence_type` is {f_divergence_type!r}; it must be 'reverse_kl', 'forward_kl', 'js_divergence' or "
-        "'alpha_divergence'."
-    )
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._list_mode:
+            mode = "train" if self.model.training else "eval"
+            totals = self._list_totals[mode]
+            for name, (total, count) in totals.items():
+                if count > 0:
+                    self._metrics[mode][name] = [float(total / count)]
+            if totals:
+                self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            totals.clear()
+        super().log(logs, start_time)
 
 
 def _sft_loss(policy: CandidateOutputs, relevance: Tensor, candidate_mask: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ When a new version breaks one, tests/test_contract.py says which.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
-from typing import Any
 
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+import trl
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -17,41 +18,50 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
-from transformers.models.mixtral import modeling_mixtral
-from trl.data_utils import _tokenize as tokenize
-from trl.data_utils import common_prefix_length, prepare_multimodal_messages
-from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_hooks
-from trl.trainer import utils as trl_utils
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import (
-    FusedCausalLMOutput,
-    add_fused_lm_head,
-    create_model_from_path,
-    disable_dropout_in_model,
-    get_config_model_id,
-    global_then_local_main_first,
-    use_adapter,
-)
+
+from ..version import __version__
+
+try:
+    from trl import DPOTrainer
+    from trl.data_utils import _tokenize as tokenize
+    from trl.data_utils import prepare_multimodal_messages
+    from trl.models import prepare_deepspeed
+    from trl.models.utils import add_hooks, disable_gradient_checkpointing, prepare_fsdp, remove_hooks
+    from trl.trainer import utils as trl_utils
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.utils import (
+        create_model_from_path,
+        disable_dropout_in_model,
+        get_config_model_id,
+        hash_module,
+        use_adapter,
+    )
+
+    for _name in ("_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs", "_compute_loss"):
+        if not hasattr(DPOTrainer, _name):  # what LarPOTrainer overrides
+            raise ImportError(f"DPOTrainer has no method {_name!r}")
+except ImportError as _error:
+    raise ImportError(
+        f"trl-larpo {__version__} does not know TRL {trl.__version__}: {_error}. It was tested with TRL 1.10 to 1.16: "
+        "`pip install 'trl>=1.10,<1.17'`, or install a newer trl-larpo."
+    ) from _error
 
 __all__ = [
     "DataCollatorForPreference",
-    "FusedCausalLMOutput",
     "accelerator_of",
-    "add_fused_lm_head",
-    "common_prefix_length",
     "create_model_from_path",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
-    "fused_head",
+    "forget_order_of_modules",
     "gather_head",
-    "gather_partitioned_heads",
     "get_config_model_id",
     "global_then_local_main_first",
+    "hash_module",
     "prepare_deepspeed",
     "prepare_fsdp",
     "prepare_multimodal_messages",
     "tokenize",
+    "triton_log_probs",
     "unset_hf_deepspeed_config",
     "use_adapter",
     "whole_model",
@@ -76,58 +86,75 @@ def accelerator_of(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-_trl_gather_head = trl_utils.maybe_gather_lm_head_ctx
-
-
 def gather_head(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
     """
-    TRL's context in which the head is whole under ZeRO-3, which may also be given what is whole already.
+    A context in which the weights of the head are whole under ZeRO-3, which shards what no module's forward asks for.
 
-    Checkpointing hands the backward pass the weights as they were when it computed the chunk again, gathered.
+    Checkpointing hands the backward pass the weights as they were when it computed something again: gathered, and no
+    parameters of DeepSpeed's. Those, and what is whole already, are left alone: another gathering would take them away
+    from the module that holds them.
     """
-    return _trl_gather_head(*(p if hasattr(p, "ds_status") else None for p in parameters))
+    sharded = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"]
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list({id(p): p for p in sharded}.values()))
 
 
-def gather_partitioned_heads() -> None:
-    """Makes TRL's own head gather its weights through [`gather_head`]."""
-    trl_utils.maybe_gather_lm_head_ctx = gather_head
+_TRL_KERNEL_ARGUMENTS = [
+    "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+    "logit_scale", "outputs",
+]  # fmt: skip
+
+
+def _find_triton_log_probs():
+    """TRL's function from hidden states to log-probabilities on Triton, where this TRL has it in the known form."""
+    kernel = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+    uses_triton = getattr(trl_utils, "_use_triton", None)
+    if (
+        uses_triton is None
+        or kernel is None
+        or list(inspect.signature(kernel.forward).parameters) != _TRL_KERNEL_ARGUMENTS
+    ):
+        return None
+
+    def log_probs_on_triton(hidden, weight, bias, targets, scale, softcap, with_statistics):
+        if not uses_triton(hidden.device):
+            return None
+        outputs = ("log_probs", "entropy", "mean_logits", "is_top1") if with_statistics else ("log_probs",)
+        log_probs, entropy, _, mean_logits, is_top1 = kernel.apply(
+            hidden, weight, bias, targets, 1.0, 32768, softcap, scale, outputs
+        )
+        return log_probs, entropy, mean_logits, is_top1
+
+    return log_probs_on_triton
+
+
+triton_log_probs = _find_triton_log_probs()
+"""Arguments as [`TiledLogProbs`] has them; returns `None` on a device without Triton. `None` where TRL has no such."""
 
 
 @contextlib.contextmanager
-def fused_head(real: Tensor, cpu_function: type[Any]) -> Iterator[None]:
-    """
-    Makes TRL's fused head fit for some rows.
-
-    On a CPU it leaves out prompt and padding too, and takes another function where that fits. TRL leaves them out only
-    where it runs Triton, because dynamic shapes would recompile on accelerators such as Neuron; a CPU has no such
-    trouble, and the head is half of the work there. And the load-balancing loss of a mixture of experts, which reads
-    from a mask of two dimensions what is padding, is given such a mask.
-
-    Args:
-        real: bool `(rows, length)`, `False` in the padding.
-        cpu_function: The function for a CPU, with `fits` and `apply`.
-    """
-    uses_triton, head = trl_utils._use_triton, trl_utils._ChunkedLogProbFunction
-    load_balancing_loss = modeling_mixtral.load_balancing_loss_func
-
-    class Head:
-        @staticmethod
-        def apply(hidden, weight, bias, targets, temperature, chunk_size, *options):
-            fits = hidden.device.type == "cpu" and cpu_function.fits(bias, temperature, *options)
-            function = cpu_function if fits else head
-            return function.apply(hidden, weight, bias, targets, temperature, chunk_size, *options)
-
-    def load_balancing_loss_of_rows(router_logits, num_experts, num_experts_per_token, attention_mask):
-        return load_balancing_loss(router_logits, num_experts, num_experts_per_token, real.long())
-
-    trl_utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
-    trl_utils._ChunkedLogProbFunction = Head
-    modeling_mixtral.load_balancing_loss_func = load_balancing_loss_of_rows
-    try:
+def _main_process_first() -> Iterator[None]:
+    with PartialState().main_process_first():
         yield
-    finally:
-        trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = uses_triton, head
-        modeling_mixtral.load_balancing_loss_func = load_balancing_loss
+
+
+global_then_local_main_first = getattr(trl_utils, "global_then_local_main_first", _main_process_first)
+"""From TRL 1.14: the main process of all, then that of each machine, prepares a dataset before the others."""
+
+
+def forget_order_of_modules(engine: nn.Module) -> None:
+    """
+    Makes ZeRO-3 note the order of modules anew in the next forward pass.
+
+    It fetches weights ahead in the order of the last pass, and refuses a pass in which they are needed in another one.
+    """
+    optimizer = engine.optimizer
+    coordinator = getattr(optimizer, "parameter_offload", optimizer).get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
 
 
 @contextlib.contextmanager

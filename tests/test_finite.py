@@ -1,0 +1,90 @@
+"""A loss or gradient that is not finite: no step is taken on it, its prompts are named, and training stops."""
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from trajectories import weights_of
+
+from trl_larpo import LarPOError, LarPOTrainer
+
+BAD = "bad prompt"
+
+
+def lists_with_bad_ones(num_rows, bad):
+    rows = tiny.lists(num_rows=num_rows).to_list()
+    for i in bad:
+        rows[i]["prompt"] = f"{BAD} {i}"
+    return Dataset.from_list(rows)
+
+
+class Spoilt(torch.autograd.Function):
+    """The identity, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the loss, or the gradient alone, of every batch with a bad prompt NaN."""
+
+    def how(kind):
+        score = LarPOTrainer._policy_scorer.func
+
+        def scorer(self):
+            inner = score(self)
+
+            def spoilt(model, batch, **options):
+                outputs = inner(model, batch, **options)
+                texts = [self._tokenizer.decode(prompt) for prompt in batch["prompt_ids"]]
+                if any(BAD in text for text in texts):
+                    outputs.logps = outputs.logps * float("nan") if kind == "loss" else Spoilt.apply(outputs.logps)
+                return outputs
+
+            spoilt.shares_prompt, spoilt.chunk_size = inner.shares_prompt, inner.chunk_size
+            return spoilt
+
+        class Scorer:
+            def __get__(self, trainer, owner):
+                return scorer(trainer)
+
+        monkeypatch.setattr(LarPOTrainer, "_policy_scorer", Scorer())
+
+    return how
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_one_bad_batch_is_left_out(trained, spoil, caplog, kind, accumulation):
+    spoil(kind)
+    options = {
+        "per_device_train_batch_size": 1, "max_steps": 6 // accumulation, "shuffle_dataset": False,
+        "gradient_accumulation_steps": accumulation, "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    if tiny.TRANSFORMERS_4:
+        options.pop("train_sampling_strategy")
+    options.pop("shuffle_dataset")
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        trainer = trained(lists_with_bad_ones(6, [2]), options)
+    [said] = [record.message for record in caplog.records if "No step is taken" in record.message]
+    assert f"'{BAD} 2'" in said and ("the loss is nan" in said or "the gradient is not finite" in said)
+    assert all(weight.isfinite().all() for weight in weights_of(trainer.model).values())
+    assert trainer.state.global_step == 6 // accumulation
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_training_stops_after_three_in_a_row(tiny_model, config, spoil, kind):
+    spoil(kind)
+    args = config(per_device_train_batch_size=1, max_steps=8)
+    trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=lists_with_bad_ones(8, range(8)))
+    before = weights_of(trainer.model)
+    with pytest.raises(LarPOError, match="not finite for 3 batches in a row"):
+        trainer.train()
+    for name, weight in weights_of(trainer.model).items():
+        assert torch.equal(weight, before[name]), name

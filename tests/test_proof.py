@@ -1,0 +1,115 @@
+"""Layouts are measured on the model: right ones pass in any precision, wrong ones are found and named."""
+
+import architectures
+import pytest
+import torch
+
+from trl_larpo import ConfigError
+from trl_larpo.training import attention
+from trl_larpo.training.head import OutputHead
+from trl_larpo.training.passes import Layout
+from trl_larpo.training.token_rows import Rows
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def scorer_of(tmp_path, dtype=torch.float32, **options):
+    return architectures.make_scorer(architectures.tiny_model("llama").to(dtype), str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "chunk_size, layout", [(None, Layout.SPLIT), (1, Layout.PROMPT_FIRST), (3, Layout.PROMPT_FIRST)]
+)
+def test_the_best_layout_is_chosen_where_it_is_right(tmp_path, dtype, chunk_size, layout, caplog):
+    with caplog.at_level("INFO", logger="trl_larpo"):
+        assert scorer_of(tmp_path, dtype, candidate_chunk_size=chunk_size).layout is layout
+    assert "Checked on this model: log-probabilities differ by" in caplog.text
+    assert "gradients by" in caplog.text
+
+
+def see_everything(monkeypatch):
+    """Masks that let candidates see one another."""
+
+    def visible(rows: Rows, window=None, prompt_real=None):
+        index = torch.arange(rows.input_ids.size(1))
+        seen = (index[:, None] >= index).expand(len(rows.real), -1, -1)
+        if prompt_real is None:
+            return seen
+        return torch.cat([prompt_real[:, None, :].expand(-1, seen.size(1), -1), seen], dim=2)
+
+    monkeypatch.setattr(attention, "visible", visible)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_wrong_mask_is_found(tmp_path, dtype, chunk_size, monkeypatch, caplog):
+    see_everything(monkeypatch)
+    monkeypatch.setattr("trl_larpo.training.scorer.splits_rows", lambda model: False)
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        scorer = scorer_of(tmp_path, dtype, candidate_chunk_size=chunk_size)
+    assert scorer.layout is Layout.SEPARATE
+    [said] = [record.message for record in caplog.records if "a row for each completion" in record.message]
+    assert "because LlamaForCausalLM does not give the same numbers otherwise: log-probabilities differ by" in said
+    batch = architectures.lists_of_tokens()
+    expected = architectures.plain_logps(scorer.model, batch)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.5}
+    torch.testing.assert_close(scorer(scorer.model, batch).logps.float(), expected, **tolerance)
+    with pytest.raises(
+        ConfigError, match="`shared_prompt='on'` is not possible, because LlamaForCausalLM does not give"
+    ):
+        scorer_of(tmp_path, dtype, candidate_chunk_size=chunk_size, shared_prompt="on")
+
+
+def test_wrong_gradients_alone_are_found(tmp_path, monkeypatch):
+    def cut(states):
+        return states.detach()
+
+    inner = attention._attend_in_parts
+    monkeypatch.setattr(
+        attention,
+        "_attend_in_parts",
+        lambda module, query, key, value, *args, **kwargs: inner(module, query, cut(key), value, *args, **kwargs),
+    )
+    assert scorer_of(tmp_path).layout is Layout.SHARED  # the next best
+
+
+def test_what_raises_steps_aside(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise TypeError("unexpected argument 'split'")
+
+    monkeypatch.setattr(attention, "_attend_in_parts", refuse)
+    assert scorer_of(tmp_path).layout is Layout.SHARED
+    monkeypatch.setattr(attention, "visible", refuse)
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        assert scorer_of(tmp_path).layout is Layout.SEPARATE
+    assert "it raises TypeError: unexpected argument 'split'" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_that_is_not_linear_is_found(tmp_path, dtype, monkeypatch, caplog):
+    with caplog.at_level("INFO", logger="trl_larpo"):
+        scorer = architectures.make_scorer(architectures.tiny_model("bert").to(dtype), str(tmp_path))
+    assert scorer._head == OutputHead(linear=False)  # a dense layer and a norm come first
+    assert "whole logits are worked out" in caplog.text
+    assert scorer_of(tmp_path, dtype)._head.linear
+
+
+def test_the_model_is_as_it_was_afterwards(tmp_path):
+    model = architectures.tiny_model("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    architectures.make_scorer(model, str(tmp_path))
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_calls_without_passes_are_the_models_own(tmp_path):
+    model = architectures.tiny_model("llama")
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        architectures.make_scorer(model, str(tmp_path))
+        assert model(ids).logits.equal(before)
+        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 18)

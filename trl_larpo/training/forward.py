@@ -1,0 +1,142 @@
+"""The forward pass of a model over the candidates of a batch."""
+
+import functools
+import types
+from functools import partial
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .attention import KeysAndValues, SplitRows
+from .head import OutputHead, TokenValues, score_logits, score_tokens
+from .passes import Call, Pass
+
+
+def enable_passes(model: PreTrainedModel) -> None:
+    """
+    Lets `model` be called as `model(passes=[Pass, ...], head=...)`, which scores the candidates in them.
+
+    All calls happen inside the model's forward, so that whatever wraps it (PEFT, DDP, DeepSpeed, FSDP) sees one. It
+    returns `(values, router_logits)`: the [`TokenValues`] of each call, `(rows, length - 1)` and 0 where no token is
+    scored; and, where a further argument asks the model for them, the router logits of each layer, a list of tensors
+    `(tokens, experts)`, over prompts and calls as they follow one another. Further arguments go to every call of the
+    model. Without `passes` the model does what it did before.
+
+    Args:
+        model: Bare model.
+    """
+    original_forward = model.forward
+
+    # This and `_run` are not traced themselves: the backbone that they call is compiled, and nothing around it
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def forward(
+        self,
+        *args,
+        passes: list[Pass] | None = None,
+        head: OutputHead | None = None,
+        with_statistics: bool = True,
+        **kwargs,
+    ):
+        if passes is None or head is None:
+            return original_forward(*args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in its own
+        run = partial(_run, self, original_forward, head, with_statistics)
+        values: list[TokenValues] = []
+        router_logits: list[list[Tensor]] = []
+        for lists in passes:
+            reading: dict[str, KeysAndValues] = {}
+            if lists.prompts is not None:
+                prompts, recorded = lists.prompts, KeysAndValues()
+                outputs = self.base_model(
+                    input_ids=prompts.input_ids,
+                    attention_mask=prompts.real.long(),
+                    position_ids=prompts.positions,
+                    use_cache=False,
+                    record=recorded,
+                    **kwargs,
+                )
+                router_logits.append(_router_logits(outputs))
+                reading["recorded"] = recorded
+            for call in lists.calls:
+                if lists.recompute and torch.is_grad_enabled():
+                    of_call, of_routers = checkpoint(run, call, use_reentrant=False, **reading, **kwargs)
+                else:
+                    of_call, of_routers = run(call, **reading, **kwargs)
+                values.append(of_call)
+                router_logits.append(of_routers)
+        return values, [torch.cat(of_layer) for of_layer in zip(*router_logits, strict=True)]
+
+    signature = functools.wraps(type(model).forward)  # `generate` looks there for what it may pass
+    model.forward = types.MethodType(signature(forward), model)
+
+
+def run_plainly(model, call: Call, with_statistics: bool, **kwargs) -> TokenValues:
+    """
+    Scores plain rows by the logits of a model whose forward cannot be entered: one with prompt-learning PEFT, which
+    puts virtual tokens in front of each row.
+    """
+    rows = call.rows
+    logits = model(input_ids=rows.input_ids, attention_mask=call.mask, use_cache=False, **kwargs).logits
+    targets = rows.labels[:, 1:].to(logits.device)
+    scored = targets != -100
+    values = score_logits(logits[:, -rows.labels.size(1) : -1][scored], targets[scored], with_statistics)
+    return _in_rows(values, scored)
+
+
+@functools.partial(torch.compiler.disable, recursive=False)
+def _run(
+    model: PreTrainedModel, original_forward, head: OutputHead, with_statistics: bool, call: Call, **kwargs
+) -> tuple[TokenValues, list[Tensor]]:
+    rows = call.rows
+    if call.with_positions:
+        kwargs["position_ids"] = rows.positions
+    if call.split is not None:
+        kwargs["split"] = call.split
+    arguments = {"input_ids": rows.input_ids, "attention_mask": call.mask, "use_cache": False} | kwargs
+    _expect_other_sizes(arguments)
+    targets = rows.labels[:, 1:]
+    scored = targets != -100
+    if head.linear:
+        outputs = model.base_model(**arguments)
+        hidden = outputs.last_hidden_state[:, :-1]
+        scored = scored.to(hidden.device)
+        values = score_tokens(model, head, hidden[scored], targets.to(hidden.device)[scored], with_statistics)
+    else:
+        outputs = original_forward(**arguments)
+        logits = outputs.logits[:, :-1]
+        scored = scored.to(logits.device)
+        values = score_logits(logits[scored], targets.to(logits.device)[scored], with_statistics)
+    return _in_rows(values, scored), _router_logits(outputs)
+
+
+@torch.compiler.disable
+def _in_rows(values: TokenValues, scored: Tensor) -> TokenValues:
+    """Puts values of scored tokens into rows. `masked_scatter` keeps the model in the graph where nothing is scored."""
+    return {
+        name: value.new_zeros(scored.shape).masked_scatter(scored.to(value.device), value)
+        for name, value in values.items()
+    }
+
+
+@torch.compiler.disable
+def _expect_other_sizes(arguments: dict[str, Any]) -> None:
+    """Tells the compiler that the next batch is of another size, so that it compiles once for all."""
+    split: SplitRows | None = arguments.get("split")
+    tensors = [arguments[name] for name in ("input_ids", "attention_mask", "position_ids") if name in arguments]
+    tensors += [] if split is None else [split.columns, split.places, split.mask]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            for dimension in range(tensor.dim()):
+                if tensor.size(dimension) > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+@torch.compiler.disable
+def _router_logits(outputs) -> list[Tensor]:
+    """Of each layer that has experts, `(tokens, experts)`."""
+    of_layers = getattr(outputs, "router_logits", None) or ()
+    return [logits.flatten(0, -2) for logits in of_layers if isinstance(logits, Tensor)]

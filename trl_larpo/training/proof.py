@@ -1,0 +1,239 @@
+"""
+Measures on a model itself whether a layout of rows gives the numbers of separate rows.
+
+What a model computes for two short lists is compared: log-probabilities, and gradients in the embeddings of the tokens,
+which all other gradients follow from. Nothing is read from the model's source.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .collator import DataCollatorForCandidateLists
+from .token_rows import Batch
+
+logger = get_logger(__name__)
+
+Score = Callable[[Batch], Tensor]
+"""Log-probabilities of the candidates of a batch, `(batch, list_size)`."""
+
+_PROMPT_LENGTHS = (9, 5)
+_COMPLETION_LENGTHS = ((6, 3, 5), (4, 7))  # ragged, in tokens
+
+FULL_PRECISION = 1e-3
+"""Largest difference in float32: as a share of what the prompt changes in log-probabilities, and of a gradient."""
+
+HALF_PRECISION = 0.05
+"""The same in half precision, where rounding alone changes a few per cent."""
+
+_NOISE = 4.0  # a difference of this many times what rounding alone makes is allowed as well, up to so many limits
+
+
+@dataclass
+class Difference:
+    """
+    How far a layout is from separate rows.
+
+    Attributes:
+        logps: Largest difference of a log-probability, in nats.
+        of_prompt: The same as a share of what another prompt changes.
+        gradients: Norm of the difference in gradients, as a share of the gradients'. `None`: not measured.
+        accepted: Whether all of it is rounding.
+        error: What the model raised, in place of numbers.
+    """
+
+    logps: float = float("nan")
+    of_prompt: float = float("nan")
+    gradients: float | None = None
+    accepted: bool = False
+    error: str | None = None
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"it raises {self.error}"
+        text = f"log-probabilities differ by {self.logps:.1e} nats ({self.of_prompt:.1e} of what the prompt changes)"
+        return text if self.gradients is None else f"{text}, gradients by {self.gradients:.1e} of their norm"
+
+
+@dataclass
+class _Measured:
+    logps: Tensor  # (candidates,)
+    gradients: Tensor | None  # (distinct tokens, hidden_size)
+
+
+class Proof:
+    """
+    Measures separate rows once, then compares with them.
+
+    Args:
+        model: The model, bare or as a `PeftModel`, in place: on its device, and sharded if it will be.
+        separate: Scores a batch in separate rows.
+        accelerator: That of the training.
+        with_gradients: Whether the model is trained.
+    """
+
+    def __init__(self, model: PreTrainedModel, separate: Score, accelerator: Accelerator, with_gradients: bool):
+        self._model, self._separate, self._accelerator = model, separate, accelerator
+        embeddings = model.get_input_embeddings()
+        device = embeddings.weight.device
+        self._device = accelerator.device if device.type == "meta" else device
+        self._vocabulary = model.config.get_text_config().vocab_size
+        self._batch = self._make_batch()
+        self._with_gradients = with_gradients
+        try:
+            self._expected = self._measure(separate, self._batch)
+        except RuntimeError as error:
+            if not with_gradients or isinstance(error, torch.OutOfMemoryError):
+                raise
+            # FlexAttention on a CPU has no backward pass
+            self._with_gradients = False
+            self._expected = self._measure(separate, self._batch)
+            logger.debug(f"No gradients are compared, because there are none: {error}")
+        other = self._measure(separate, self._make_batch(first_token=1), with_gradients=False)
+        self._effect = (other.logps - self._expected.logps).abs().max()
+        self._noise: _Measured | None = None
+
+    def _make_batch(self, first_token: int = 0, multiple: int = 1) -> Batch:
+        """Two lists of distinct tokens, as far as the vocabulary has them; `first_token` changes the prompts."""
+        step = max(1, self._vocabulary // 2 // (sum(_PROMPT_LENGTHS) + sum(map(sum, _COMPLETION_LENGTHS)) + 1))
+        tokens = iter(range(self._vocabulary // 4, self._vocabulary * 4, step))
+
+        def take(count: int, shift: int = 0) -> list[int]:
+            return [(next(tokens) + shift) % self._vocabulary for _ in range(count)]
+
+        examples = [
+            {
+                "prompt_ids": take(prompt_length, first_token),
+                "completion_ids": [take(length) for length in completion_lengths],
+                "relevance": [0.0] * len(completion_lengths),
+            }
+            for prompt_length, completion_lengths in zip(_PROMPT_LENGTHS, _COMPLETION_LENGTHS, strict=True)
+        ]
+        batch = DataCollatorForCandidateLists(pad_token_id=0)(examples)
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+
+    def compare(self, score: Score) -> Difference:
+        """How far another way to score the lists is from separate rows. All processes come to the same verdict."""
+        found, difference = None, Difference()
+        try:
+            found = self._measure(score, self._batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does with what it does not know
+            difference.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        share = float("inf")  # of the limit
+        if found is not None:
+            expected = self._expected
+            difference.logps = float((found.logps - expected.logps).abs().max())
+            difference.of_prompt = difference.logps / max(float(self._effect), 1e-12)
+            share = difference.of_prompt
+            if found.gradients is not None and expected.gradients is not None:
+                off, norm = (found.gradients - expected.gradients).norm(), expected.gradients.norm()
+                difference.gradients = float(off / norm.clamp(min=1e-12))
+                share = max(share, difference.gradients)
+            share /= FULL_PRECISION if self._is_full_precision else HALF_PRECISION
+        accepted, unsure = share <= 1, 1 < share <= _NOISE
+        if self._on_some_process(unsure):  # then all of them measure it
+            noise = self._measure_noise()
+            accepted |= found is not None and unsure and self._is_noise(found, noise)
+        difference.accepted = not self._on_some_process(not accepted)
+        return difference
+
+    def _measure_noise(self) -> _Measured:
+        """The same rows in calls of other shapes, which differ by rounding alone."""
+        if self._noise is None:
+            batch = self._batch
+            by_list = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(len(_PROMPT_LENGTHS))]
+
+            def score(_: Batch) -> Tensor:
+                width = batch["candidate_mask"].size(1)
+                return torch.cat([self._separate(one)[:, :width] for one in by_list])
+
+            self._noise = self._measure(score, batch)
+        return self._noise
+
+    def _is_noise(self, found: _Measured, noise: _Measured) -> bool:
+        expected = self._expected
+        if (found.logps - expected.logps).abs().max() > _NOISE * (noise.logps - expected.logps).abs().max():
+            return False
+        if found.gradients is None or expected.gradients is None or noise.gradients is None:
+            return True
+        off, rounding = found.gradients - expected.gradients, noise.gradients - expected.gradients
+        return bool(off.norm() <= _NOISE * rounding.norm())
+
+    def _on_some_process(self, flag: bool) -> bool:
+        if self._accelerator.num_processes == 1:
+            return flag
+        flags = self._accelerator.gather(torch.tensor([int(flag)], device=self._accelerator.device))
+        return bool(flags.max())
+
+    def _measure(self, score: Score, batch: Batch, with_gradients: bool | None = None) -> _Measured:
+        with_gradients = self._with_gradients if with_gradients is None else with_gradients
+        with (
+            _evaluating(self._model),
+            torch.set_grad_enabled(with_gradients),
+            _embeddings(self._model.get_input_embeddings(), with_gradients) as embedded,
+        ):
+            logps = score(batch)[batch["candidate_mask"]].float()
+            self._is_full_precision = embedded.dtype == torch.float32
+            if not with_gradients:
+                return _Measured(logps.detach(), None)
+            # Not the same for all candidates, so that mistakes do not cancel
+            weights = torch.linspace(-1.0, 1.5, len(logps), device=logps.device)
+            embedded.recording = False
+            gradients = torch.autograd.grad((weights * logps).sum(), embedded.outputs, allow_unused=True)
+        by_token = torch.zeros(self._vocabulary, gradients[0].size(-1), device=logps.device)
+        for tokens, gradient in zip(embedded.tokens, gradients, strict=True):
+            if gradient is not None:
+                flat = gradient.flatten(0, -2).float().to(by_token.device)
+                by_token.index_add_(0, tokens.flatten().to(by_token.device), flat)
+        return _Measured(logps.detach(), by_token)
+
+
+class _Embedded:
+    """What the embedding layer was given and returned, as leaves that gradients end at."""
+
+    def __init__(self):
+        self.tokens: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.recording = True
+        self.dtype = torch.float32
+
+
+@contextmanager
+def _embeddings(layer: nn.Module, as_leaves: bool) -> Iterator[_Embedded]:
+    embedded = _Embedded()
+
+    def hook(module, args, output: Tensor) -> Tensor:
+        embedded.dtype = output.dtype
+        if not as_leaves:
+            return output
+        leaf = output.detach().requires_grad_()
+        if embedded.recording:
+            embedded.tokens.append(args[0])
+            embedded.outputs.append(leaf)
+        return leaf.clone()  # models may change it in place
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield embedded
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and each module as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
