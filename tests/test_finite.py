@@ -84,7 +84,7 @@ def test_training_stops_after_three_in_a_row(tiny_model, config, spoil, kind):
     args = config(per_device_train_batch_size=1, max_steps=8)
     trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=lists_with_bad_ones(8, range(8)))
     before = weights_of(trainer.model)
-    with pytest.raises(LarPOError, match="not finite for 3 batches in a row"):
+    with pytest.raises(LarPOError, match="not finite in 3 steps in a row"):
         trainer.train()
     for name, weight in weights_of(trainer.model).items():
         assert torch.equal(weight, before[name]), name

@@ -403,9 +403,10 @@ def test_contrastive_with_several_positives_compares_chosen_with_rejected():
     rejected = [scores[0], scores[1]]
     expected = sum(neg_log_softmax_first([scores[i], *rejected]) for i in (2, 3)) / 2
     assert contrastive_loss(*as_tensors(scores, relevance, 1), positives=2).item() == pytest.approx(expected, rel=1e-9)
-    # All that tie for the last place are positives; where nothing is left to compare with, nothing is compared
-    tied = contrastive_loss(*as_tensors([1.0, 2.0, 3.0], [1.0, 0.5, 0.5]), positives=2)
-    assert tied.item() == 0.0
+    # The worst are never positives, so a short list is compared too
+    for positives in (1, 2, 5):
+        tied = contrastive_loss(*as_tensors([1.0, 2.0, 3.0], [1.0, 0.5, 0.5]), positives=positives)
+        assert tied.item() == pytest.approx(neg_log_softmax_first([1.0, 2.0, 3.0]), rel=1e-9)
 
 
 def test_normalized_sums_are_means():

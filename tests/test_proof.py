@@ -1,10 +1,13 @@
 """Layouts are measured on the model: right ones pass in any precision, wrong ones are found and named."""
 
+import functools
+
 import architectures
 import pytest
+import tiny
 import torch
 
-from trl_larpo import ConfigError
+from trl_larpo import ConfigError, LarPOTrainer
 from trl_larpo.training import attention
 from trl_larpo.training.head import OutputHead
 from trl_larpo.training.passes import Layout
@@ -113,3 +116,42 @@ def test_calls_without_passes_are_the_models_own(tmp_path):
         architectures.make_scorer(model, str(tmp_path))
         assert model(ids).logits.equal(before)
         assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 18)
+
+
+def test_nan_gradients_are_found(tmp_path, monkeypatch):
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    inner = attention._attend_in_parts
+    monkeypatch.setattr(attention, "_attend_in_parts", lambda *args, **kwargs: Spoilt.apply(inner(*args, **kwargs)))
+    assert scorer_of(tmp_path).layout is Layout.SHARED
+
+
+def test_a_reference_under_autocast_has_the_layout_of_the_policy(tiny_model, config):
+    trainer = LarPOTrainer(model=tiny_model, args=config(bf16=True), train_dataset=tiny.lists())
+    assert trainer._policy_scorer.layout is trainer._reference_scorer.layout is Layout.SPLIT
+    assert trainer._policy_scorer._head.linear and trainer._reference_scorer._head.linear
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model.train()
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert outputs["scores"].abs().max() < 0.05  # the policy is the reference, but for rounding
+
+
+def test_layers_that_round_more_than_the_embeddings_say(tmp_path):
+    # As with 4-bit weights that compute in bfloat16: rounding is not taken for a wrong layout
+    model = architectures.tiny_model("llama", num_hidden_layers=6)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = functools.partial(in_bfloat16, module)
+    scorer = architectures.make_scorer(model, str(tmp_path))
+    assert scorer._head.linear and scorer.layout.shares_prompt
+
+
+def in_bfloat16(module, x):
+    return torch.nn.functional.linear(x.bfloat16(), module.weight.bfloat16()).float()

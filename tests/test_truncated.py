@@ -187,18 +187,20 @@ def end_probability(trainer):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("finished", [True, False])
-def test_the_beginning_of_an_answer_is_continued(name, finished):
+def test_the_beginning_of_an_answer_is_continued(name):
     prompt = [*USER, *say("Because the")]
-    [found], tokenizer = tokenized([row([say(" sky"), say(" sea is")], [finished] * 2, prompt)], TEMPLATES[name])
+    [found], tokenizer = tokenized([{"prompt": prompt, "completions": [say(" sky"), say(" sea is")]}], TEMPLATES[name])
     assert tokenizer.decode(found["prompt_ids"]).endswith("Because the")
-    for text, ids in zip((" sky", " sea is"), found["completion_ids"], strict=True):
+    for text, ids in zip((" sky", " sea is"), found["completion_ids"], strict=True):  # as if it had been said at once
         whole = tokenizer.apply_chat_template([*USER, *say("Because the" + text)], tokenize=False)
-        rendered = tokenizer.decode(found["prompt_ids"] + ids)
-        if finished:  # as if it had been said at once
-            assert rendered == whole
-        else:
-            assert whole.startswith(rendered) and rendered.endswith(text)
+        assert tokenizer.decode(found["prompt_ids"] + ids) == whole
+
+
+def test_samples_follow_the_generation_prompt_that_they_were_sampled_after():
+    prompt = [*USER, *say("Because the")]
+    [found], tokenizer = tokenized([row([say("sky"), say("sea")], [True, True], prompt)], TEMPLATES["chatml"])
+    asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(found["prompt_ids"]) == asked
 
 
 def test_a_tokenizer_that_adds_an_end_token_itself_adds_no_second_one(monkeypatch):

@@ -71,7 +71,8 @@ def contrastive_loss(
         scores: Implicit rewards γ, float `(batch, list_size)`.
         relevance: Ground truth, larger is better, float `(batch, list_size)`.
         mask: `True` for real candidates, bool `(batch, list_size)`.
-        positives: How many places of the ranking are positives; all that tie for the last of them are.
+        positives: How many places of the ranking are positives; all that tie for the last of them are, but the worst of
+            a list never is.
         margin: See [`trl_larpo.losses`].
 
     Returns:
@@ -79,7 +80,7 @@ def contrastive_loss(
     """
     scores, relevance = _prepare(scores, relevance, mask)
     worse = _worse(relevance, mask)
-    chosen = mask & (_num_better(relevance, mask) < positives)
+    chosen = mask & (_num_better(relevance, mask) < positives) & worse.any(dim=2)
     compared = worse & chosen.unsqueeze(2) & ~chosen.unsqueeze(1)
     return _against_worse(scores, compared, margin).sum(dim=1) / compared.any(dim=2).sum(dim=1).clamp(min=1)
 

@@ -38,7 +38,8 @@ class OutputHead:
     def from_config(cls, model: PreTrainedModel) -> "OutputHead":
         """What a model's configuration says. Whether it is right is for [`trl_larpo.training.proof`] to find out."""
         config = model.config.get_text_config()
-        linear = isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor)
+        layer = model.get_output_embeddings()
+        linear = isinstance(getattr(layer, "weight", None), Tensor) and not hasattr(layer, "base_layer")  # an adapter
         scale = 1.0
         for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
             if isinstance(value := getattr(config, name, None), int | float):

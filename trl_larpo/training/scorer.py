@@ -147,7 +147,9 @@ class CandidateScorer:
                 if difference.accepted:
                     self._head = head
                 else:
-                    logger.info(f"{self.name}: whole logits are worked out; from hidden states {difference}.")
+                    logger.warning(
+                        f"{self.name}: whole logits are worked out, which takes memory; otherwise {difference}."
+                    )
             if self._obstacle is not None:
                 self._settle(Layout.SEPARATE, self._obstacle)
                 return
@@ -210,7 +212,9 @@ class CandidateScorer:
             self._engine = model if zero is not None and zero.zero_stage == 3 else None
             self._decide()
         assert self.layout is not None
-        passes = self._passes(batch, self.layout)
+        # Whole logits come from the model's own forward, which takes no other mask together with router logits
+        layout = Layout.SEPARATE if router_logits and not self._head.linear else self.layout
+        passes = self._passes(batch, layout)
         outputs = self._run(model, self._head, passes, with_statistics, router_logits)
         return outputs.up_to(batch["candidate_mask"].size(1))
 

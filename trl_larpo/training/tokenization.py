@@ -160,11 +160,18 @@ def _tokenize_row(
     prompt = ranked["prompt"]
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     template_kwargs = {}
+    # Completions continue the beginning of an answer. Those that `larpo` has sampled, which these columns mark, do not:
+    # they were sampled after a generation prompt
+    continues = (
+        isinstance(prompt, list)
+        and prompt[-1]["role"] == "assistant"
+        and not {"finished", "completion_ids"} & row.keys()
+    )
     if isinstance(prompt, list):
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-        if prompt[-1]["role"] == "assistant":  # the beginning of an answer, which the completions continue
+        if continues:
             text = _render_up_to_end_of_content(processing_class, prompt, template_kwargs)
             if text is None:
                 raise DataError(
@@ -197,9 +204,10 @@ def _tokenize_row(
             if finished and sequence[-2:] == 2 * [tokenizer.eos_token_id] and not text.endswith(eos_token):
                 sequence = sequence[:-1]  # some tokenizers add one on their own
         elif finished:
-            sequence = tokenize(processing_class, _continued(prompt, completion), **template_kwargs)["input_ids"]
+            messages = _continued(prompt, completion) if continues else prompt + completion
+            sequence = tokenize(processing_class, messages, **template_kwargs)["input_ids"]
         else:
-            text = _render_up_to_end_of_content(processing_class, _continued(prompt, completion), template_kwargs)
+            text = _render_up_to_end_of_content(processing_class, prompt + completion, template_kwargs)
             if text is None:
                 raise DataError(
                     f"{where} row {index}, column `finished`: entry {position} is false, but its end cannot be found "

@@ -20,7 +20,7 @@ from ..metrics import kendall_tau, mrr, ndcg, pair_accuracy
 from .collator import DataCollatorForCandidateLists
 from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
 from .datasets import column_names, has_images
-from .finite import FiniteTraining, SkippedBatch
+from .finite import FiniteTraining
 from .log_probabilities import score_dataset
 from .scorer import CandidateOutputs, CandidateScorer
 from .scores import candidate_scores
@@ -302,13 +302,15 @@ class LarPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _policy_scorer(self) -> CandidateScorer:
-        model = self.accelerator.unwrap_model(self.model)
+        # Without the autocast that accelerate may have put around the forward: the caller brings it
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return CandidateScorer(model, self.args, self.accelerator, "Policy", is_trained=True)
 
     @functools.cached_property
     def _reference_scorer(self) -> CandidateScorer:
         """Of a reference model; where there is none, the policy's scorer runs the policy instead."""
-        return CandidateScorer(self.accelerator.unwrap_model(self.ref_model), self.args, self.accelerator, "Reference")
+        model = self.accelerator.unwrap_model(self.ref_model, keep_fp32_wrapper=False)
+        return CandidateScorer(model, self.args, self.accelerator, "Reference")
 
     def compute_ref_log_probs(self, model, inputs):
         """
@@ -383,8 +385,6 @@ class LarPOTrainer(DPOTrainer):
     def training_step(self, *args, **kwargs):
         try:
             return super().training_step(*args, **kwargs)
-        except SkippedBatch:
-            return torch.zeros((), device=self.accelerator.device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
             if self._list_mode and any(text in str(error) for text in ("out of memory", "can't allocate memory")):
                 error.add_note(self._how_to_save_memory())
