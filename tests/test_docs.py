@@ -48,6 +48,7 @@ NOT_RUN = {
     "pip install pre-commit": "installs",
     "pre-commit install": "changes a git repository",
     "pytest": "these are the tests; .ci/run runs it",
+    "python tests/architectures.py": "takes five minutes; tests/test_architectures.py does the same",
     "export OPENAI_API_KEY=...": "needs a key",
     "python examples/evaluation/alpaca_eval2.py --model_name_or_path outputs/recipes": "needs a key and a GPU; "
     "tests/test_evaluation_scripts.py runs the script with a small judge",
