@@ -248,7 +248,7 @@ IN_FILES = {  # further commands in the heads of examples: why they are not run 
     "python examples/quickstart/get_model.py": "the same",
     "larpo run --config examples/quickstart/quickstart.yaml": "the same",
     "larpo run --config examples/recipes/": "tests/test_recipes.py runs all of them small; in full they need GPUs",
-    "python examples/studies/one_pass/tasks.py": "tests/test_one_pass_study.py makes the same rows",
+    "python examples/studies/tasks.py": "tests/test_one_pass_study.py makes the same rows",
     "python examples/recipes/gpu_hours.py": "examples/recipes/README.md has it, and it is run from there",
 }
 

@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "studies" / "one_pass"
 
 @pytest.fixture
 def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
     import study
     import tasks

@@ -13,10 +13,10 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 from pathlib import Path
 
 import torch
-from tasks import TASKS, Task
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
@@ -28,6 +28,10 @@ from trl_larpo.run.stages import STAGES, run_stage
 from trl_larpo.storage import read_json, write_json
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from tasks import TASKS, Task  # noqa: E402
+
 MODEL = "outputs/SmolLM2-135M-Instruct"
 
 NUM_PROMPTS, NUM_SAMPLES, NUM_HELD_OUT, NUM_EVAL_SAMPLES = 48, 6, 48, 4

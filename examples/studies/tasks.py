@@ -1,16 +1,21 @@
 """
-The tasks of the study: generated prompts and rule-based rewards. Training and held-out prompts share no topics and no
+The tasks of the studies: generated prompts and rule-based rewards. Training and held-out prompts share no topics and no
 pairs of numbers.
 
-    python examples/studies/one_pass/tasks.py outputs/tasks      # writes the prompts of all tasks
+    python examples/studies/tasks.py outputs/tasks      # writes the prompts of all tasks
 """
 
+import itertools
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from trl_larpo.prompts import completion_text
+from trl_larpo.rewards.verifiers import final_number
 
 TOPICS = (  # noqa: SIM905
     "bees, coffee, rivers, chess, snow, owls, bread, music, volcanoes, bicycles, tea, whales, mountains, "
@@ -45,12 +50,14 @@ class Task:
         held_out: Rows to evaluate on.
         reward: Name of the reward.
         max_new_tokens: Maximum length of an answer, in tokens.
+        tuning: Rows to choose learning rates on, apart from the others.
     """
 
     train: list[dict]
     held_out: list[dict]
     reward: str
     max_new_tokens: int
+    tuning: list[dict] = field(default_factory=list)
 
 
 def graded() -> Task:
@@ -90,7 +97,55 @@ def addition() -> Task:
     return Task(rows[:60], rows[60:], "gsm8k", 48)
 
 
+def four_rules() -> Task:
+    """A short fact about a topic with four rules: five levels of reward; 0 for an answer without the topic."""
+
+    def rows(topics: list[str], num_each: int) -> list[dict]:
+        found = []
+        for topic in topics:
+            rng = random.Random(topic)
+            combinations = list(itertools.product(*_of_kinds().values()))
+            for rules in rng.sample(combinations, num_each):
+                chosen = rng.sample(rules, 4)
+                text = " ".join([f"Tell me a short fact about {topic}.", *(sentence for _, sentence, *_ in chosen)])
+                names, values = ([rule[place] for rule in chosen] for place in (2, 3))
+                about = re.sub("(ves|ies|s)$", "", topic.removeprefix("the "))  # one wolf, and one bee
+                found.append(_row(text, instructions=names, values=values, about=about))
+        return found
+
+    train, held_out, tuning = TOPICS[:NUM_TRAIN_TOPICS], TOPICS[NUM_TRAIN_TOPICS:59], TOPICS[59:]
+    return Task(rows(train, 4), rows(held_out, 7)[:128], "verifiable_instructions", 80, rows(tuning, 8)[:64])
+
+
+def close_sums() -> Task:
+    """The sum of two numbers from 2 to 20: the reward falls with the distance from the right one."""
+    pairs = [(a, b) for a in range(2, 21) for b in range(2, 21)]
+    random.Random(1).shuffle(pairs)
+    rows = [_row(f"What is {a} + {b}?", answer=a + b) for a, b in pairs]
+    return Task(rows[192:], rows[:128], "tasks:closeness", 48, rows[128:192])
+
+
+def closeness(prompts, completions, *, answer, finished, **columns) -> list[float]:
+    """Reward: 1 / (1 + distance of the last number from the answer); 0 without a number, and for truncated answers."""
+    rewards = []
+    for completion, right, ended in zip(completions, answer, finished, strict=True):
+        found = final_number(completion_text(completion))
+        rewards.append(1 / (1 + abs(found - right)) if ended and found is not None else 0.0)
+    return rewards
+
+
 TASKS: dict[str, Callable[[], Task]] = {"graded": graded, "one_rule": one_rule, "addition": addition}
+"""Tasks of the study of one pass."""
+
+GRADED_TASKS: dict[str, Callable[[], Task]] = {"four_rules": four_rules, "close_sums": close_sums}
+"""Tasks of the comparison of lists with pairs: rewards have many levels, so that a list holds more than a pair."""
+
+
+def _of_kinds() -> dict[str, list[tuple[str, str, str, str]]]:
+    kinds: dict[str, list] = {}
+    for rule in RULES:
+        kinds.setdefault(rule[0], []).append(rule)
+    return kinds
 
 
 def _row(text: str, **columns) -> dict:
@@ -108,8 +163,8 @@ def _by_topic(of_topic: Callable[[str], list[dict]], reward: str, max_new_tokens
 
 
 if __name__ == "__main__":
-    for name, task in TASKS.items():
-        for part in ("train", "held_out"):
+    for name, task in (TASKS | GRADED_TASKS).items():
+        for part in ("train", "held_out", "tuning"):
             path = Path(sys.argv[1]) / f"{name}_{part}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in getattr(task(), part)))

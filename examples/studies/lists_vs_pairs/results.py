@@ -1,0 +1,109 @@
+"""The results of the study, read from their JSON files."""
+
+import re
+import statistics
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from arms import ARMS, BASELINE
+from effects import Effect, effect
+from experiment import Experiment
+
+from trl_larpo.storage import read_json
+
+
+class Results:
+    """
+    A folder of results.
+
+    Args:
+        folder: `tuning/` holds what learning rates are chosen by, `reported/` what counts.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, experiment: Experiment) -> Path:
+        folder = self.folder / ("tuning" if experiment.tuning else "reported")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / experiment.file_name
+
+    def read(self, task: str, arm: str, seed: int) -> dict:
+        return read_json(self.folder / "reported" / f"{task}_{arm}_seed{seed}.json")
+
+    def tasks(self) -> list[str]:
+        return sorted({task for task, _, _ in self._found()}, reverse=True)
+
+    def arms(self, task: str) -> list[str]:
+        """In the order of `ARMS`."""
+        found = {arm for of_task, arm, _ in self._found() if of_task == task}
+        return [arm for arm in ARMS if arm in found]
+
+    def seeds(self, task: str, arm: str) -> list[int]:
+        return sorted(seed for *names, seed in self._found() if names == [task, arm])
+
+    def rewards(self, task: str, arm: str, seeds: Sequence[int]) -> np.ndarray | None:
+        """Mean reward on each held-out prompt, `(seeds, prompts)`; `None` if a seed is missing."""
+        if not set(seeds) <= set(self.seeds(task, arm)):
+            return None
+        return np.array([self.read(task, arm, seed)["rewards"] for seed in seeds])
+
+    def differences(self, task: str, arm: str, seeds: Sequence[int], other: str = BASELINE) -> np.ndarray:
+        """How much more an arm earns than another, `(seeds, prompts)`."""
+        return self.rewards(task, arm, seeds) - self.rewards(task, other, seeds)
+
+    def start_rewards(self, task: str) -> list[float]:
+        return [self.read(*names)["start"]["reward"] for names in self._found() if names[0] == task]
+
+    def best_learning_rate(self, task: str, arm: str) -> float | None:
+        """The one with the highest reward on the prompts for tuning; of equal ones the lowest."""
+        found = [read_json(path) for path in self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")]
+        ordered = sorted(found, key=lambda run: (-run["end"]["reward"], run["settings"]["learning_rate"]))
+        return ordered[0]["settings"]["learning_rate"] if ordered else None
+
+    def tuning_rewards(self, task: str, arm: str) -> dict[float, float]:
+        """Reward by learning rate on the prompts for tuning."""
+        found = [read_json(path) for path in self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")]
+        return dict(sorted((run["settings"]["learning_rate"], run["end"]["reward"]) for run in found))
+
+    def effect(self, task: str, arm: str, other: str = BASELINE) -> Effect | None:
+        """How much more an arm earns than another, over the seeds that both have; `None` if there are none."""
+        seeds = [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
+        return effect(self.differences(task, arm, seeds, other)) if seeds and arm != other else None
+
+    def table(self, task: str) -> list[str]:
+        """Lines of a table in Markdown, a line for each arm."""
+        lines = [
+            "| | seeds | learning rate | reward | over best against worst | steps | tokens trained | answers end | "
+            "tokens |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for arm in self.arms(task):
+            runs = [self.read(task, arm, seed) for seed in self.seeds(task, arm)]
+
+            def mean(part: str, name: str, runs: list[dict] = runs) -> float:
+                return statistics.fmean(run[part][name] for run in runs)
+
+            lines.append(
+                f"| {ARMS[arm].label} | {len(runs)} | {runs[0]['settings']['learning_rate']:g} | "
+                f"{mean('end', 'reward'):.3f} | {self.effect(task, arm) or ''} | {mean('budget', 'steps'):.0f} | "
+                f"{mean('budget', 'tokens'):.0f} | {mean('end', 'finished'):.0%} | {mean('end', 'tokens'):.0f} |"
+            )
+        return lines
+
+    def _found(self) -> list[tuple[str, str, int]]:
+        names = [path.name for path in sorted(self.folder.glob("reported/*.json"))]
+        return [self._parts(name) for name in names]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern:
+        arms = "|".join(sorted(map(re.escape, ARMS), key=len, reverse=True))
+        return re.compile(rf"(.+?)_({arms})_seed(\d+)\.json")
+
+    def _parts(self, name: str) -> tuple[str, str, int]:
+        match = self._pattern.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name} in {self.folder} is no result of this study; remove it.")
+        return match[1], match[2], int(match[3])

@@ -1,0 +1,138 @@
+"""
+Do ranked lists beat pairs? The same samples, many ways to train on them.
+
+    python examples/studies/lists_vs_pairs/study.py                  # everything, in the order tune, screen, confirm
+    python examples/studies/lists_vs_pairs/study.py --small          # a few arms, few prompts: does it run here?
+    python examples/studies/lists_vs_pairs/study.py --stages screen --tasks four_rules --arms lambdarank
+    python examples/studies/lists_vs_pairs/study.py --table          # only prints the results
+
+Every arm, learning rate and seed is a small JSON file in `results/`. Stop it whenever you like and start it again: what
+is there is not computed again. Each result is computed on one thread, `--workers` of them side by side.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from arms import ARMS, BASELINE
+from experiment import GRADED_TASKS, MODEL, SMALL, WHOLE, Experiment, Setup, prepare, run
+from results import Results
+
+from trl_larpo.storage import write_json
+
+HERE = Path(__file__).parent
+
+STAGES = ("tune", "screen", "confirm")
+
+LEARNING_RATES = (1e-5, 2e-5, 5e-5)
+TUNING_SEED = 100
+SCREENING_SEEDS = (0, 1)
+CONFIRMING_SEEDS = (2, 3, 4)
+
+ALWAYS_CONFIRMED = (BASELINE, "contrastive", "listmle", "lambdarank", "lambdarank_sums")
+NUM_PROMISING = 2
+"""How many more arms are confirmed: the best of the screening."""
+
+SMALL_ARMS = (BASELINE, "lambdarank", "listmle")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--tasks", nargs="+", default=list(GRADED_TASKS), choices=GRADED_TASKS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the stage `confirm`")
+    parser.add_argument("--workers", type=int, default=2, help="results computed side by side; 0: in this process")
+    parser.add_argument("--small", action="store_true", help="8 prompts, three arms: less than 20 minutes in all")
+    parser.add_argument("--output", type=Path, help="folder of samples and logs")
+    parser.add_argument("--results", type=Path, help="folder of the JSON files")
+    parser.add_argument("--table", action="store_true", help="only print the results")
+    arguments = parser.parse_args()
+    name = "lists_vs_pairs_small" if arguments.small else "lists_vs_pairs"
+    output = arguments.output or Path("outputs") / name
+    results = Results(arguments.results or (output / "results" if arguments.small else HERE / "results"))
+    arms = arguments.arms or list(SMALL_ARMS if arguments.small else ARMS)
+    setup = Setup(SMALL if arguments.small else WHOLE, output, MODEL)
+    if not arguments.table:
+        for stage in arguments.stages:
+            for task in arguments.tasks:  # one after the other: the first is finished sooner
+                experiments = experiments_of(stage, task, arms, results, arguments.seeds, arguments.small)
+                run_all(experiments, setup, results, arguments.workers, f"{stage} {task}")
+    print_table(results)
+
+
+def experiments_of(
+    stage: str, task: str, arms: list[str], results: Results, seeds: list[int] | None, small: bool
+) -> list[Experiment]:
+    """What a stage consists of, given the results of the stages before it."""
+    if stage == "tune":
+        rates = LEARNING_RATES[:2] if small else LEARNING_RATES
+        return [Experiment(task, arm, rate, TUNING_SEED, tuning=True) for rate in rates for arm in arms]
+    if stage == "confirm":
+        arms = [arm for arm in confirmed_arms(task, results) if arm in arms]
+    seeds = list(SCREENING_SEEDS) if stage == "screen" else seeds or list(CONFIRMING_SEEDS)
+    rates = {arm: results.best_learning_rate(task, arm) for arm in arms}
+    missing = [arm for arm, rate in rates.items() if rate is None]
+    if missing:
+        raise SystemExit(f"No learning rate was chosen for {', '.join(missing)} on {task}: run the stage `tune`.")
+    return [Experiment(task, arm, rates[arm], seed) for seed in seeds for arm in arms]
+
+
+def confirmed_arms(task: str, results: Results) -> list[str]:
+    """The arms that are always reported, and those with the highest mean reward in the screening."""
+    found = {arm: results.rewards(task, arm, SCREENING_SEEDS) for arm in results.arms(task)}
+    means = {arm: rewards.mean() for arm, rewards in found.items() if rewards is not None}
+    others = sorted((arm for arm in means if arm not in ALWAYS_CONFIRMED), key=means.__getitem__, reverse=True)
+    return [*ALWAYS_CONFIRMED, *others[:NUM_PROMISING]]
+
+
+def run_all(experiments: list[Experiment], setup: Setup, results: Results, num_workers: int, title: str) -> None:
+    """Computes what is not there yet."""
+    missing = [each for each in experiments if not results.path(each).exists()]
+    print(f"{title}: {len(missing)} of {len(experiments)} results to compute.", flush=True)
+    samples = dict.fromkeys((each.task, each.seed, each.tuning) for each in missing)
+    for _ in _done(prepare, [(*which, setup) for which in samples], num_workers):
+        pass
+    started = time.monotonic()
+    done = _done(run, [(each, setup) for each in missing], num_workers)
+    for number, ((each, _), result) in enumerate(done, start=1):
+        write_json(results.path(each), result)
+        minutes = (time.monotonic() - started) / 60
+        left = minutes / number * (len(missing) - number)
+        print(
+            f"{each.file_name}: {result['start']['reward']:.3f} → {result['end']['reward']:.3f} "
+            f"({number} of {len(missing)} in {minutes:.0f} min, about {left:.0f} min left)",
+            flush=True,
+        )
+
+
+def _done(function: Callable, calls: list[tuple], num_workers: int) -> Iterator[tuple[tuple, Any]]:
+    """Arguments and result of each call, as they are done."""
+    if num_workers == 0:
+        for arguments in calls:
+            yield arguments, function(*arguments)
+        return
+    # Processes of their own: what a thread does not share, it does not wait for
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as workers:
+        futures = {workers.submit(function, *arguments): arguments for arguments in calls}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            workers.shutdown(wait=False, cancel_futures=True)
+
+
+def print_table(results: Results) -> None:
+    """One line for each task and arm: reward, difference from the baseline with its interval, and what it cost."""
+    for task in results.tasks():
+        print(f"\n{task}: the initial model has a reward of {statistics.fmean(results.start_rewards(task)):.3f}.")
+        print("\n".join(results.table(task)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The study of lists and pairs: its intervals, its arms, and that it runs, resumes and repeats itself exactly."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from trl_larpo.candidates import Candidate
+
+FOLDER = Path(__file__).parents[1] / "examples" / "studies" / "lists_vs_pairs"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = ("arms", "effects", "experiment", "results", "study", "tasks")
+    yield lambda name: __import__(name)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says(modules):
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(500):
+        of_seeds, of_prompts = rng.normal(0, 0.05, (4, 1)), rng.normal(0, 0.3, (1, 40))
+        effect = modules("effects").effect(0.1 + of_seeds + of_prompts + rng.normal(0, 0.2, (4, 40)))
+        covered += effect.low <= 0.1 <= effect.high
+    assert 0.93 <= covered / 500 <= 0.99
+
+
+def test_interval_of_one_seed_is_that_of_a_paired_t_test(modules):
+    differences = np.random.default_rng(0).normal(0.2, 1, (1, 30))
+    effect, expected = modules("effects").effect(differences), stats.ttest_1samp(differences[0], 0)
+    assert effect.mean == pytest.approx(differences.mean())
+    assert (effect.low, effect.high) == pytest.approx(expected.confidence_interval(0.95))
+
+
+def test_interval_of_prompts_without_noise_is_that_of_the_seeds_alone(modules):
+    of_seeds = np.array([0.1, 0.3, 0.2])
+    effect = modules("effects").effect(np.repeat(of_seeds[:, None], 50, axis=1))
+    assert (effect.low, effect.high) == pytest.approx(stats.ttest_1samp(of_seeds, 0).confidence_interval(0.95))
+
+
+def test_seeds_needed_are_enough(modules):
+    effects, rng = modules("effects"), np.random.default_rng(0)
+
+    def draw(num_seeds):
+        return rng.normal(0, 0.05, (num_seeds, 1)) + rng.normal(0, 0.1, (num_seeds, 200))
+
+    needed = effects.seeds_needed(draw(200), 0.03)
+    assert effects.effect(draw(needed)).half_width == pytest.approx(0.03, rel=0.5)
+    assert effects.seeds_needed(rng.normal(0, 1, (5, 1)) + rng.normal(0, 3, (1, 9)), 0.01) is None
+
+
+REWARDS = [1.0, 0.75, 0.75, 0.5, 0.25, 0.0]
+
+
+def chosen(modules, arm, rewards=REWARDS):
+    ranked = [Candidate(f"text {place}", reward) for place, reward in enumerate(rewards)]
+    lists = modules("arms").ARMS[arm].choose(ranked, random.Random(0))
+    assert all(candidate in ranked for made in lists for candidate in made)
+    return [[candidate.reward for candidate in made] for made in lists]
+
+
+def test_what_the_arms_train_on(modules):
+    assert chosen(modules, "best_worst") == [[1.0, 0.0]]
+    assert chosen(modules, "nested_pairs") == [[1.0, 0.0], [0.75, 0.25], [0.75, 0.5]]
+    assert chosen(modules, "nested_pairs", [1.0, 0.5, 0.5, 0.0]) == [[1.0, 0.0]]
+    assert chosen(modules, "contrastive_1_3") == [[1.0, 0.5, 0.25, 0.0]]
+    assert chosen(modules, "lambdarank_2_2") == [[1.0, 0.75, 0.25, 0.0]]
+    assert chosen(modules, "lambdarank_2_2", [1.0, 0.5, 0.0]) == [[1.0, 0.5, 0.0]]
+    assert chosen(modules, "lambdarank") == [REWARDS]
+    [[better, worse]] = chosen(modules, "random_pair")
+    assert better > worse
+
+
+def test_low_candidate_is_at_the_mean_minus_two_standard_deviations(modules):
+    rewards = [2.0, *[0.0] * 20, -3.0, -10.0]  # mean -0.48, standard deviation 2.16: nearest to -4.8
+    assert chosen(modules, "best_low", rewards) == [[2.0, -3.0]]
+    assert chosen(modules, "best_low") == [[1.0, 0.0]]  # mean 0.54, standard deviation 0.34: nearest to -0.14
+
+
+def test_arms_are_options_that_the_trainer_takes(modules, tmp_path):
+    from trl_larpo.run.options import RunTrainingConfig
+
+    experiment = modules("experiment")
+    for name, arm in modules("arms").ARMS.items():
+        RunTrainingConfig(str(tmp_path), **experiment.SETTINGS | arm.options)
+        assert experiment.Experiment("four_rules", name, 1e-5, 0).file_name.endswith("_seed0.json")
+
+
+def test_tasks_hold_out_what_they_do_not_train_on(modules):
+    tasks, size = modules("tasks"), modules("experiment").WHOLE
+    for name, make in tasks.GRADED_TASKS.items():
+        task = make()
+        assert len(task.train) >= size.prompts and len(task.held_out) >= size.held_out, name
+        parts = [{str(row["prompt"]) for row in part} for part in (task.train, task.held_out, task.tuning)]
+        assert sum(map(len, parts)) == len(set().union(*parts)), name
+        assert len(task.tuning) == 64
+
+
+def test_closeness(modules):
+    texts, right = ["It is 8.", "8 + 1 = 9", "ten", "It is 8"], [8, 8, 10, 8]
+    rewards = modules("tasks").closeness([""] * 4, texts, answer=right, finished=[True, True, True, False])
+    assert rewards == [1.0, 0.5, 0.0, 0.0]
+
+
+@pytest.fixture
+def tiny_study(modules, project, talkative_model, monkeypatch):
+    """The study with a tiny model, a task that it can get better at, and in this process."""
+    study, experiment, tasks = modules("study"), modules("experiment"), modules("tasks")
+    rows = [{"prompt": [{"role": "user", "content": f"{i} why is the dog blue"}]} for i in range(24)]
+    task = tasks.Task(rows[:8], rows[8:16], "run_rewards:vowels", 24, rows[16:])
+    monkeypatch.setattr(experiment, "GRADED_TASKS", {"four_rules": lambda: task})
+    monkeypatch.setattr(study, "MODEL", talkative_model)
+    monkeypatch.setattr(study, "LEARNING_RATES", (1e-3, 2e-3))
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["study.py", "--small", "--workers", "0", "--tasks", "four_rules", *words])
+        study.main()
+        return {path.name: path.read_bytes() for path in Path("outputs/lists_vs_pairs_small").rglob("*_seed*.json")}
+
+    return run
+
+
+@pytest.mark.slow
+def test_smallest_form_runs_resumes_and_repeats_itself(tiny_study, capsys):
+    whole = tiny_study()
+    assert "lambdarank" in capsys.readouterr().out
+    assert len(whole) == 2 * 3 + 2 * 3 + 3 * 3  # two learning rates, two seeds, three more
+    for name in sorted(whole)[::5]:
+        next(Path("outputs").rglob(name)).unlink()
+    assert tiny_study() == whole
+    assert "tune four_rules: 2 of 6 results to compute." in capsys.readouterr().out
+    # Arms of a seed share samples and evaluation
+    pairs, lists = (json.loads(whole[f"four_rules_{arm}_seed0.json"]) for arm in ("best_worst", "lambdarank"))
+    assert pairs["start"] == lists["start"] and pairs["rewards"] != lists["rewards"]
+    assert pairs["budget"]["samples"] == lists["budget"]["samples"] == 8 * 4
+    assert pairs["budget"]["steps"] == lists["budget"]["steps"]
+    assert pairs["budget"]["candidates"] == 2 * pairs["budget"]["lists"] < lists["budget"]["candidates"]
