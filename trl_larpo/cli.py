@@ -9,10 +9,13 @@ under `accelerate launch -m trl_larpo train ...`; with options of `accelerate la
 """
 
 import argparse
+import contextlib
 import difflib
+import gc
 import logging
 import os
 import sys
+from collections.abc import Iterator
 
 from .errors import ConfigError, LarPOError
 from .option_help import ShowFullHelp, short_help
@@ -73,7 +76,21 @@ def run(argv: list[str]) -> None:
         "see in a minute, without a GPU or a network, that all of it works. Other flags still win.",
     )
     _show_log()
-    run_loop(options, training, model)
+    with _quick_collections():
+        run_loop(options, training, model)
+
+
+@contextlib.contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Garbage is collected after each model; the hundred thousands of objects of the imports are not looked through."""
+    if gc.get_freeze_count():  # somebody else's business
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def stage(argv: list[str]) -> int:

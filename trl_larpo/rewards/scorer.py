@@ -58,6 +58,8 @@ class RewardScorer:
 
     def close(self) -> None:
         """Lets go of reward models."""
+        if self._rewards is None:
+            return
         self._rewards = None
         gc.collect()
         if torch.cuda.is_available():

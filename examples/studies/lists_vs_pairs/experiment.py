@@ -57,7 +57,7 @@ class Size:
     eval_samples: int
 
 
-WHOLE = Size(prompts=64, samples=8, held_out=128, eval_samples=4)
+WHOLE = Size(prompts=48, samples=8, held_out=128, eval_samples=4)
 SMALL = Size(prompts=8, samples=4, held_out=8, eval_samples=2)
 
 
@@ -198,7 +198,7 @@ def _sampled(
 ) -> list[CandidatePool]:
     """Samples with their rewards."""
     how = SamplingTask([SampleKind("policy", TEMPERATURE)] * count, "", iteration=1, key=key)
-    options = GenerationOptions(max_new_tokens=task.max_new_tokens, generation_batch_size=64)
+    options = GenerationOptions(max_new_tokens=task.max_new_tokens, generation_batch_size=128)
     with tqdm(disable=True) as silent:
         pools = sample_pools(model, tokenizer, prompts, how, options, seed, silent)
     return score_pools(load_rewards([task.reward]), pools)
