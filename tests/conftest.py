@@ -15,6 +15,7 @@ import tiny
 import torch
 
 from trl_larpo import LarPOConfig, LarPOTrainer
+from trl_larpo.training import scorer
 
 torch.set_num_threads(1)
 gc.freeze()  # what the libraries made is not looked through at each of the many collections
@@ -39,6 +40,12 @@ def _nothing_left_by_other_tests(tmp_path, monkeypatch):
     environment from one TrainingArguments to the next."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture(autouse=True)
+def _tiles_for_tiny_vocabularies(monkeypatch):
+    """The logits of a tiny model are few; like those of a real one, they are worked out in tiles."""
+    monkeypatch.setattr(scorer, "MAX_KEPT_LOGITS", 0)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Log-probabilities from hidden states: values and gradients of a plain log-softmax, for every form of linear head."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -69,6 +71,40 @@ def test_no_tokens():
     log_probs = TiledLogProbs.apply(hidden[:0], weight, bias, targets[:0], 1.0, None, True)[0]
     gradients = torch.autograd.grad(log_probs.sum(), [weight, bias])
     assert all((gradient == 0).all() for gradient in gradients)
+
+
+class OnlyAHead:
+    def __init__(self, weight, bias):
+        self.layer = SimpleNamespace(weight=weight, bias=bias)
+
+    def get_output_embeddings(self):
+        return self.layer
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_few_logits_are_kept_and_say_the_same(form, has_bias, monkeypatch):
+    hidden, weight, bias, targets = head_inputs(20, 50)
+    inputs = hidden, weight, bias if has_bias else None
+    scale, softcap = FORMS[form]
+    monkeypatch.setattr(TiledLogProbs, "apply", lambda *_: pytest.fail("worked out in tiles"))
+    head = OutputHead(scale=scale, softcap=softcap, max_kept_logits=20 * 50)
+    values = score_tokens(OnlyAHead(*inputs[1:]), head, hidden, targets, True)
+    found, expected = (
+        with_gradients(each, inputs) for each in (list(values.values()), plain(*inputs, targets, *FORMS[form]))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_more_logits_are_worked_out_again(is_sharded):
+    hidden, weight, _, targets = head_inputs(20, 50)
+    if is_sharded:  # its values are gone in the backward pass
+        weight.ds_status = None
+    head = OutputHead(max_kept_logits=20 * 50 - (0 if is_sharded else 1))
+    log_probs = score_tokens(OnlyAHead(weight, None), head, hidden, targets, False)["log_probs"]
+    assert type(log_probs.grad_fn).__name__ == "TiledLogProbsBackward"
 
 
 @pytest.mark.parametrize("with_statistics", [False, True])

@@ -140,6 +140,6 @@ def test_smallest_form_runs_resumes_and_repeats_itself(tiny_study, capsys):
     # Arms of a seed share samples and evaluation
     pairs, lists = (json.loads(whole[f"four_rules_{arm}_seed0.json"]) for arm in ("best_worst", "lambdarank"))
     assert pairs["start"] == lists["start"] and pairs["rewards"] != lists["rewards"]
-    assert pairs["budget"]["samples"] == lists["budget"]["samples"] == 8 * 4
+    assert pairs["budget"]["samples"] == lists["budget"]["samples"] <= 8 * 4  # without empty ones
     assert pairs["budget"]["steps"] == lists["budget"]["steps"]
     assert pairs["budget"]["candidates"] == 2 * pairs["budget"]["lists"] < lists["budget"]["candidates"]

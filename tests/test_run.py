@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_larpo.run import loop
 from trl_larpo.storage import exclusive_lock
 
 RESULTS = (
@@ -39,7 +40,7 @@ def careless(prompts, completions, rewards, known, **columns):
 
 
 @pytest.mark.slow
-def test_runs_from_prompts_to_page(project, capsys):
+def test_runs_from_prompts_to_page(project, capsys, monkeypatch, caplog):
     assert larpo_run() == 0
     printed = capsys.readouterr().out
     assert "iteration 2: sample 6 × 4 at temperature 1, reward 24" in printed
@@ -60,10 +61,19 @@ def test_runs_from_prompts_to_page(project, capsys):
     assert (
         evaluation["prompts"] == 4 and evaluation["samples"] == 8 and evaluation["kl_from_initial"]["mean"] is not None
     )
-    # Once done, the same command has nothing left to do
+    # Once done, the same command has nothing left to do but a new page, and a page that fails is no reason to end
+    pages = []
+
+    def fails(path, with_plots):
+        pages.append(with_plots)
+        raise ValueError("unknown symbol")
+
+    monkeypatch.setattr(loop, "write_report", fails)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl") if path.name != "timings.jsonl"}
     assert larpo_run() == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl") if path.name != "timings.jsonl"}
+    assert pages == [True] and "could not be written (ValueError: unknown symbol)" in caplog.text
+    assert "`larpo report out` tries again" in caplog.text
 
 
 def test_the_divergence_is_the_mean_log_ratio_of_the_samples(finished_run, talkative_model):
@@ -270,6 +280,14 @@ def test_candidates_of_earlier_runs_join_and_are_rewarded_anew(project):
 
 
 @pytest.mark.slow
+def test_without_a_reference_nothing_is_scored_with_one(project):
+    assert larpo_run("--num_iterations", 1, "--reference_free", "true", "--target_margin", 0.5) == 0
+    assert rows_of("out/iteration_1/ref_logps.jsonl") == []
+    losses = [row["loss"] for row in rows_of("out/iteration_1/training_log.jsonl") if "loss" in row]
+    assert losses and all(loss > 0 for loss in losses)
+
+
+@pytest.mark.slow
 def test_text_prompts_fresh_slices_and_the_initial_model_as_reference(project):
     rows = [{"prompt": f"{i} the dog", "extra": i} for i in range(15)]
     (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
@@ -372,6 +390,7 @@ BAD = {
     "health check": (["--stop_on", "fever"], "`stop_on` names 'fever'"),
     "evaluation of the trainer": (["--eval_strategy", "steps"], "`eval_strategy` is"),
     "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes on its own"),
+    "a reference and none": (["--reference_free", "true", "--reference", "initial"], "`reference` is 'initial', but"),
     "loss": (["--loss_type", "lambdarnak"], "Did you mean 'lambdarank'"),
     "earlier candidates": (["--earlier_candidates", "none.jsonl"], "`earlier_candidates` names 'none.jsonl'"),
     "accelerate config": (["--accelerate_config", "none.yaml"], "`accelerate_config` is 'none.yaml', and there is no"),

@@ -1,6 +1,7 @@
 """Training on ranked lists: each candidate once, the losses as given, and everything DPOTrainer supports."""
 
 import functools
+import gc
 import json
 import logging
 import math
@@ -710,3 +711,21 @@ def test_options_are_saved_as_they_were_given(trained, tmp_path):
     assert saved.loss_type == ["listmle"]
     state = json.loads(Path(tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"candidate_chunk_size": 2}, {"precompute_ref_log_probs": True}], ids=str)
+def test_nothing_piles_up_in_200_steps(trained, options):
+    live = {}
+
+    class CountTensors(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (100, 200):
+                gc.collect()
+                found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+                live[state.global_step] = len(found), sum(each.nbytes for each in found)
+
+    rows = tiny.lists(num_rows=50)
+    trained(rows, options | {"max_steps": 200, "per_device_train_batch_size": 2}, callbacks=[CountTensors()])
+    assert live[200][0] == live[100][0]
+    assert live[200][1] == pytest.approx(live[100][1], rel=0.01)  # the last batches differ in padding

@@ -26,26 +26,28 @@ _OF_PAGE: Colors = ([f"var(--c{i})" for i in range(1, 7)], "var(--text)", "var(-
 _LIGHT: Colors = (["#2a6f97", "#d1793b", "#5b8c5a", "#8d5a97", "#a08a2c", "#667085"], "#1c2430", "#d5d9e0")
 
 
-def draw(iterations: dict[int, Row], folder: Path) -> list[str]:
+def draw(iterations: dict[int, Row], folder: Path | None) -> list[str]:
     """
     Draws all pictures.
 
     Args:
         iterations: From the run folder.
-        folder: Where they are saved as PNG.
+        folder: Where they are saved as PNG; `None`: nowhere.
 
     Returns:
         The same pictures as SVG, in the colours of the page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for name, draw_one in _PICTURES.items():
         svg = io.StringIO()
         if _draw_to(svg, draw_one, iterations, _STAND_INS, format="svg", transparent=True, metadata={"Date": None}):
             pictures.append(_as_page_svg(svg.getvalue()))
-            partial = partial_path(folder / f"{name}.png")
-            _draw_to(partial, draw_one, iterations, _LIGHT, format="png", dpi=150, facecolor="white")
-            finish(partial, folder / f"{name}.png")
+            if folder is not None:
+                partial = partial_path(folder / f"{name}.png")
+                _draw_to(partial, draw_one, iterations, _LIGHT, format="png", dpi=150, facecolor="white")
+                finish(partial, folder / f"{name}.png")
     return pictures
 
 

@@ -34,12 +34,13 @@ _KINDS: dict[str, Callable] = {
 """Files of JSON lines in the folder of an iteration, and what their rows are."""
 
 
-def write_report(run: str | Path) -> Path:
+def write_report(run: str | Path, with_plots: bool = True) -> Path:
     """
     Writes `report.html` and the folder `plots` of a run, finished or not.
 
     Args:
         run: Folder of the run.
+        with_plots: Whether the pictures of the page are also saved as PNG in `plots`, which takes half of the time.
 
     Returns:
         Path of the page.
@@ -52,7 +53,7 @@ def write_report(run: str | Path) -> Path:
         raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
     settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
     iterations = _read_iterations(run)
-    pictures = draw(iterations, run / "plots")
+    pictures = draw(iterations, run / "plots" if with_plots else None)
     page = _TEMPLATE.read_text(encoding="utf-8")
     data, cut = _pack(iterations)
     values = {

@@ -38,6 +38,10 @@ def check_run(folder: RunFolder) -> None:
         value = getattr(training, name)
         if getattr(value, "value", value) != expected:
             raise ConfigError(f"`{name}` is {value!r} in a run: {reason}")
+    if training.reference_free and options.reference != "policy":
+        raise ConfigError(
+            f"`reference` is {options.reference!r}, but with `reference_free` there is none; leave it out."
+        )
     if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False):
         raise ConfigError(
             "`load_in_4bit` and `load_in_8bit` do not go with `larpo run`: each iteration saves whole weights."

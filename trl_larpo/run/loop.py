@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import yaml
+from accelerate.logging import get_logger
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -33,6 +34,8 @@ from .options import RunConfig, RunTrainingConfig
 from .plan import plan
 from .stages import STAGES, Stage, run_stage
 from .tracking import Tracking
+
+logger = get_logger(__name__)
 
 
 def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
@@ -81,19 +84,24 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
     page = folder.path / "report.html"
     try:
         for iteration in range(options.num_iterations + 1):
+            worked = False
             for stage in STAGES.values():
                 if iteration or stage.at_start:
-                    _run_stage(context, stage, iteration)
+                    worked |= _run_stage(context, stage, iteration)
                     _push(mirror)
+            checks = []
             if iteration:
                 checks = _check_health(folder, iteration)
                 _announce(folder, iteration, checks)
                 _track(tracking, iteration, checks)
-            page = write_report(folder.path)
-            _push(mirror)
-            bad = [c for c in checks if not c.ok] if iteration else []
+            bad = [c for c in checks if not c.ok]
             stops = [c for c in bad if c.name in options.stop_on or "any" in options.stop_on]
-            if stops and "none" not in options.stop_on:
+            stops = [] if "none" in options.stop_on else stops
+            ends = bool(stops) or iteration == options.num_iterations
+            if worked or ends:
+                _write_page(folder, with_plots=ends)
+                _push(mirror)
+            if stops:
                 raise LarPOError(
                     f"Stopped after iteration {iteration}, as `stop_on` asks: {stops[0].name}. {stops[0].meaning} See "
                     f"{page}. Best model so far: {_best_model(folder, iteration)}. To continue anyway, run the same "
@@ -118,10 +126,22 @@ def _best_model(folder: RunFolder, iteration: int) -> str:
     return folder.model_path(max(range(iteration + 1), key=reward))
 
 
-def _run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
+def _write_page(folder: RunFolder, with_plots: bool) -> None:
+    """The page of the run so far. Whatever goes wrong with it, the run goes on."""
+    try:
+        write_report(folder.path, with_plots)
+    except Exception as error:
+        logger.warning(
+            f"The report could not be written ({type(error).__name__}: {error}). The run is not affected; "
+            f"`larpo report {folder.path}` tries again."
+        )
+
+
+def _run_stage(context: RunContext, stage: Stage, iteration: int) -> bool:
+    """Runs a stage, unless its result is there. Returns whether it ran."""
     folder, options = context.folder, context.options
     if stage.path(folder, iteration).exists():
-        return
+        return False
     started = time.monotonic()
     num_processes = stage.num_processes(options)
     in_processes = num_processes > 1 or (stage.sharded and (options.train_launcher or options.accelerate_config))
@@ -133,6 +153,7 @@ def _run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
     with open(folder.path / TIMINGS, "a", encoding="utf-8") as file:
         seconds = round(time.monotonic() - started, 2)
         file.write(json.dumps({"iteration": iteration, "stage": stage.name, "seconds": seconds}) + "\n")
+    return True
 
 
 def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes: int) -> None:

@@ -39,8 +39,10 @@ _LIST_COLUMNS = ("prompt_id", "prompt", "completions", "finished", "completion_i
 def reference(context: RunContext, iteration: int, path: Path) -> None:
     """Log-probabilities of all candidates under the reference, computed once."""
     context.close()  # the memory is needed
-    number = iteration - 1 if context.options.reference == "policy" else 0
-    logps = log_probabilities(context, _read_lists(path), number, path.parent)
+    logps = {}
+    if not context.folder.training.reference_free:
+        number = iteration - 1 if context.options.reference == "policy" else 0
+        logps = log_probabilities(context, _read_lists(path), number, path.parent)
     if PartialState().is_main_process:
         write_jsonl(path, [{"prompt_id": name, "ref_logps": values} for name, values in logps.items()])
 
@@ -117,7 +119,10 @@ class TrainingStage:
         return args
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Lists with the reference's log-probabilities; those that it could not score are left out."""
+        """Lists with the reference's log-probabilities, if any; those that it could not score are left out."""
+        if self.context.folder.training.reference_free:
+            rows = [made.to_row() for made in _read_lists(self.path)]
+            return [{name: row[name] for name in (*_LIST_COLUMNS, "rewards")} for row in rows]
         logps = {row["prompt_id"]: row["ref_logps"] for row in read_jsonl(self.path.with_name("ref_logps.jsonl"))}
         rows = []
         for made in _read_lists(self.path):

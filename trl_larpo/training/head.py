@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .trl_compat import gather_head, triton_log_probs
+from .trl_compat import gather_head, is_sharded_by_deepspeed, triton_log_probs
 
 _TOKENS, _VOCABULARY = 512, 2048  # of a tile of logits: small enough to stay in a cache, large enough to multiply fast
 
@@ -28,11 +29,14 @@ class OutputHead:
         linear: Whether it is of that form.
         scale: Factor of the logits.
         softcap: Limit of the logits, `None` for none.
+        max_kept_logits: So many logits are kept for the backward pass; more are worked out again there, as memory
+            allows no more, which takes longer.
     """
 
     linear: bool = True
     scale: float = 1.0
     softcap: float | None = None
+    max_kept_logits: int = 0
 
     @classmethod
     def from_config(cls, model: PreTrainedModel) -> "OutputHead":
@@ -70,6 +74,11 @@ def score_tokens(
     hidden, targets = hidden.to(weight.device), targets.to(weight.device)
     if isinstance(weight, DTensor):  # FSDP2
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    if len(hidden) * len(weight) <= head.max_kept_logits and not is_sharded_by_deepspeed(weight):
+        logits = functional.linear(hidden, weight, bias).float() * head.scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return score_logits(logits, targets, with_statistics)
     arguments = hidden, weight, bias, targets, head.scale, head.softcap, with_statistics
     with gather_head(weight, bias):
         values = None if triton_log_probs is None else triton_log_probs(*arguments)

@@ -1,6 +1,6 @@
 """[`CandidateScorer`]: one model's log-probabilities of candidates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,6 +29,9 @@ from .token_rows import Batch, Rows, sequence_lengths
 from .trl_compat import forget_order_of_modules
 
 logger = get_logger(__name__)
+
+MAX_KEPT_LOGITS = 2**23
+"""Logits that are kept for the backward pass, on each device: 32 MiB."""
 
 
 @dataclass
@@ -169,6 +172,7 @@ class CandidateScorer:
 
     def _settle(self, layout: Layout, reason: str | None) -> None:
         self.layout = layout
+        self._head = replace(self._head, max_kept_logits=MAX_KEPT_LOGITS)  # what was measured keeps none
         if layout.shares_prompt:
             logger.info(
                 f"{self.name}: one row for each list; its completions share one pass over their prompt. Checked on "

@@ -102,6 +102,11 @@ def gather_head(*parameters: Tensor | None) -> contextlib.AbstractContextManager
     return deepspeed.zero.GatheredParameters(list({id(p): p for p in sharded}.values()))
 
 
+def is_sharded_by_deepspeed(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shards a parameter, also while it is gathered: its values are gone in the backward pass."""
+    return hasattr(parameter, "ds_status")
+
+
 _TRL_KERNEL_ARGUMENTS = [
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
     "logit_scale", "outputs",

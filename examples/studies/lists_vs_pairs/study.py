@@ -12,7 +12,9 @@ is there is not computed again. Each result is computed on one thread, `--worker
 
 import argparse
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -117,14 +119,25 @@ def _done(function: Callable, calls: list[tuple], num_workers: int) -> Iterator[
         for arguments in calls:
             yield arguments, function(*arguments)
         return
-    # Processes of their own: what a thread does not share, it does not wait for
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as workers:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=_end_with, initargs=(os.getpid(),)) as workers:
         futures = {workers.submit(function, *arguments): arguments for arguments in calls}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent, however that ended: nobody would take its results."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def print_table(results: Results) -> None:
