@@ -25,7 +25,27 @@ FAULTS = (
     "dies",  # closes the connection without an answer from the fourth request on
     "slow_start",  # is never healthy
     "stalls",  # answers the first request after ten seconds
+    "no_model",  # offers no model
+    "wild",  # answers one request in three badly, each time in another of the ways below
 )
+
+BAD_ANSWERS = {  # status, type of the content, body
+    "error 500": (500, "application/json", '{"error": {"message": "CUDA error"}}'),
+    "refusal": (400, "application/json", '{"error": {"message": "the prompt is longer than the context"}}'),
+    "time-out": (408, "application/json", '{"error": {"message": "request timed out"}}'),
+    "conflict": (409, "application/json", '{"error": {"message": "conflict"}}'),
+    "page": (200, "text/html", "<html>502 Bad Gateway</html>"),
+    "half an answer": (200, "application/json", '{"id": "1", "choices": [{"mess'),
+    "no choices": (200, "application/json", '{"id": "1", "object": "chat.completion", "created": 0, "model": "fake"}'),
+    "null": (200, "application/json", '{"id": "1", "object": "chat.completion", "choices": null}'),
+    "error with 200": (200, "application/json", '{"error": {"message": "worker died"}}'),
+    "choices without text": (
+        200,
+        "application/json",
+        '{"id": "1", "choices": [{"index": 0, "finish_reason": "stop"}]}',
+    ),
+}
+"""What a server answers to every prompt with the word "poison" if the fault is one of these."""
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -53,9 +73,12 @@ class JsonHandler(BaseHTTPRequestHandler):
     """Answers with JSON, and says nothing on the terminal."""
 
     def _send(self, status: int, value: dict) -> None:
-        body = json.dumps(value).encode()
+        self._send_text(status, "application/json", json.dumps(value))
+
+    def _send_text(self, status: int, kind: str, text: str) -> None:
+        body = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         with contextlib.suppress(ConnectionError):  # whoever asked may have given up
             self.end_headers()
@@ -70,7 +93,8 @@ class _Handler(JsonHandler):
         if self.path == "/health":
             self._send(503 if self.server.fault == "slow_start" else 200, {})
         else:
-            self._send(200, {"object": "list", "data": [{"id": "fake", "object": "model"}]})
+            models = [] if self.server.fault == "no_model" else [{"id": "fake", "object": "model"}]
+            self._send(200, {"object": "list", "data": models})
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -78,6 +102,12 @@ class _Handler(JsonHandler):
             self.server.requests.append(asked | {"key": self.headers["Authorization"]})
             number = len(self.server.requests)
         fault = self.server.fault
+        prompt = asked.get("prompt") or json.dumps(asked["messages"])
+        if fault in BAD_ANSWERS and "poison" in prompt:
+            return self._send_text(*BAD_ANSWERS[fault])
+        if fault == "wild" and number % 3 == 0:
+            kinds = [name for name in BAD_ANSWERS if name != "refusal"]
+            return self._send_text(*BAD_ANSWERS[kinds[number // 3 % len(kinds)]])
         if fault == "busy" and number % 2:
             return self._send(503, {"error": {"message": "busy"}})
         if fault == "refuses":
@@ -91,7 +121,6 @@ class _Handler(JsonHandler):
         samples = asked.get("temperature", 1.0) > 0 and fault != "always_greedy"
         if fault == "greedy":
             samples = json.loads(asked.get("generation_config", "{}")).get("do_sample", False)
-        prompt = asked.get("prompt") or json.dumps(asked["messages"])
         chat = "messages" in asked
         choices = []
         for index in range(count):
@@ -114,7 +143,7 @@ def _answer(prompt: str, number: str) -> tuple[str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--fault", choices=[*FAULTS, *BAD_ANSWERS])
     parser.add_argument("--exit", type=int, help="end at once with this status")
     parser.add_argument("model", nargs="?", help="not looked at, only printed")
     options = parser.parse_args()

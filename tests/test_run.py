@@ -199,14 +199,21 @@ def test_a_beta_for_sums_is_noted(project, capsys):
 
 @pytest.mark.slow
 def test_a_reward_that_fails_on_one_prompt_keeps_the_others(project, capsys):
-    assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 2
+    flags = ["--reward_funcs", "run_rewards:fails_on_cat", "--num_iterations", 1]
+    assert larpo_run(*flags) == 0
+    assert (
+        "1 prompts, e.g. '3 why is the dog a cat': The reward run_rewards:fails_on_cat failed: RuntimeError: no cats"
+        in (capsys.readouterr().out)
+    )
+    assert larpo_run(*flags, "--max_failed_share", 0, "--output_dir", "strict") == 2
     error = capsys.readouterr().err
     assert "The reward run_rewards:fails_on_cat failed: RuntimeError: no cats" in error
-    kept = list((project / "out").rglob("*.jsonl.partial-0"))
+    kept = list((project / "strict").rglob("*.jsonl.partial-0"))
     assert kept and "Fix the reward and run the same command again" in error
     (project / "run_rewards.py").write_text(REWARDS.replace('raise RuntimeError("no cats")', "pass"))
     sys.modules.pop("run_rewards")
-    assert larpo_run("--reward_funcs", "run_rewards:fails_on_cat") == 0
+    assert larpo_run(*flags, "--max_failed_share", 0, "--output_dir", "strict") == 0
+    assert not list((project / "strict").rglob("*.set_aside.jsonl"))
 
 
 @pytest.mark.slow

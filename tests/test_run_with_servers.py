@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_server import FakeServer
-from small_run import change_options, larpo_run, rows_of
+from small_run import change_options, larpo_run, rows_of, write_prompts
 
 pytest.importorskip("openai")
 
@@ -51,6 +51,28 @@ def test_a_run_whose_servers_are_gone_goes_on_with_others(project, capsys):
     samples = {row["prompt_id"]: row for row in rows_of(project / "out/iteration_0/held_out.jsonl")}
     assert all(samples[row["prompt_id"]]["completions"] == row["completions"] for row in kept)
     healthy.close()
+
+
+def test_a_prompt_that_no_server_answers_is_set_aside_and_named(project, capsys):
+    texts = [f"{i} why is the dog blue" for i in range(11)]
+    write_prompts(project, [*texts, "poison <b>here</b>"])
+    server = FakeServer(fault="refusal").start()
+    change_options(project, server_urls=[server.url], num_iterations=1)
+    assert larpo_run() == 0
+    printed = capsys.readouterr().out
+    [path] = (project / "out/iteration_1").glob("*.set_aside.jsonl")
+    [row] = rows_of(path)
+    assert row["prompt"] == "poison <b>here</b>" and "the prompt is longer than the context" in row["reason"]
+    name = path.name.removesuffix(".set_aside.jsonl")
+    assert (
+        f"Set aside in iteration 1 ({name}): 1 prompts, e.g. 'poison <b>here</b>': The server {server.url}" in printed
+    )
+    page = (project / "out/report.html").read_text()
+    assert "<h2>Set aside</h2>" in page and "poison &lt;b&gt;here" in page
+    assert larpo_run("--max_failed_share", 0, "--output_dir", "strict") == 2
+    error = capsys.readouterr().err
+    assert "1 of" in error and "prompts could not be sampled, more than `max_failed_share` allows" in error
+    server.close()
 
 
 def test_an_iteration_with_transformers_serve_of_which_one_dies(project):

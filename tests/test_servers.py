@@ -8,9 +8,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import fake_server
 import psutil
 import pytest
-from fake_server import FakeServer
+from fake_server import BAD_ANSWERS, FakeServer
 
 from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation import server_client as servers
@@ -37,23 +38,29 @@ def fake():
         server.close()
 
 
-def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, **options):
-    """Samples by the key of their request."""
+def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), failures=None, **options):
+    """Samples by the key of their request. Those in `poison` say so; `failures` takes what is set aside."""
     settings = {"max_new_tokens": 20, "top_p": 0.9, "end_ids": [2], "count_tokens": lambda text: len(text.split())}
     sampler = Sampler([server.url for server in urls], None, **(settings | {"requests_in_flight": 3} | options))
     results = {}
     requests = [
         Request(
             key=str(i),
-            prompt=[{"role": "user", "content": f"prompt {i}"}] if chat else f"prompt {i}",
+            prompt=[{"role": "user", "content": text}] if chat else text,
             temperatures=list(temperatures),
             prompt_ids=[1, 2, 3],
             seed=100 * i,
         )
         for i in range(num_requests)
+        for text in [f"poison {i}" if i in poison else f"prompt {i}"]
     ]
+    failures = {} if failures is None else failures
     try:
-        sampler.sample(requests, lambda request, samples: results.setdefault(request.key, samples))
+        sampler.sample(
+            requests,
+            lambda request, samples: results.setdefault(request.key, samples),
+            lambda request, reason: failures.setdefault(request.key, reason),
+        )
     except LarPOError as error:
         error.results = results
         raise
@@ -117,11 +124,51 @@ def test_busy_servers_are_asked_again(fake, monkeypatch):
     assert len(sample([fake("busy")], num_requests=8)) == 8
 
 
-def test_a_refused_request_stops_at_once_and_says_why(fake):
-    with pytest.raises(LarPOError, match=r"refuses a request \(status 400\): .*max_tokens is too large"):
+def test_servers_that_answer_nothing_are_no_fault_of_the_prompts(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    with pytest.raises(LarPOError, match=r"answered none of the first 6 .* refuses it \(status 400\): .*max_tokens is"):
         sample([fake("refuses")])
-    with pytest.raises(LarPOError, match="returned no completion"):
-        sample([fake("empty")])
+    with pytest.raises(LarPOError, match=r"answered none of the first 20 .* returned no completion"):
+        sample([fake("empty")], num_requests=200)
+    with pytest.raises(LarPOError, match=r"No server answers any more .* it offers no model"):
+        sample([fake("no_model")], patience=0.1)
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
+@pytest.mark.parametrize("fault", BAD_ANSWERS)
+def test_one_bad_prompt_is_set_aside_and_named(fake, monkeypatch, fault, chat):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    failures, urls = {}, [fake(fault), fake(fault)]
+    results = sample(urls, num_requests=20, poison=(3, 11), failures=failures, chat=chat)
+    assert sorted(results) == sorted(str(i) for i in range(20) if i not in (3, 11)) and sorted(failures) == ["11", "3"]
+    status = BAD_ANSWERS[fault][0]
+    expected = "refuses it (status 400)" if status == 400 else "fails on it" + f" (status {status})" * (status != 200)
+    assert all(reason.startswith("The server http://") and expected in reason for reason in failures.values()), failures
+    tries = [sum("poison 3" in str(asked) for asked in server.requests) for server in urls]
+    assert sum(tries) == (2 if status == 400 else 8)
+
+
+def test_bad_answers_at_random_lose_nothing(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    failures = {}
+    results = sample([fake("wild") for _ in range(3)], num_requests=300, failures=failures)
+    assert len(results) == 300 and not failures
+
+
+def test_a_wrong_key_ends_a_server_at_once(fake, monkeypatch):
+    monkeypatch.setitem(BAD_ANSWERS, "no entry", (401, "application/json", '{"error": {"message": "wrong key"}}'))
+    started = time.monotonic()
+    with pytest.raises(LarPOError, match=r"No server answers any more .* wrong key"):
+        sample([fake("no entry")], poison=range(6))
+    assert len(sample([fake("no entry"), fake()], poison=range(6))) == 6
+    assert time.monotonic() - started < 10
+
+
+def test_servers_that_do_not_say_how_completions_end_are_reported(fake, caplog, monkeypatch):
+    monkeypatch.setattr(fake_server, "_answer", lambda prompt, number: (f"{number} bees", None))
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.server_client"):
+        assert not any(x.finished for samples in sample([fake()]).values() for x in samples)
+    assert caplog.text.count("`finish_reason` is missing") == 1
 
 
 def test_a_server_that_dies_hands_its_requests_to_the_others(fake, monkeypatch):

@@ -19,6 +19,7 @@ from .rewards.scorer import RewardScorer
 from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts
+from .set_aside import set_aside_path
 from .storage import GrowingFile, write_jsonl
 
 _AS_MESSAGES = (
@@ -78,6 +79,8 @@ def generate(options: GenerateConfig, model: ModelConfig) -> None:
     pools = sample_file(options, model, prompts, kinds, output, seed=options.seed, use_cpu=options.use_cpu)
     if pools:
         print(f"{sum(len(pool.candidates) for pool in pools)} completions of {len(pools)} prompts in {output}")
+        if len(pools) < len(prompts):
+            print(f"{len(prompts) - len(pools)} prompts were set aside; {set_aside_path(output)} says why")
 
 
 def prompts_of(options: PromptOptions) -> list[Prompt]:
@@ -143,6 +146,8 @@ def reward(options: RewardConfig) -> None:
     scored = reward_file(options, pools, output, use_cpu=options.use_cpu)
     if scored:
         print(f"Rewards of {len(scored)} prompts in {output}")
+        if set_aside_path(output).exists():
+            print(f"Prompts on which the reward failed were set aside; {set_aside_path(output)} says why")
 
 
 def reward_file(

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..options import DTYPES, CheckedOptions, check_choice, option
+from ..options import DTYPES, check_choice, option
+from ..set_aside import SetAsideOptions
 from .in_process import check_sampling
 
 
 @dataclass
-class GenerationOptions(CheckedOptions):
+class GenerationOptions(SetAsideOptions):
     """How completions are sampled, in this process or by servers."""
 
     num_samples: int = option(10, "Completions sampled for each prompt in each iteration (k in the paper).")
@@ -69,6 +70,7 @@ class GenerationOptions(CheckedOptions):
 
     def check_sampler(self) -> None:
         """Everything but how many samples there are and at which temperature."""
+        self.check_set_aside()
         if self.generation_batch_size < 1:
             raise ConfigError(f"`generation_batch_size` is {self.generation_batch_size}; it must be at least 1.")
         check_choice("generation_dtype", self.generation_dtype, DTYPES)

@@ -19,6 +19,7 @@ from transformers import (
 
 from ..candidates import Candidate, CandidatePool
 from ..prompts import Prompt, completion_for
+from ..set_aside import SetAside
 from ..storage import GrowingFile
 from .in_process import Sample, encode_prompt, end_token_ids, generate_completions
 from .options import GenerationOptions
@@ -116,10 +117,11 @@ class PolicySampler:
                 a kill, the rest is sampled.
 
         Returns:
-            The prompts with their candidates, in their order. In processes but the first nothing.
+            The prompts with their candidates, in their order, without those that were set aside ([`SetAside`]). In
+            processes but the first nothing.
 
         Raises:
-            LarPOError: If no server answers any more.
+            LarPOError: If no server answers any more, or too many prompts fail.
         """
         state = PartialState()
         file = GrowingFile(path, share=state.process_index)
@@ -136,12 +138,16 @@ class PolicySampler:
             if not self.options.uses_servers:
                 self._sample_in_process(prompts, done, task, file, progress)
             elif state.is_main_process:
-                self._sample_on_servers([p for p in prompts if p.id not in done], task, file, progress)
+                set_aside = SetAside(path, len(prompts), self.options.max_failed_share, "sampled")
+                missing = [prompt for prompt in prompts if prompt.id not in done]
+                self._sample_on_servers(missing, task, file, set_aside, progress)
         state.wait_for_everyone()
         if not state.is_main_process:
             return []
         rows = {row["prompt_id"]: row for row in GrowingFile(path).rows}
-        return [CandidatePool(prompt, CandidatePool.from_row(rows[prompt.id]).candidates) for prompt in prompts]
+        pools = [CandidatePool.from_row(rows[prompt.id]) for prompt in prompts if prompt.id in rows]
+        by_id = {prompt.id: prompt for prompt in prompts}
+        return [CandidatePool(by_id[pool.prompt.id], pool.candidates) for pool in pools]
 
     def _sample_in_process(
         self, prompts: list[Prompt], done: set[str], task: SamplingTask, file: GrowingFile, progress: tqdm
@@ -159,7 +165,9 @@ class PolicySampler:
             pools = sample_pools(model, tokenizer, unit, task, options, self.seed, progress)
             file.add([pool.to_row() for pool in pools if pool.prompt.id not in done])
 
-    def _sample_on_servers(self, prompts: list[Prompt], task: SamplingTask, file: GrowingFile, progress: tqdm) -> None:
+    def _sample_on_servers(
+        self, prompts: list[Prompt], task: SamplingTask, file: GrowingFile, set_aside: SetAside, progress: tqdm
+    ) -> None:
         if not prompts:
             return
         options, urls = self.options, self._server_urls(task.model_path)
@@ -196,7 +204,7 @@ class PolicySampler:
             )
             for prompt in prompts
         ]
-        sampler.sample(requests, save)
+        sampler.sample(requests, save, lambda request, reason: set_aside.add(by_id[request.key], reason))
 
     def _server_urls(self, model_path: str) -> list[str]:
         """Running servers; those of another model are stopped, and those of this one started."""

@@ -3,7 +3,8 @@ Samples completions from servers that speak OpenAI's protocol: vLLM, SGLang, `tr
 
 Several servers are used side by side with many requests in flight. What comes back is checked, because servers differ:
 some return one completion however many are asked for, some sample greedily whatever the temperature, some render the
-prompt in another way. A server that fails hands its requests to the others.
+prompt in another way. A server that fails hands its requests to the others. A request that a server cannot answer while
+it answers others is tried again later, elsewhere, and set aside after a few tries: one bad prompt ends no night.
 """
 
 import asyncio
@@ -26,6 +27,14 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
 
+_MAX_TRIES = 8  # of a request to servers that are well
+_TRIES_OF = {"refused": 4, "timeout": 3}  # such a failure counts as so many tries
+
+_ENOUGH_TO_STOP = 20  # requests that failed before the first that was answered
+
+_NEVER_AGAIN = (401, 403, 404)  # what a server says to a wrong key, model or address
+_LATER = (408, 409, 425, 429)
+
 
 @dataclass
 class Request:
@@ -38,6 +47,7 @@ class Request:
         temperatures: One for each completion.
         prompt_ids: Tokens of the prompt as training sees them.
         seed: Of the first completion; the others' follow.
+        tries: How often servers that are well could not answer it.
     """
 
     key: str
@@ -45,6 +55,7 @@ class Request:
     temperatures: list[float]
     prompt_ids: list[int]
     seed: int
+    tries: int = 0
 
 
 def request_seed(seed: int, key: str, prompt_id: str) -> int:
@@ -93,19 +104,29 @@ class Sampler:
     patience: float = 120.0
     warnings: list[str] = field(default_factory=list)
 
-    def sample(self, requests: list[Request], on_samples: Callable[[Request, list[Sample]], None]) -> None:
+    def sample(
+        self,
+        requests: list[Request],
+        on_samples: Callable[[Request, list[Sample]], None],
+        on_failure: Callable[[Request, str], None],
+    ) -> None:
         """
         Samples for all requests.
 
         Args:
             requests: What to sample.
             on_samples: Called with the samples of each request as they come, in any order.
+            on_failure: Called with a request that is set aside, and why; what it raises ends the sampling.
 
         Raises:
-            LarPOError: If no server answers any more, or one refuses a request. What was handed to `on_samples` before
-                stays there.
+            LarPOError: If no server answers any more, or none answers any request. What was handed to `on_samples`
+                before stays there.
         """
-        asyncio.run(_Run(self, requests, on_samples).run())
+        asyncio.run(_Run(self, requests, on_samples, on_failure).run())
+
+
+class UnusableAnswerError(Exception):
+    """A server answered, but with something else than completions."""
 
 
 class _Endpoint:
@@ -123,7 +144,7 @@ class _Endpoint:
     async def complete(self, request: Request, temperature: float, count: int, seed: int) -> list[Sample]:
         """Up to `count` samples: what the server returns."""
         if self.model is None:
-            self.model = (await self.client.models.list()).data[0].id
+            self.model = await self.first_model()
         options = {
             "model": self.model,
             "temperature": temperature,
@@ -132,20 +153,50 @@ class _Endpoint:
             "seed": seed,
             "extra_body": self.extra_body(temperature),
         } | ({"n": count} if count > 1 else {})
+        answer: Any
         if isinstance(request.prompt, str):
             answer = await self.client.completions.create(prompt=request.prompt, **options)
-            texts = [choice.text for choice in answer.choices]
         else:
             answer = await self.client.chat.completions.create(messages=request.prompt, **options)
-            texts = [choice.message.content or "" for choice in answer.choices]
+        choices = getattr(answer, "choices", None)
+        if not isinstance(choices, list):
+            raise UnusableAnswerError(f"it answered without choices: {' '.join(str(answer).split())[:150]}")
+        try:
+            # A message without any text is an empty answer; a choice without a text is none
+            texts = [
+                choice.text if isinstance(request.prompt, str) else choice.message.content or "" for choice in choices
+            ]
+        except AttributeError:
+            texts = [None]
+        if None in texts:
+            raise UnusableAnswerError(f"its choices hold no text: {' '.join(str(choices).split())[:150]}")
         self.check_prompt(request, answer.usage)
         samples = []
-        for text, choice in zip(texts, answer.choices, strict=True):
+        for text, choice in zip(texts, choices, strict=True):
+            if choice.finish_reason is None:
+                self.warn(
+                    "The servers do not say why completions end (`finish_reason` is missing): all of them count as cut "
+                    "off. Take a server that says it."
+                )
             finished = choice.finish_reason == "stop"
             known = answer.usage.completion_tokens if answer.usage and len(texts) == 1 else None
             num_tokens = known or self.sampler.count_tokens(text) + finished
             samples.append(Sample(text=text, num_tokens=num_tokens, finished=finished))
         return samples[:count]
+
+    async def first_model(self) -> str:
+        models = (await self.client.models.list()).data
+        if not models:
+            raise UnusableAnswerError("it offers no model")
+        return models[0].id
+
+    async def is_well(self) -> bool:
+        """Whether it answers a question that has nothing to do with a prompt."""
+        try:
+            await asyncio.wait_for(self.first_model(), timeout=10)
+        except Exception:  # whatever it is
+            return False
+        return True
 
     def extra_body(self, temperature: float) -> dict:
         if not self.extra or temperature == 0:
@@ -169,10 +220,12 @@ class _Endpoint:
 
 
 class _Run:
-    def __init__(self, sampler: Sampler, requests: list[Request], on_samples):
-        self.sampler, self.on_samples = sampler, on_samples
+    def __init__(self, sampler: Sampler, requests: list[Request], on_samples, on_failure):
+        self.sampler, self.on_samples, self.on_failure = sampler, on_samples, on_failure
         self.waiting, self.num_unanswered = deque(requests), len(requests)
         self.endpoints: list[_Endpoint] = []
+        self.set_aside: list[tuple[Request, str]] = []
+        self.num_answered = 0
         self.last_error = ""
 
     async def run(self) -> None:
@@ -192,10 +245,9 @@ class _Run:
                 f"{self.num_unanswered} prompts are left. Start the servers and run the same command again; what was "
                 "sampled so far is kept."
             )
+        self._hand_over_set_aside()
 
     async def _work(self, endpoint: _Endpoint) -> None:
-        import openai
-
         while self.num_unanswered and not endpoint.dead:
             if not self.waiting:  # others may still fail and give their requests back
                 await asyncio.sleep(0.05)
@@ -203,19 +255,48 @@ class _Run:
             request = self.waiting.popleft()
             try:
                 samples = await self._all_samples(endpoint, request)
-            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
-                self.waiting.appendleft(request)  # also time-outs: they are connection errors
-                self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                await self._rest(endpoint)
-            except openai.APIStatusError as error:
-                raise LarPOError(
-                    f"The server {endpoint.url} refuses a request (status {error.status_code}): "
-                    f"{' '.join(str(error).split())[:300]}"
-                ) from error
+            except Exception as error:
+                kind = _kind_of(error)
+                if kind is None:
+                    raise
+                await self._failed(endpoint, request, kind, error)
             else:
                 endpoint.failing_since, endpoint.wait = None, _FIRST_WAIT
+                self.num_answered += 1
                 self.num_unanswered -= 1
                 self.on_samples(request, samples)
+
+    async def _failed(self, endpoint: _Endpoint, request: Request, kind: str, error: Exception) -> None:
+        """Whose fault is it? The server's, if it is not well; else the prompt's."""
+        status = getattr(error, "status_code", None)
+        said = " ".join(str(error).split())[:300]
+        self.last_error = f"{type(error).__name__}: {said}"
+        if kind == "hopeless":
+            self.waiting.appendleft(request)
+            endpoint.dead = True
+            logger.warning(f"{endpoint.url} is given up (status {status}): {said}")
+        elif kind == "unreachable" or not await endpoint.is_well():
+            self.waiting.appendleft(request)
+            await self._rest(endpoint)
+        else:
+            request.tries += _TRIES_OF.get(kind, 1)
+            if request.tries < _MAX_TRIES:
+                self.waiting.append(request)  # behind all others, and most likely on another server
+                await asyncio.sleep(_FIRST_WAIT * random.uniform(0.5, 1.0) if kind != "refused" else 0)
+            else:
+                how = {"refused": "refuses it", "timeout": "does not answer in time"}.get(kind, "fails on it")
+                status = "" if status is None else f" (status {status})"
+                self.set_aside.append((request, f"The server {endpoint.url} {how}{status}: {said}"))
+                self.num_unanswered -= 1
+                if self.num_answered or len(self.set_aside) >= _ENOUGH_TO_STOP:
+                    self._hand_over_set_aside()
+
+    def _hand_over_set_aside(self) -> None:
+        if self.set_aside and not self.num_answered:  # then it is not the prompts
+            count = len(self.set_aside)
+            raise LarPOError(f"The servers answered none of the first {count} requests. {self.set_aside[0][1]}")
+        while self.set_aside:
+            self.on_failure(*self.set_aside.pop(0))
 
     async def _rest(self, endpoint: _Endpoint) -> None:
         now = time.monotonic()
@@ -235,7 +316,7 @@ class _Run:
             while len(found) < len(places):  # servers that know no `n`
                 more = await endpoint.complete(request, temperature, 1, request.seed + places[len(found)])
                 if not more:
-                    raise LarPOError(f"The server {endpoint.url} returned no completion.")
+                    raise UnusableAnswerError("it returned no completion")
                 found += more
             if len(places) > 1 and temperature > 0 and len({sample.text for sample in found}) == 1:
                 found = await self._ask_to_sample(endpoint, request, temperature, places, found)
@@ -261,3 +342,21 @@ class _Run:
                 f"{len(places)} times for a prompt. If that continues, the server ignores the temperature."
             )
         return again
+
+
+def _kind_of(error: Exception) -> str | None:
+    """What an error of a request says of the server or the prompt; `None` for errors of another origin."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return "timeout"
+    if isinstance(error, openai.APIConnectionError):
+        return "unreachable"
+    if isinstance(error, openai.APIStatusError):
+        if error.status_code in _NEVER_AGAIN:
+            return "hopeless"
+        return "refused" if 400 <= error.status_code < 500 and error.status_code not in _LATER else "failed"
+    # Half an answer, or one in another form
+    if isinstance(error, UnusableAnswerError | openai.APIResponseValidationError | json.JSONDecodeError):
+        return "failed"
+    return None

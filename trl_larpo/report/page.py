@@ -15,6 +15,7 @@ import yaml
 from ..candidates import Candidate, CandidateList, CandidatePool
 from ..errors import DataError
 from ..prompts import Row
+from ..set_aside import set_aside_in
 from ..storage import read_json, read_jsonl, write_text
 from .charts import draw
 
@@ -24,6 +25,8 @@ MAX_DATA_BYTES = 10_000_000
 _TEXT_LIMITS = (None, 20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
 
 _TEMPLATE = Path(__file__).with_name("template.html")
+
+_MAX_SET_ASIDE = 20  # of each stage
 
 _KINDS: dict[str, Callable] = {
     "samples": CandidatePool.from_row,
@@ -66,6 +69,7 @@ def write_report(run: str | Path, with_plots: bool = True) -> Path:
         "iterations": _iterations_table(iterations),
         "charts": "".join(f"<figure>{svg}</figure>" for svg in pictures),
         "health": _health_table(iterations),
+        "set_aside": _set_aside_table(run, iterations),
         "about_lists": html.escape(cut),
         "data": data,
     }
@@ -129,6 +133,23 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
             ]
         )
     return _table(head, lines, first_is_text=True)
+
+
+def _set_aside_table(run: Path, iterations: dict[int, Row]) -> str:
+    """What was left out and why, if anything was; the first of many."""
+    lines = []
+    for number in iterations:
+        for name, rows in set_aside_in(run / f"iteration_{number}").items():
+            for row in rows[:_MAX_SET_ASIDE]:
+                cells = (str(number), name.replace("_", " "), row["prompt"][:200], row["reason"][:300])
+                lines.append("".join(f"<td class=text>{html.escape(cell)}</td>" for cell in cells))
+            if len(rows) > _MAX_SET_ASIDE:
+                lines.append(f"<td></td><td colspan=3>and {len(rows) - _MAX_SET_ASIDE} more</td>")
+    if not lines:
+        return ""
+    head = "<tr><th>iteration</th><th>from</th><th>prompt</th><th>why</th></tr>"
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<h2>Set aside</h2>\n<div class="scroll"><table>{head}{body}</table></div>'
 
 
 def _health_table(iterations: dict[int, Row]) -> str:

@@ -179,7 +179,7 @@ def _score_flat(reward: Reward, pools: list[CandidatePool]) -> list[list[float |
         )
     except LarPOError:
         raise
-    except Exception as error:  # whatever a function of the user's raises
+    except (Exception, SystemExit) as error:  # whatever a function of the user's raises
         raise DataError(
             f"The reward {reward.name} failed: {_describe(error)}{_missing_column(error, columns)}"
         ) from error
@@ -209,7 +209,7 @@ def _rank_pools(reward: Reward, pools: list[CandidatePool]) -> list[list[float |
             matrix = reward.function(copy.deepcopy(pool.prompt.content), completions)
         except LarPOError:
             raise
-        except Exception as error:  # whatever a function of the user's raises
+        except (Exception, SystemExit) as error:  # whatever a function of the user's raises
             raise DataError(f"The ranker {reward.name} failed {where}: {_describe(error)}") from error
         matrix = matrix.tolist() if hasattr(matrix, "tolist") else matrix
         if len(matrix) != count or any(len(line) != count for line in matrix):
@@ -264,7 +264,7 @@ def import_function(path: str, option: str) -> Callable:
     return function
 
 
-def _missing_column(error: Exception, columns: list[str]) -> str:
+def _missing_column(error: BaseException, columns: list[str]) -> str:
     if isinstance(error, TypeError) and "required keyword-only argument" in str(error):
         return f" (The prompts have the columns {', '.join(columns) or 'none'}.)"
     return ""

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from ..options import DTYPES, CheckedOptions, check_choice, option
+from ..options import DTYPES, check_choice, option
+from ..set_aside import SetAsideOptions
 
 
 @dataclass
-class RewardOptions(CheckedOptions):
+class RewardOptions(SetAsideOptions):
     """Who judges completions."""
 
     reward_funcs: list[str] = option(
@@ -33,6 +34,7 @@ class RewardOptions(CheckedOptions):
     )
 
     def check_rewards(self) -> None:
+        self.check_set_aside()
         if not self.reward_funcs:
             raise ConfigError(
                 "No reward: give `reward_funcs`, e.g. 'package.module:function' or a reward model's folder."

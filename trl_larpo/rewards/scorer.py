@@ -9,8 +9,9 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..candidates import Candidate, CandidatePool
-from ..errors import DataError
+from ..errors import DataError, LarPOError
 from ..prompts import Row
+from ..set_aside import SetAside, set_aside_in
 from ..storage import GrowingFile
 from .functions import Reward, load_rewards, reward_id, score_pools
 from .options import RewardOptions
@@ -18,7 +19,11 @@ from .pairrm import PairRM
 from .reward_models import RewardModel
 
 _COMPLETIONS_PER_CALL = 256  # of a reward function
-_FAILURES_IN_A_ROW = 5  # of a reward, before the rest is not tried any more
+_FIRST_FAILURES = 5  # without any reward before them: then the reward is broken, and the rest is not tried
+
+
+_Failure = tuple[CandidatePool, str]
+"""Candidates of a prompt, and why a reward failed on them."""
 
 
 class RewardScorer:
@@ -79,13 +84,15 @@ class RewardScorer:
             again: Whether to score also what these rewards have scored already.
 
         Returns:
-            The pools with their rewards, in their order. In processes but the first nothing.
+            The pools with their rewards, in their order, without those that were set aside: a reward failed on them
+            twice ([`SetAside`]). In processes but the first nothing.
 
         Raises:
-            DataError: If a reward fails; the rewards of other prompts are kept. If a prompt occurs twice.
+            DataError: If a reward fails on too many prompts; the rewards of others are kept. If a prompt occurs twice.
         """
         state = PartialState()
         file = GrowingFile(path, share=state.process_index)
+        set_aside = SetAside(path, len(pools), self.options.max_failed_share, "rewarded", state.process_index)
         state.wait_for_everyone()
         done = {row["prompt_id"] for row in file.rows}
         if len({pool.prompt.id for pool in pools}) < len(pools):
@@ -93,41 +100,58 @@ class RewardScorer:
         pools = _with_all_columns(pools)
         size = max(1, _COMPLETIONS_PER_CALL // max(1, max(len(pool.candidates) for pool in pools)))
         chunks = [pools[start : start + size] for start in range(0, len(pools), size)]
-        failures: list[str] = []
+        failures: list[_Failure] = []
         with tqdm(
             total=len(pools), initial=len(done), desc=description, unit=" prompts", disable=not state.is_main_process
         ) as progress:
             for chunk in chunks[state.process_index :: state.num_processes]:
                 missing = [pool for pool in chunk if pool.prompt.id not in done]
-                if missing:
+                is_broken = len(failures) >= _FIRST_FAILURES and not file.rows
+                if missing and not is_broken and len(failures) <= set_aside.limit:
                     self._score_into(file, missing, failures, again)
                     progress.update(len(missing))
+        problem = self._try_again(file, failures, set_aside, again)
         state.wait_for_everyone()
-        if failures:
+        if problem is not None:
             kept = {row["prompt_id"] for row in file.rows}
             raise DataError(
-                f"{failures[0]} Rewards of {sum(pool.prompt.id in kept for pool in pools)} of {len(pools)} prompts are "
+                f"{problem} Rewards of {sum(pool.prompt.id in kept for pool in pools)} of {len(pools)} prompts are "
                 "kept. Fix the reward and run the same command again."
             )
         if not state.is_main_process:
             return []
         scored = {row["prompt_id"]: row for row in GrowingFile(path).rows}
-        if any(pool.prompt.id not in scored for pool in pools):
+        failed = {row["prompt_id"] for row in set_aside_in(path.parent).get(path.stem, [])}
+        if any(pool.prompt.id not in scored and pool.prompt.id not in failed for pool in pools):
             raise DataError("Another process could not reward its share; see its message.")
+        pools = [pool for pool in pools if pool.prompt.id in scored]
         return [_with_scores(pool, scored[pool.prompt.id], self.id) for pool in pools]
 
-    def _score_into(self, file: GrowingFile, pools: list[CandidatePool], failures: list[str], again: bool) -> None:
+    def _score_into(self, file: GrowingFile, pools: list[CandidatePool], failures: list[_Failure], again: bool) -> None:
         """Scores a chunk; where a reward fails, prompt by prompt, so that the rewards of the others are kept."""
-        if len(failures) >= _FAILURES_IN_A_ROW:
-            return
         try:
             file.add([_scores(pool) for pool in self.score_now(pools, again)])
         except DataError as error:
             if len(pools) == 1:
-                failures.append(str(error))
+                failures.append((pools[0], str(error)))
                 return
             for pool in pools:
-                self._score_into(file, [pool], failures, again)
+                if len(failures) < _FIRST_FAILURES or file.rows:
+                    self._score_into(file, [pool], failures, again)
+
+    def _try_again(self, file: GrowingFile, failures: list[_Failure], set_aside: SetAside, again: bool) -> str | None:
+        """Scores once more what failed: a judge behind a network may answer now. Returns what ends the stage, if so."""
+        if failures and (not file.rows or len(failures) > set_aside.limit):
+            return failures[0][1]
+        for pool, _ in failures:
+            still_failing: list[_Failure] = []
+            self._score_into(file, [pool], still_failing, again)
+            for _, reason in still_failing:
+                try:
+                    set_aside.add(pool.prompt, reason)
+                except LarPOError as error:
+                    return str(error)
+        return None
 
     def score_now(self, pools: list[CandidatePool], again: bool = False) -> list[CandidatePool]:
         """As `score`, without saving anything."""

@@ -22,6 +22,7 @@ from trl import ModelConfig
 
 from ..errors import ConfigError, LarPOError
 from ..report.page import write_report
+from ..set_aside import set_aside_in
 from ..storage import exclusive_lock, explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
@@ -113,7 +114,22 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
         context.close()
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")
+    for line in _what_was_set_aside(folder):
+        print(line)
     return page
+
+
+def _what_was_set_aside(folder: RunFolder) -> list[str]:
+    """A line for each stage that left out prompts."""
+    lines = []
+    for iteration in range(folder.options.num_iterations + 1):
+        for name, rows in set_aside_in(folder.iteration(iteration)).items():
+            first = rows[0]
+            lines.append(
+                f"Set aside in iteration {iteration} ({name}): {len(rows)} prompts, e.g. {first['prompt'][:60]!r}: "
+                f"{first['reason'][:200]} All: {folder.iteration(iteration) / name}.set_aside.jsonl"
+            )
+    return lines
 
 
 def _best_model(folder: RunFolder, iteration: int) -> str:

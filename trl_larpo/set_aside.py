@@ -1,0 +1,82 @@
+"""Prompts that a step could not do: they are kept in a file beside its output, and the step goes on without them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigError, LarPOError
+from .options import CheckedOptions, option
+from .prompts import Prompt, Row
+from .storage import read_jsonl, write_jsonl
+
+_SUFFIX = ".set_aside.jsonl"
+
+_ALWAYS_ALLOWED = 3
+"""So many prompts may fail whatever their share: of ten prompts, one is a tenth."""
+
+
+@dataclass
+class SetAsideOptions(CheckedOptions):
+    """How much may fail."""
+
+    max_failed_share: float = option(
+        0.05,
+        "Share of the prompts that may fail in a stage, e.g. too long for a server, or a reward that raises an error. "
+        "They are set aside, named at the end, and tried again by the next run of the same command. With more of them "
+        "the stage ends. 0: the first one ends it.",
+    )
+
+    def check_set_aside(self) -> None:
+        if not 0 <= self.max_failed_share < 1:
+            raise ConfigError(f"`max_failed_share` is {self.max_failed_share}; it must be from 0 to below 1.")
+
+
+class SetAside:
+    """
+    The prompts that a step set aside.
+
+    Args:
+        output: The step's output; they are kept beside it, in `<name>.set_aside.jsonl`.
+        num_prompts: All prompts of the step.
+        max_share: Share of them that may fail.
+        done: What could not be done, e.g. "sampled".
+        process: Number of the process; each has a file of its own.
+    """
+
+    def __init__(self, output: Path, num_prompts: int, max_share: float, done: str, process: int = 0):
+        self.path = set_aside_path(output, process)
+        self.limit = max(_ALWAYS_ALLOWED, max_share * num_prompts) if max_share > 0 else 0
+        self.num_prompts, self.done = num_prompts, done
+        self.rows: list[Row] = []
+        self.path.unlink(missing_ok=True)  # what failed last time gets another try
+        if process == 0:  # also that of processes that there are no more
+            for path in output.parent.glob(f"{output.stem}-*{_SUFFIX}"):
+                path.unlink(missing_ok=True)
+
+    def add(self, prompt: Prompt, reason: str) -> None:
+        """
+        Raises:
+            LarPOError: If too many have failed.
+        """
+        self.rows.append({"prompt_id": prompt.id, "prompt": prompt.text, "reason": reason})
+        write_jsonl(self.path, self.rows)
+        if len(self.rows) > self.limit or len(self.rows) == self.num_prompts:
+            raise LarPOError(
+                f"{len(self.rows)} of {self.num_prompts} prompts could not be {self.done}, more than "
+                f"`max_failed_share` allows; {self.path} names them. The last one, {prompt.text[:60]!r}: {reason} "
+                "What was done so far is kept: mend the cause and run the same command again."
+            )
+
+
+def set_aside_path(output: Path, process: int = 0) -> Path:
+    """Where the prompts are that an output lacks."""
+    return output.with_name(f"{output.stem}{_SUFFIX}" if process == 0 else f"{output.stem}-{process}{_SUFFIX}")
+
+
+def set_aside_in(folder: Path) -> dict[str, list[Row]]:
+    """What is set aside in a folder, by the name of the output that lacks it."""
+    found: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        name = re.sub(r"-\d+$", "", path.name.removesuffix(_SUFFIX))
+        found.setdefault(name, []).extend(read_jsonl(path))
+    return found
