@@ -26,6 +26,7 @@ FAULTS = (
     "slow_start",  # is never healthy
     "stalls",  # answers the first request after ten seconds
     "no_model",  # offers no model
+    "turns_bad",  # returns no choice from the eleventh request on
     "wild",  # answers one request in three badly, each time in another of the ways below
 )
 
@@ -118,6 +119,7 @@ class _Handler(JsonHandler):
             self.close_connection = True
             return None
         count = {"ignores_n": 1, "empty": 0}.get(fault, asked.get("n", 1))
+        count = 0 if fault == "turns_bad" and number > 10 else count
         samples = asked.get("temperature", 1.0) > 0 and fault != "always_greedy"
         if fault == "greedy":
             samples = json.loads(asked.get("generation_config", "{}")).get("do_sample", False)

@@ -134,6 +134,17 @@ def test_servers_that_answer_nothing_are_no_fault_of_the_prompts(fake, monkeypat
         sample([fake("no_model")], patience=0.1)
 
 
+def test_a_server_that_turns_bad_is_given_up_before_it_is_asked_everything(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    server, failures = fake("turns_bad"), {}
+    with pytest.raises(LarPOError, match=r"No server answers any more .* it returned no completion"):
+        sample([server], num_requests=500, patience=0.1, failures=failures)
+    assert not failures and len(server.requests) < 100
+    good = fake()
+    results = sample([fake("turns_bad"), good], num_requests=100, patience=0.1, failures=failures)
+    assert len(results) == 100 and not failures
+
+
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
 @pytest.mark.parametrize("fault", BAD_ANSWERS)
 def test_one_bad_prompt_is_set_aside_and_named(fake, monkeypatch, fault, chat):

@@ -30,7 +30,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
 _MAX_TRIES = 8  # of a request to servers that are well
 _TRIES_OF = {"refused": 4, "timeout": 3}  # such a failure counts as so many tries
 
-_ENOUGH_TO_STOP = 20  # requests that failed before the first that was answered
+_BAD_SERVER = 20  # so many requests in a row that fail at their first try are no fault of the prompts
 
 _NEVER_AGAIN = (401, 403, 404)  # what a server says to a wrong key, model or address
 _LATER = (408, 409, 425, 429)
@@ -138,6 +138,7 @@ class _Endpoint:
         self.extra: dict[str, Any] = {}
         self.client = AsyncOpenAI(base_url=url, api_key=key, timeout=sampler.timeout, max_retries=0)
         self.failing_since: float | None = None
+        self.first_failures = 0  # requests in a row that failed at their first try
         self.wait = _FIRST_WAIT
         self.dead = False
 
@@ -261,35 +262,41 @@ class _Run:
                     raise
                 await self._failed(endpoint, request, kind, error)
             else:
-                endpoint.failing_since, endpoint.wait = None, _FIRST_WAIT
+                endpoint.failing_since, endpoint.wait, endpoint.first_failures = None, _FIRST_WAIT, 0
                 self.num_answered += 1
                 self.num_unanswered -= 1
                 self.on_samples(request, samples)
 
     async def _failed(self, endpoint: _Endpoint, request: Request, kind: str, error: Exception) -> None:
         """Whose fault is it? The server's, if it is not well; else the prompt's."""
-        status = getattr(error, "status_code", None)
-        said = " ".join(str(error).split())[:300]
-        self.last_error = f"{type(error).__name__}: {said}"
+        self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if kind == "hopeless":
             self.waiting.appendleft(request)
             endpoint.dead = True
-            logger.warning(f"{endpoint.url} is given up (status {status}): {said}")
-        elif kind == "unreachable" or not await endpoint.is_well():
+            logger.warning(f"{endpoint.url} is given up: {self.last_error}")
+        elif kind == "unreachable" or endpoint.first_failures >= _BAD_SERVER or not await endpoint.is_well():
             self.waiting.appendleft(request)
             await self._rest(endpoint)
         else:
+            endpoint.first_failures += request.tries == 0
+            if endpoint.first_failures >= _BAD_SERVER and not self.num_answered:
+                reason = self._reason(endpoint, kind, error)
+                raise LarPOError(f"The servers answered none of the first {_BAD_SERVER} requests. {reason}")
             request.tries += _TRIES_OF.get(kind, 1)
             if request.tries < _MAX_TRIES:
                 self.waiting.append(request)  # behind all others, and most likely on another server
                 await asyncio.sleep(_FIRST_WAIT * random.uniform(0.5, 1.0) if kind != "refused" else 0)
             else:
-                how = {"refused": "refuses it", "timeout": "does not answer in time"}.get(kind, "fails on it")
-                status = "" if status is None else f" (status {status})"
-                self.set_aside.append((request, f"The server {endpoint.url} {how}{status}: {said}"))
+                self.set_aside.append((request, self._reason(endpoint, kind, error)))
                 self.num_unanswered -= 1
-                if self.num_answered or len(self.set_aside) >= _ENOUGH_TO_STOP:
+                if self.num_answered:
                     self._hand_over_set_aside()
+
+    def _reason(self, endpoint: _Endpoint, kind: str, error: Exception) -> str:
+        how = {"refused": "refuses it", "timeout": "does not answer in time"}.get(kind, "fails on it")
+        status = getattr(error, "status_code", None)
+        status = "" if status is None else f" (status {status})"
+        return f"The server {endpoint.url} {how}{status}: {' '.join(str(error).split())[:300]}"
 
     def _hand_over_set_aside(self) -> None:
         if self.set_aside and not self.num_answered:  # then it is not the prompts
