@@ -288,7 +288,8 @@ def test_candidates_of_earlier_runs_join_and_are_rewarded_anew(project):
 
 @pytest.mark.slow
 def test_without_a_reference_nothing_is_scored_with_one(project):
-    assert larpo_run("--num_iterations", 1, "--reference_free", "true", "--target_margin", 0.5) == 0
+    flags = ["--num_iterations", 1, "--logging_steps", 1]
+    assert larpo_run(*flags, "--reference_free", "true", "--target_margin", 0.5) == 0
     assert rows_of("out/iteration_1/ref_logps.jsonl") == []
     losses = [row["loss"] for row in rows_of("out/iteration_1/training_log.jsonl") if "loss" in row]
     assert losses and all(loss > 0 for loss in losses)
