@@ -139,6 +139,8 @@ def run(experiment: Experiment, setup: Setup) -> dict:
     with _quiet(setup.output):
         samples, start = read_samples(experiment, setup)
         lists = make_lists(arm, samples, random.Random(f"{experiment.arm} {experiment.seed}"))
+        if not lists:
+            raise SystemExit(f"{experiment.file_name}: the samples of each prompt all have the same reward.")
         tokenizer = _tokenizer(setup)
         trainer = LarPOTrainer(
             model=setup.model,
