@@ -1,7 +1,5 @@
 """A reward that fails on some prompts: it is tried again, they are set aside and named, and too many of them end it."""
 
-import json
-
 import pytest
 from small_run import rows_of
 
@@ -21,7 +19,7 @@ def score(tmp_path, monkeypatch):
     """Rewards 200 prompts of two candidates with a function of the prompt's number and the number of its calls."""
     calls = {}
 
-    def run(reward, **options):
+    def run(reward, output="rewarded.jsonl", **options):
         def function(prompts, completions, finished, **columns):
             for prompt in dict.fromkeys(prompts):
                 calls[prompt] = calls.get(prompt, 0) + 1
@@ -33,7 +31,7 @@ def score(tmp_path, monkeypatch):
             CandidatePool(Prompt.of(f"prompt {number}"), [Candidate("yes"), Candidate("no")])
             for number in range(NUM_PROMPTS)
         ]
-        return scorer.score(pools, tmp_path / "rewarded.jsonl")
+        return scorer.score(pools, tmp_path / output)
 
     run.calls, run.folder = calls, tmp_path
     return run
@@ -55,6 +53,11 @@ def test_what_fails_twice_is_set_aside_and_named(score):
     [(name, rows)] = set_aside_in(score.folder).items()
     assert name == "rewarded" and [row["prompt"] for row in rows] == ["prompt 3", "prompt 77"]
     assert rows[0]["reason"] == "The reward mine failed: ValueError: no reward for 3"
+
+
+def test_a_name_that_ends_in_a_number_is_no_number_of_a_process(score):
+    assert len(score(failing(3), output="rewarded-1.jsonl")) == NUM_PROMPTS - 1
+    assert list(set_aside_in(score.folder)) == ["rewarded-1"]
 
 
 def test_what_fails_once_is_not(score):
@@ -90,7 +93,7 @@ def test_too_many_end_it_and_the_others_are_kept(score, share, num_failing):
     with pytest.raises(DataError, match=r"Rewards of 1\d\d of 200 prompts are kept. Fix the reward and run the same"):
         score(failing(*range(100, 100 + num_failing)), max_failed_share=share)
     kept = rows_of(score.folder / "rewarded.jsonl.partial-0")
-    assert len(kept) >= 100 and all(json.dumps(row) for row in kept)
+    assert len({row["prompt_id"] for row in kept}) == len(kept) >= 100
 
 
 def test_a_share_is_a_share(tmp_path):

@@ -1,5 +1,6 @@
 """Prompts that a step could not do: they are kept in a file beside its output, and the step goes on without them."""
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class SetAside:
         self.rows: list[Row] = []
         self.path.unlink(missing_ok=True)  # what failed last time gets another try
         if process == 0:  # also that of processes that there are no more
-            for path in output.parent.glob(f"{output.stem}-*{_SUFFIX}"):
+            for path in output.parent.glob(f"{glob.escape(output.stem)}.process_*{_SUFFIX}"):
                 path.unlink(missing_ok=True)
 
     def add(self, prompt: Prompt, reason: str) -> None:
@@ -64,19 +65,19 @@ class SetAside:
             raise LarPOError(
                 f"{len(self.rows)} of {self.num_prompts} prompts could not be {self.done}, more than "
                 f"`max_failed_share` allows; {self.path} names them. The last one, {prompt.text[:60]!r}: {reason} "
-                "What was done so far is kept: mend the cause and run the same command again."
+                "What was done so far is kept: fix the cause and run the same command again."
             )
 
 
 def set_aside_path(output: Path, process: int = 0) -> Path:
     """Where the prompts are that an output lacks."""
-    return output.with_name(f"{output.stem}{_SUFFIX}" if process == 0 else f"{output.stem}-{process}{_SUFFIX}")
+    return output.with_name(f"{output.stem}{_SUFFIX}" if process == 0 else f"{output.stem}.process_{process}{_SUFFIX}")
 
 
 def set_aside_in(folder: Path) -> dict[str, list[Row]]:
     """What is set aside in a folder, by the name of the output that lacks it."""
     found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
-        name = re.sub(r"-\d+$", "", path.name.removesuffix(_SUFFIX))
+        name = re.sub(r"\.process_\d+$", "", path.name.removesuffix(_SUFFIX))
         found.setdefault(name, []).extend(read_jsonl(path))
     return found

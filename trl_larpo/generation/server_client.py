@@ -4,7 +4,7 @@ Samples completions from servers that speak OpenAI's protocol: vLLM, SGLang, `tr
 Several servers are used side by side with many requests in flight. What comes back is checked, because servers differ:
 some return one completion however many are asked for, some sample greedily whatever the temperature, some render the
 prompt in another way. A server that fails hands its requests to the others. A request that a server cannot answer while
-it answers others is tried again later, elsewhere, and set aside after a few tries: one bad prompt ends no night.
+it answers others is tried again later, elsewhere, and set aside after a few tries.
 """
 
 import asyncio

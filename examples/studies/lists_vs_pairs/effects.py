@@ -14,7 +14,7 @@ class Effect:
 
     Attributes:
         mean: The mean over seeds and prompts.
-        low: Lower end of the interval; NaN where there is none.
+        low: Lower end of the interval.
         high: Upper end.
         num_seeds: Number of seeds.
     """
@@ -27,11 +27,6 @@ class Effect:
     @property
     def half_width(self) -> float:
         return (self.high - self.low) / 2
-
-    @property
-    def verdict(self) -> str:
-        """`"higher"`, `"lower"` or `"cannot tell"`."""
-        return "higher" if self.low > 0 else "lower" if self.high < 0 else "cannot tell"
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"

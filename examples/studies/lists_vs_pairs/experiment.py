@@ -45,7 +45,7 @@ _COLUMNS = ("prompt", "completions", "rewards", "finished", "completion_ids", "r
 class Size:
     """
     Attributes:
-        prompts: Training prompts, drawn anew for each seed.
+        prompts: Training prompts; each seed draws its own.
         samples: Completions sampled for each.
         held_out: Held-out prompts, the same for all seeds.
         eval_samples: Completions sampled for each of those.

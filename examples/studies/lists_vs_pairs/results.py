@@ -63,11 +63,6 @@ class Results:
         ordered = sorted(found, key=lambda run: (-run["end"]["reward"], run["settings"]["learning_rate"]))
         return ordered[0]["settings"]["learning_rate"] if ordered else None
 
-    def tuning_rewards(self, task: str, arm: str) -> dict[float, float]:
-        """Reward by learning rate on the prompts for tuning."""
-        found = [read_json(path) for path in self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")]
-        return dict(sorted((run["settings"]["learning_rate"], run["end"]["reward"]) for run in found))
-
     def effect(self, task: str, arm: str, other: str = BASELINE) -> Effect | None:
         """How much more an arm earns than another, over the seeds that both have; `None` if there are none."""
         seeds = [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
