@@ -1,6 +1,7 @@
 """PairRM: which text goes where, what is cut off, and that neither place is favoured. Random weights."""
 
 import logging
+import math
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ from transformers import DebertaV2Config
 from trl_larpo import ConfigError
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
-from trl_larpo.rewards.functions import Reward, score_pools
+from trl_larpo.rewards.functions import Reward, mean_preferences, score_pools
 from trl_larpo.rewards.pairrm import FIRST, SECOND, SOURCE, PairRM, PairRMModel, source_text
 from trl_larpo.run.small import save_small_pairrm
 
@@ -53,8 +54,7 @@ def test_the_score_is_that_of_the_published_formula(ranker):
 
 def test_preferences_do_not_depend_on_the_place(ranker):
     matrix = torch.tensor(ranker("why is the dog blue", COMPLETIONS))
-    torch.testing.assert_close(matrix + matrix.T, torch.ones(3, 3))
-    assert matrix.diag().tolist() == [0.5] * 3
+    torch.testing.assert_close(matrix, -matrix.T)
     logit = [
         ranker._compare([ranker.encode("why is the dog blue", pair)[0, 1]])[0] for pair in (("no", "x"), ("x", "no"))
     ]
@@ -64,12 +64,23 @@ def test_preferences_do_not_depend_on_the_place(ranker):
     torch.testing.assert_close(moved, matrix[order][:, order], rtol=0, atol=1e-5)
 
 
-def test_rewards_are_mean_win_rates(path):
+def test_rewards_are_mean_logits(path):
+    """LLM-Blender's "max_logits": logits[i, j] of i before j, less logits[j, i], averaged over j."""
     ranker = PairRM(path, device="cpu")
     pool = CandidatePool(Prompt.of("why"), [Candidate(text) for text in COMPLETIONS])
     [scored] = score_pools([Reward("pairrm", ranker, pairwise=True)], [pool])
-    matrix = ranker("why", COMPLETIONS)
-    assert [c.reward for c in scored.candidates] == pytest.approx([(sum(line) - 0.5) / 2 for line in matrix])
+    encoded = ranker.encode("why", COMPLETIONS)
+    logits = {pair: ranker._compare([ids])[0] for pair, ids in encoded.items()}
+    expected = [sum(logits[i, j] - logits[j, i] for j in range(3) if j != i) / 2 / 2 for i in range(3)]
+    assert [c.reward for c in scored.candidates] == pytest.approx(expected, abs=1e-5)
+
+
+def test_mean_logits_rank_otherwise_than_mean_probabilities():
+    """Better than all by a little, or than one by a lot: by probability the first leads, by logit the second."""
+    logits = [[0.0, 0.5, 0.5], [-0.5, 0.0, 1.7], [-0.5, -1.7, 0.0]]
+    probabilities = [[1 / (1 + math.exp(-x)) for x in line] for line in logits]
+    by_logit, by_probability = mean_preferences(logits), mean_preferences(probabilities)
+    assert by_logit.index(max(by_logit)) == 1 and by_probability.index(max(by_probability)) == 0
 
 
 def test_long_texts_lose_their_end_and_what_the_prompt_leaves_is_shared(path, caplog):
@@ -94,6 +105,7 @@ def test_a_text_cannot_pass_for_a_marker(ranker):
 
 def test_conversations():
     assert source_text([{"role": "user", "content": "hi"}]) == "hi"
+    assert source_text([{"role": "system", "content": ""}, {"role": "user", "content": "hi"}]) == "hi"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     assert source_text(messages) == "USER: hi\nASSISTANT: yo"
 

@@ -92,6 +92,34 @@ def test_a_model_whose_rewards_depend_on_padding_is_refused(tmp_path):
         model(PROMPTS, COMPLETIONS)
 
 
+@pytest.mark.parametrize("spread, trusted", [(8.0, True), (0.5, False)])
+def test_rounding_is_measured_against_the_spread_of_rewards(tmp_path, monkeypatch, spread, trusted):
+    """In bfloat16 a batch may change a reward by 0.2: nothing beside rewards from -4 to 4, much beside 0 to 0.5."""
+    model = RewardModel(save_reward_model(tmp_path), device="cpu", dtype="bfloat16")
+
+    def score(sequences, **settings):
+        longest = max(map(len, sequences))
+        return [spread * (len(ids) / 40 - 0.5) + (0.2 if len(ids) < longest else 0.0) for ids in sequences]
+
+    monkeypatch.setattr(model, "_score", score)
+    completions = ["x" * length for length in range(1, 41)]
+    if trusted:
+        assert len(model([""] * 40, completions)) == 40
+    else:
+        with pytest.raises(
+            DataError, match=r"in one batch, where completions differ by 0\.\d+\. Set `reward_dtype: float32`"
+        ):
+            model([""] * 40, completions)
+
+
+def test_an_empty_system_turn_is_the_policys_alone(tmp_path):
+    model = RewardModel(save_reward_model(tmp_path), device="cpu")
+    user, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "no"}]
+    said = [{"role": "system", "content": "Be brief."}]
+    assert model._encode([{"role": "system", "content": ""}, *user], completion) == model._encode(user, completion)
+    assert model._encode([*said, *user], completion) != model._encode(user, completion)
+
+
 def test_long_texts_lose_their_start_and_it_is_said_once(tmp_path, caplog):
     model = RewardModel(save_reward_model(tmp_path), device="cpu", max_length=6)
     with caplog.at_level(logging.WARNING, logger="trl_larpo.rewards.reward_models"):

@@ -10,7 +10,7 @@ from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.rewards import verifiers
-from trl_larpo.rewards.functions import Reward, load_rewards, reward_id, score_pools, win_rates
+from trl_larpo.rewards.functions import Reward, load_rewards, mean_preferences, reward_id, score_pools
 from trl_larpo.rewards.verifiers import (
     INSTRUCTIONS,
     boxed_answer,
@@ -252,10 +252,31 @@ def test_pairwise_rankers_become_mean_win_rates():
 
     rows = [pool("p", ["a", "c", "b"])]
     assert rewards_of(ranker, rows, pairwise=True) == [[0.25, 1.0, 0.625]]
-    assert win_rates([[0.0]]) == [0.5]
+    assert mean_preferences([[0.0]]) == [None], "a single completion is preferred to none"
     for matrix in ([[1.0]], [[0.0, 1.0, 1.0]] * 2, [[0.0, math.nan, 0.0]] * 3, [[0.0, None, 0.0]] * 3):
         with pytest.raises(DataError, match=r"The (ranker|reward) mine returned"):
             rewards_of(lambda *_, matrix=matrix: matrix, rows, pairwise=True)
+
+
+def test_completions_of_another_model_are_what_rankers_compare_with():
+    """Among themselves the samples of every model come to the same mean; against others they do not."""
+
+    def ranker(prompt, completions):
+        return [[float(len(a) > len(b)) for b in completions] for a in completions]
+
+    rewards = [
+        Reward("length", ranker, pairwise=True),
+        Reward("one", lambda completions, **_: [1.0] * len(completions)),
+    ]
+    pools = [pool("p", ["aaa", "a"]), pool("q", ["a"])]
+    against = {pools[0].prompt.id: ["aa", "", "aaaa"]}
+    scored = score_pools(rewards, pools, normalize=True, against=against)
+    assert [c.reward_parts for c in scored[0].candidates] == [
+        {"length": 2 / 3, "one": 1.0},
+        {"length": 1 / 3, "one": 1.0},
+    ]
+    assert scored[0].candidates[0].reward == pytest.approx(5 / 3), "not normalized"
+    assert scored[1].candidates[0].reward_parts == {"length": None, "one": 1.0}, "no comparison, no reward"
 
 
 def test_math_compares_answers_and_not_texts():

@@ -258,13 +258,35 @@ def test_negatives_of_every_kind(project):
 
 
 @pytest.mark.slow
-def test_rankers_rank_a_merged_pool_together(project):
-    assert larpo_run("--reward_funcs", "pairwise:run_rewards:prefer_longer") == 0
-    for row in rows_of(project / "out/iteration_2/rewarded.jsonl"):
-        assert len(row["completions"]) == 8
+def test_rankers_rank_a_merged_pool_together_and_held_out_samples_against_the_initial_models(project):
+    """Beside an empty system turn, and negatives that respond to prompts of another set."""
+    (project / "other.jsonl").write_text('{"question": "tell me"}\n{"question": "sing"}\n')
+    flags = ["--negatives", "random_prompt", "--random_prompts", "other.jsonl", "--random_prompts_column", "question"]
+    flags += ["--prompts_as_messages", "--system_prompt", "", "--monitor_evals", 1, "--monitor_time_share", 1]
+    assert larpo_run("--reward_funcs", "pairwise:run_rewards:prefer_longer", *flags) == 0
+    for row in rows_of("out/iteration_2/rewarded.jsonl"):
+        assert [x["source"] for x in row["candidates"]] == [*["policy"] * 4, "random_prompt"] * 2
         lengths = [len(str(c)) for c in row["completions"]]
-        expected = [sum(a > b for b in lengths) / 7 for a in lengths]
+        expected = [sum(a > b for b in lengths) / 9 for a in lengths]
         assert row["rewards"] == pytest.approx(expected)
+        assert row["prompt"][0] == {"role": "system", "content": ""}
+    unrelated = {row["prompt_id"]: row for row in rows_of("out/iteration_1/unrelated_samples.jsonl")}
+    assert {row["prompt"][-1]["content"] for row in unrelated.values()} <= {"tell me", "sing"}
+    for row in rows_of("out/iteration_1/samples.jsonl"):
+        source = unrelated[row["candidates"][-1]["of_prompt"]]
+        assert row["completions"][-1] in source["completions"]
+    initial = {row["prompt_id"]: row["completions"] for row in rows_of("out/iteration_0/held_out.jsonl")}
+    means = []
+    for iteration in (0, 1, 2):
+        for row in rows_of(f"out/iteration_{iteration}/held_out.jsonl"):
+            others = [len(str(c)) for c in initial[row["prompt_id"]]]
+            assert row["rewards"] == pytest.approx(
+                [sum(len(str(c)) > other for other in others) / len(others) for c in row["completions"]]
+            )
+        means.append(json.loads((project / f"out/iteration_{iteration}/evaluation.json").read_text())["reward"]["mean"])
+    assert len(set(means)) > 1, "not the same by construction"
+    [start, *_, end] = json.loads((project / "out/iteration_2/monitor.json").read_text())["points"]
+    assert start["by_prompt"].keys() == end["by_prompt"].keys()
 
 
 @pytest.mark.slow
@@ -384,7 +406,7 @@ BAD = {
     "reward weights": (["--reward_weights", 1, 2], "`reward_weights` has 2 numbers for 1 rewards"),
     "reward folder": (["--reward_funcs", "."], "'.' is no model"),
     "memory": (["--memory", "some"], "`memory` has 'some'|invalid choice: 'some'"),
-    "memory without repetition": (["--prompt_schedule", "fresh"], "no prompt comes twice"),
+    "unrelated prompts": (["--random_prompts", "x.jsonl", "--negatives", "random_prompt"], "'x.jsonl'"),
     "negatives": (["--negatives", "hard"], "`negatives` has 'hard'"),
     "iterations": (["--num_iterations", 0], "`num_iterations` is 0"),
     "too few prompts": (["--num_held_out", 10], "too few for 1"),

@@ -129,6 +129,10 @@ class CandidatePool:
     def with_candidates(self, candidates: list[Candidate]) -> "CandidatePool":
         return CandidatePool(self.prompt, candidates)
 
+    def without_rewards(self) -> "CandidatePool":
+        """The same, still to be scored."""
+        return self.with_candidates([replace(c, reward=None, reward_parts={}, scored_by=None) for c in self.candidates])
+
 
 def merge_pools(pools: Iterable[CandidatePool]) -> list[CandidatePool]:
     """One pool for each prompt, in the order in which prompts come first."""

@@ -56,10 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> None:
     """`larpo run`: all iterations, or what is left of them."""
-    from trl import ModelConfig
-
     from .run.loop import run as run_loop
-    from .run.options import RunConfig, RunTrainingConfig
+    from .run.options import RunConfig, RunModelConfig, RunTrainingConfig
 
     if "--small" in argv:
         from .run.small import shrink_arguments
@@ -68,7 +66,7 @@ def run(argv: list[str]) -> None:
         argv = argv if _asks_for_help(argv) else shrink_arguments(argv)
     options, training, model, _ = _parse(
         argv,
-        (RunConfig, RunTrainingConfig, ModelConfig),
+        (RunConfig, RunTrainingConfig, RunModelConfig),
         command="run",
         description="Algorithm 1 of the LarPO paper: sample, reward, rank, train, evaluate, and again from the result. "
         "Run the same command again to resume after a stop.",

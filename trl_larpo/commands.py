@@ -171,7 +171,8 @@ def reward_file(
     Returns:
         The pools with rewards. On processes but the first nothing.
     """
-    scored = RewardScorer(options, use_cpu=use_cpu).score(merge_pools(pools), output, description, again=True)
+    unscored = [pool.without_rewards() for pool in merge_pools(pools)]
+    scored = RewardScorer(options, use_cpu=use_cpu).score(unscored, output, description)
     if scored:
         GrowingFile(output).finish([pool.to_row() for pool in scored])
     return scored

@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "prompts_as_messages": "make conversations of texts, so that the chat template is applied",
         "prompt_template": "text around each prompt, e.g. '{prompt} Think step by step.'",
         "prompts_per_iteration": "prompts in each iteration (default: all)",
-        "prompt_schedule": "the same prompts in every iteration, or fresh ones",
+        "prompt_schedule": "prompts of iterations: same, drawn or fresh",
     },
     "sampling": {
         "num_samples": "completions of each prompt",
@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "num_worst": "bottom-ranked completions to keep per prompt (default: all)",
         "max_list_size": "longest list where all are taken",
         "min_reward_gap": "least difference between the best and the worst of a list",
-        "memory": "keep candidates of earlier iterations: none, previous, all",
+        "memory": "train on rows of earlier iterations too: none, previous, all",
         "negatives": "further candidates: other temperatures, other prompts",
         "truncated_completions": "cut-off completions: rank_last, by_reward or drop",
     },
@@ -103,13 +103,16 @@ GROUPS: dict[str, dict[str, str]] = {
 """Group → option → its line."""
 
 FURTHER: dict[str, tuple[str, ...]] = {
-    "prompts": ("prompts_config", "prompts_split", "max_prompt_length"),
+    "prompts": ("prompts_config", "prompts_split", "max_prompt_length", "system_prompt"),
     "sampling": (
         "generation_dtype", "server_requests_in_flight", "server_model", "server_api_key_variable",
         "server_health_route", "server_start_timeout", "server_timeout", "server_patience",
     ),
     "rewards": ("normalize_rewards", "reward_batch_size", "reward_max_length", "reward_dtype", "answer_func"),
-    "lists": ("num_negatives", "low_temperature", "high_temperature", "earlier_candidates"),
+    "lists": (
+        "num_negatives", "low_temperature", "high_temperature", "random_prompts", "random_prompts_column",
+        "earlier_candidates",
+    ),
     "loss and training": ("loss_weights", "lambda_weight", "listnet_temperature", "shared_prompt"),
     "evaluation": ("held_out_split", "eval_temperature", "monitor_prompts", "monitor_time_share", "num_bootstrap"),
     "machines": ("generation_processes", "reward_processes", "train_processes", "train_launcher"),

@@ -102,6 +102,15 @@ def prompt_text(prompt: Content) -> str:
     return "\n".join(str(m.get("content") or "") for m in prompt if m.get("role") not in ("system", "developer"))
 
 
+def without_empty_system_turn(prompt: list[Message]) -> list[Message]:
+    """
+    The messages without a system message that says nothing: a form in which some policies were trained, and of which
+    judges know nothing.
+    """
+    is_empty = bool(prompt) and prompt[0].get("role") == "system" and not says_something(prompt[0])
+    return prompt[1:] if is_empty else prompt
+
+
 def completion_text(completion: Content) -> str:
     """The words of a completion."""
     return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")

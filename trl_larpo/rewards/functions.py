@@ -3,7 +3,8 @@ Rewards: one number per completion, larger is better.
 
 A reward is a callable in TRL's convention, `reward(prompts, completions, **columns) -> list[float | None]`: flat lists
 with one entry per completion, and the user's other columns in the same order; `None` says that it does not apply. A
-pairwise ranker is a callable `ranker(prompt, completions) -> matrix` of preferences. [`load_rewards`] finds them by
+pairwise ranker is a callable `ranker(prompt, completions) -> matrix` of preferences, as probabilities or as logits, of
+which the mean over the other completions is the reward. [`load_rewards`] finds them by
 name, [`score_pools`] calls them, checks what comes back and adds it up. They get copies: what a reward does to its
 arguments changes neither candidates nor prompts.
 """
@@ -23,10 +24,13 @@ from typing import Any
 
 from ..candidates import CandidatePool
 from ..errors import ConfigError, DataError, LarPOError
-from ..prompts import Prompt
+from ..prompts import Content, Prompt
 from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward, verifiable_instructions_reward
 
 RewardFunction = Callable[..., Sequence[float | None]]
+
+Completions = dict[str, list[Content]]
+"""Completions by the name of their prompt."""
 
 
 PAIRWISE = "pairwise:"
@@ -113,7 +117,11 @@ def reward_id(names: list[str], weights: list[float] | None, **settings: Any) ->
 
 
 def score_pools(
-    rewards: list[Reward], pools: list[CandidatePool], normalize: bool = False, scored_by: str | None = None
+    rewards: list[Reward],
+    pools: list[CandidatePool],
+    normalize: bool = False,
+    scored_by: str | None = None,
+    against: Completions | None = None,
 ) -> list[CandidatePool]:
     """
     Rewards all candidates of some prompts.
@@ -124,6 +132,8 @@ def score_pools(
         normalize: Whether each reward is brought to mean 0 and standard deviation 1 over the completions of a prompt
             before it is weighted. Of use where several rewards have different scales.
         scored_by: Name of these rewards and settings, e.g. from [`reward_id`].
+        against: Completions of the same prompts, with which rankers compare the candidates instead of with each other.
+            So the rewards of different models can be compared. Nothing is normalized then.
 
     Returns:
         The pools, each candidate with its `reward` (`None` where no reward applies) and `reward_parts`.
@@ -132,7 +142,10 @@ def score_pools(
         DataError: If a reward fails, returns another number of values, or one that is neither finite nor `None`; names
             the reward, the prompt and the completion.
     """
-    by_reward = [_rank_pools(reward, pools) if reward.pairwise else _score_flat(reward, pools) for reward in rewards]
+    by_reward = [
+        _rank_pools(reward, pools, against) if reward.pairwise else _score_flat(reward, pools) for reward in rewards
+    ]
+    normalize = normalize and against is None
     scored = []
     for pool, *of_pool in zip(pools, *by_reward, strict=True):
         weighted = [
@@ -149,17 +162,20 @@ def score_pools(
     return scored
 
 
-def win_rates(preferences: list[list[float]]) -> list[float]:
+def mean_preferences(preferences: list[list[float]]) -> list[float | None]:
     """
-    Rewards from preferences: how often each completion is preferred to another one, on average.
+    Rewards from preferences: how much each completion is preferred to the others, on average.
 
     Args:
-        preferences: `preferences[i][j]` is the probability that completion i is better than j. The diagonal does not
-            count.
+        preferences: `preferences[i][j]` says how much completion i is better than j: a probability, for win rates, or a
+            logit. The diagonal does not count.
+
+    Returns:
+        One reward for each completion; `None` for a single one, which has no other to be preferred to.
     """
     count = len(preferences)
     if count == 1:
-        return [0.5]
+        return [None]
     return [math.fsum(row[j] for j in range(count) if j != i) / (count - 1) for i, row in enumerate(preferences)]
 
 
@@ -199,12 +215,16 @@ def _score_flat(reward: Reward, pools: list[CandidatePool]) -> list[list[float |
     return result
 
 
-def _rank_pools(reward: Reward, pools: list[CandidatePool]) -> list[list[float | None]]:
+def _rank_pools(reward: Reward, pools: list[CandidatePool], against: Completions | None) -> list[list[float | None]]:
     """One call for each prompt."""
     result: list[list[float | None]] = []
     for pool in pools:
-        count, where = len(pool.candidates), f"for the prompt {_shorten(pool.prompt)!r}"
-        completions = [copy.deepcopy(candidate.completion) for candidate in pool.candidates]
+        size, others = len(pool.candidates), [] if against is None else against.get(pool.prompt.id, [])
+        if not size or (against is not None and not others):  # all are scored already, or there is no comparison
+            result.append([None] * size)
+            continue
+        count, where = size + len(others), f"for the prompt {_shorten(pool.prompt)!r}"
+        completions = [*(copy.deepcopy(candidate.completion) for candidate in pool.candidates), *copy.deepcopy(others)]
         try:
             matrix = reward.function(copy.deepcopy(pool.prompt.content), completions)
         except LarPOError:
@@ -215,13 +235,16 @@ def _rank_pools(reward: Reward, pools: list[CandidatePool]) -> list[list[float |
         if len(matrix) != count or any(len(line) != count for line in matrix):
             raise DataError(
                 f"The ranker {reward.name} returned no matrix of {count} × {count} preferences {where}; entry [i][j] "
-                "is the probability that completion i is better than j."
+                "says how much completion i is better than j."
             )
         for i, line in enumerate(matrix):
             for j, value in enumerate(line):
                 if i != j and _checked(value, reward.name, f"as preference [{i}][{j}] {where}") is None:
                     raise DataError(f"The ranker {reward.name} returned None as preference [{i}][{j}] {where}.")
-        result.append([*win_rates(matrix)])
+        if against is None:
+            result.append(mean_preferences(matrix))
+        else:
+            result.append([statistics.fmean(line[size:]) for line in matrix[:size]])
     return result
 
 

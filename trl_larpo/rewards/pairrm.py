@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel
 
 from ..errors import ConfigError
-from ..prompts import Content, completion_text
+from ..prompts import Content, completion_text, without_empty_system_turn
 from .reward_models import Judge
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,11 @@ class PairRM(Judge):
 
     @torch.no_grad()
     def __call__(self, prompt: Content, completions: list[Any]) -> list[list[float]]:
-        """Entry `[i][j]` is the probability that completion i is better than j; 0.5 on the diagonal."""
+        """
+        Entry `[i][j]` is how much completion i is better than j, in logits; 0 on the diagonal.
+
+        Logits, because LLM-Blender ranks by their mean (its "max_logits"). The mean of probabilities ranks otherwise.
+        """
         count = len(completions)
         encoded = self.encode(source_text(prompt), [completion_text(completion) for completion in completions])
         logits = torch.zeros(count, count, dtype=torch.float64)
@@ -98,7 +102,7 @@ class PairRM(Judge):
             batch = pairs[start : start + self.batch_size]
             for pair, logit in zip(batch, self._compare([encoded[pair] for pair in batch]), strict=True):
                 logits[pair] = logit
-        return torch.sigmoid((logits - logits.T) / 2).tolist()
+        return ((logits - logits.T) / 2).tolist()
 
     def encode(self, source: str, completions: list[str]) -> dict[tuple[int, int], list[int]]:
         """Token ids of each comparison, by the numbers of its first and second completion; cut as in training."""
@@ -141,6 +145,7 @@ def source_text(prompt: Content) -> str:
     """A prompt as one text: the user's words; of several messages each with its role in front."""
     if isinstance(prompt, str):
         return prompt
+    prompt = without_empty_system_turn(prompt)
     if len(prompt) == 1:
         return str(prompt[0].get("content") or "")
     return "\n".join(f"{message['role'].upper()}: {message.get('content') or ''}" for message in prompt)

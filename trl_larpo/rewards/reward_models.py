@@ -7,11 +7,17 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import ConfigError, DataError
-from ..prompts import Content
+from ..prompts import Content, without_empty_system_turn
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_SHARE_OF_SPREAD = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""By how much of the distance between the best and the worst completion the rewards of one may differ."""
+
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""What may differ in any case, as a share of the reward, or of 1 where that is more."""
+
+_COMPLETIONS_TO_CHECK = 8
 
 
 class Judge:
@@ -115,7 +121,8 @@ class RewardModel(Judge):
                     f"The tokenizer of the reward model {self.__name__!r} has no chat template, but the prompts are "
                     "conversations. Save its template beside it, or wrap the model in a function of your own."
                 )
-            ids = self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
+            messages = without_empty_system_turn(prompt) + completion
+            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         bos = self.tokenizer.bos_token_id
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos and self.tokenizer.eos_token_id != bos:
             ids = ids[1:]  # the chat template and the tokenizer have both added one
@@ -159,8 +166,10 @@ class RewardModel(Judge):
 
     def _check(self, sequences: list[list[int]]) -> None:
         """Scores a short and a long completion alone, together, with further padding and another padding token."""
-        short, long = min(sequences, key=len), max(sequences, key=len)
-        alone = [self._score([short])[0], self._score([long])[0]]
+        ordered = sorted(sequences, key=len)
+        ordered = [*ordered[:: max(1, len(ordered) // _COMPLETIONS_TO_CHECK)], ordered[-1]]
+        scores = [self._score([ids])[0] for ids in ordered]
+        (short, long), alone = (ordered[0], ordered[-1]), [scores[0], scores[-1]]
         used = {short[-1], long[-1]}
         other_pad = next(i for i in range(3, 10) if i not in used)
         settings = {
@@ -169,12 +178,13 @@ class RewardModel(Judge):
             "with more padding": self._score([short, long], extra_padding=7),
             "with another padding token": self._score([short, long], pad_id=other_pad),
         }
-        tolerance = _TOLERANCE[self.model.dtype] * max(1.0, *map(abs, alone))
+        dtype, spread = self.model.dtype, max(scores) - min(scores)
+        tolerance = max(_SHARE_OF_SPREAD[dtype] * spread, _ROUNDING[dtype] * max(1.0, *map(abs, alone)))
         for setting, rewards in settings.items():
             for expected, found in zip(alone, rewards, strict=True):
                 if not abs(expected - found) <= tolerance:
                     raise DataError(
                         f"The reward model {self.__name__!r} cannot be trusted: it gives a completion {expected:.4f} "
-                        f"alone and {found:.4f} {setting}. Wrap it in a function of your own that scores one at a "
-                        "time."
+                        f"alone and {found:.4f} {setting}, where completions differ by {spread:.4f}. Set "
+                        "`reward_dtype: float32`, or wrap it in a function of your own that scores one at a time."
                     )

@@ -13,7 +13,7 @@ from ..errors import DataError, LarPOError
 from ..prompts import Row
 from ..set_aside import SetAside, set_aside_in
 from ..storage import GrowingFile
-from .functions import Reward, load_rewards, reward_id, score_pools
+from .functions import Completions, Reward, load_rewards, reward_id, score_pools
 from .options import RewardOptions
 from .pairrm import PairRM
 from .reward_models import RewardModel
@@ -71,7 +71,12 @@ class RewardScorer:
             torch.cuda.empty_cache()
 
     def score(
-        self, pools: list[CandidatePool], path: Path, description: str = "Rewarding", *, again: bool = False
+        self,
+        pools: list[CandidatePool],
+        path: Path,
+        description: str = "Rewarding",
+        *,
+        against: Completions | None = None,
     ) -> list[CandidatePool]:
         """
         Rewards the candidates that these rewards have not scored, each process its share of the prompts.
@@ -81,7 +86,7 @@ class RewardScorer:
             path: Where the whole file will be. What is scored is saved beside it ([`GrowingFile`]); called again after
                 a kill, the rest is scored.
             description: What the progress bar says.
-            again: Whether to score also what these rewards have scored already.
+            against: Completions that rankers compare with, as in [`score_pools`].
 
         Returns:
             The pools with their rewards, in their order, without those that were set aside: a reward failed on them
@@ -108,9 +113,9 @@ class RewardScorer:
                 missing = [pool for pool in chunk if pool.prompt.id not in done]
                 is_broken = len(failures) >= _FIRST_FAILURES and not file.rows
                 if missing and not is_broken and len(failures) <= set_aside.limit:
-                    self._score_into(file, missing, failures, again)
+                    self._score_into(file, missing, failures, against)
                     progress.update(len(missing))
-        problem = self._try_again(file, failures, set_aside, again)
+        problem = self._try_again(file, failures, set_aside, against)
         state.wait_for_everyone()
         if problem is not None:
             kept = {row["prompt_id"] for row in file.rows}
@@ -127,25 +132,29 @@ class RewardScorer:
         pools = [pool for pool in pools if pool.prompt.id in scored]
         return [_with_scores(pool, scored[pool.prompt.id], self.id) for pool in pools]
 
-    def _score_into(self, file: GrowingFile, pools: list[CandidatePool], failures: list[_Failure], again: bool) -> None:
+    def _score_into(
+        self, file: GrowingFile, pools: list[CandidatePool], failures: list[_Failure], against: Completions | None
+    ) -> None:
         """Scores a chunk; where a reward fails, prompt by prompt, so that the rewards of the others are kept."""
         try:
-            file.add([_scores(pool) for pool in self.score_now(pools, again)])
+            file.add([_scores(pool) for pool in self.score_now(pools, against)])
         except DataError as error:
             if len(pools) == 1:
                 failures.append((pools[0], str(error)))
                 return
             for pool in pools:
                 if len(failures) < _FIRST_FAILURES or file.rows:
-                    self._score_into(file, [pool], failures, again)
+                    self._score_into(file, [pool], failures, against)
 
-    def _try_again(self, file: GrowingFile, failures: list[_Failure], set_aside: SetAside, again: bool) -> str | None:
+    def _try_again(
+        self, file: GrowingFile, failures: list[_Failure], set_aside: SetAside, against: Completions | None
+    ) -> str | None:
         """Scores once more what failed: a judge behind a network may answer now. Returns what ends the stage, if so."""
         if failures and (not file.rows or len(failures) > set_aside.limit):
             return failures[0][1]
         for pool, _ in failures:
             still_failing: list[_Failure] = []
-            self._score_into(file, [pool], still_failing, again)
+            self._score_into(file, [pool], still_failing, against)
             for _, reason in still_failing:
                 try:
                     set_aside.add(pool.prompt, reason)
@@ -153,12 +162,10 @@ class RewardScorer:
                     return str(error)
         return None
 
-    def score_now(self, pools: list[CandidatePool], again: bool = False) -> list[CandidatePool]:
+    def score_now(self, pools: list[CandidatePool], against: Completions | None = None) -> list[CandidatePool]:
         """As `score`, without saving anything."""
-        if again:
-            return score_pools(self.rewards, pools, self.options.normalize_rewards, self.id)
         asked = [pool.with_candidates([c for c in pool.candidates if c.scored_by != self.id]) for pool in pools]
-        scored = score_pools(self.rewards, asked, self.options.normalize_rewards, self.id)
+        scored = score_pools(self.rewards, asked, self.options.normalize_rewards, self.id, against)
         return [
             pool.with_candidates(_in_place_of_unscored(pool.candidates, new.candidates, self.id))
             for pool, new in zip(pools, scored, strict=True)

@@ -1,5 +1,6 @@
 """From prompts to candidate lists: the stages `generate`, `reward` and `select`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -11,8 +12,9 @@ from ..generation.sampler import SampleKind, SamplingTask
 from ..storage import GrowingFile, write_json, write_jsonl
 from .candidate_files import read_candidate_pools
 from .context import RunContext, read_pools
-from .memory import add_earlier_candidates, earlier_iterations
-from .negatives import TEMPERATURES, add_responses_to_other_prompts
+from .memory import add_earlier_candidates, earlier_iterations, earlier_rows
+from .negatives import TEMPERATURES, add_responses_to_other_prompts, unrelated_prompts
+from .prompts import load_random_prompts
 
 logger = get_logger(__name__)
 
@@ -34,24 +36,48 @@ def generate(context: RunContext, iteration: int, path: Path) -> None:
         description=f"Iteration {iteration}: sampling",
     )
     pools = context.sampler.sample(context.folder.prompts_of(iteration), task, path)
+    unrelated = _responses_to_unrelated_prompts(context, task, path) if options.random_prompts else None
     if PartialState().is_main_process:
         seed = context.folder.training.seed
-        pools = add_responses_to_other_prompts(pools, options.negatives, options.num_negatives, seed, iteration)
+        pools = add_responses_to_other_prompts(
+            pools, options.negatives, options.num_negatives, seed, iteration, unrelated
+        )
         GrowingFile(path).finish([pool.to_row() for pool in pools])
 
 
+def _responses_to_unrelated_prompts(context: RunContext, task: SamplingTask, path: Path) -> dict[str, CandidatePool]:
+    """For each prompt of the iteration, by its name, responses to one of another set."""
+    options, prompts = context.options, context.folder.prompts_of(task.iteration)
+    drawn = unrelated_prompts(prompts, load_random_prompts(options), context.folder.training.seed, task.iteration)
+    kinds = [SampleKind("random_prompt", options.temperature_in(task.iteration))] * options.num_negatives
+    task = replace(task, kinds=kinds, description=f"Iteration {task.iteration}: sampling unrelated prompts")
+    path = path.with_name("unrelated_samples.jsonl")
+    if path.exists():
+        pools = read_pools(path)
+    else:
+        distinct = list({prompt.id: prompt for prompt in drawn.values()}.values())
+        pools = context.sampler.sample(distinct, task, path)
+        if PartialState().is_main_process:
+            GrowingFile(path).finish([pool.to_row() for pool in pools])
+    by_id = {pool.prompt.id: pool for pool in pools}
+    return {name: by_id[prompt.id] for name, prompt in drawn.items() if prompt.id in by_id}
+
+
 def reward(context: RunContext, iteration: int, path: Path) -> None:
-    """Rewards the new samples. Those of earlier iterations join them, with the rewards they have."""
+    """Rewards the new samples. Rows of earlier iterations join them, with the rewards they have."""
     options, scorer, folder = context.options, context.scorer, context.folder
-    earlier: list[tuple[list[CandidatePool], int | None]] = [
+    remembered = [
         (read_pools(folder.iteration(number) / path.name), number)
         for number in earlier_iterations(options.memory, iteration)
     ]
+    earlier: list[tuple[list[CandidatePool], int | None]] = [*remembered]
     if options.earlier_candidates and (iteration == 1 or options.memory == "all"):
         earlier += [(read_candidate_pools(name), None) for name in options.earlier_candidates]
     pools = add_earlier_candidates(read_pools(folder.iteration(iteration) / "samples.jsonl"), earlier, scorer.id)
-    # What is measured against the other candidates of its prompt cannot be kept from another pool
-    scored = scorer.score(pools, path, f"Iteration {iteration}: rewarding", again=scorer.is_relative)
+    if scorer.is_relative:  # what is measured against the other candidates of a prompt holds in no other pool
+        pools = [pool.without_rewards() for pool in pools]
+    pools += earlier_rows(pools, remembered, options.memory, scorer.is_relative)
+    scored = scorer.score(pools, path, f"Iteration {iteration}: rewarding")
     if PartialState().is_main_process:
         GrowingFile(path).finish([pool.to_row() for pool in scored])
 

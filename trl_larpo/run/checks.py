@@ -5,14 +5,18 @@ import shlex
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PretrainedConfig
 
 from ..errors import ConfigError
 from ..generation.server_process import check_servers, server_command
 from ..rewards.functions import PAIRWISE, load_rewards
 from .folder import RunFolder
 from .health import CHECKS
+from .prompts import load_random_prompts
+from .training_stages import model_init_kwargs
 
 _REFUSED = {  # option of the trainer: (what it must be, why)
     "resume_from_checkpoint": (None, "`larpo run` resumes on its own: run the same command again."),
@@ -62,6 +66,8 @@ def check_run(folder: RunFolder) -> None:
     for candidates in options.earlier_candidates or []:
         if "://" not in candidates and not Path(candidates).exists():
             raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")
+    if options.random_prompts:
+        load_random_prompts(options)
     if options.accelerate_config:
         _check_accelerate_config(options.accelerate_config)
     if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
@@ -73,7 +79,7 @@ def check_run(folder: RunFolder) -> None:
             raise ConfigError(f"`server_command`: there is no program {words[0] if words else ''!r} on this machine.")
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     try:
-        AutoConfig.from_pretrained(path, revision=model.model_revision)
+        config = AutoConfig.from_pretrained(path, revision=model.model_revision)
         AutoTokenizer.from_pretrained(path, revision=model.model_revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -87,7 +93,7 @@ def check_run(folder: RunFolder) -> None:
                 raise ConfigError(
                     f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}"
                 ) from None
-    _check_disk(folder)
+    _check_disk(folder, config)
 
 
 def _check_accelerate_config(path: str) -> None:
@@ -106,14 +112,19 @@ def _check_accelerate_config(path: str) -> None:
         )
 
 
-def _check_disk(folder: RunFolder) -> None:
-    path = folder.model.model_name_or_path
-    if not os.path.isdir(path):
-        return
-    weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+def _check_disk(folder: RunFolder, config: PretrainedConfig) -> None:
+    """Room for the model of each iteration and, in a training, for its best weights and its checkpoints."""
+    num_parameters, training = _num_parameters(config), folder.training
+    dtype = model_init_kwargs(folder.model, training)["dtype"]
+    own = getattr(config, "dtype", None) or torch.float32
+    weights = num_parameters * (own if dtype == "auto" else getattr(torch, dtype)).itemsize
     missing = sum(not (folder.iteration(i) / "model").exists() for i in range(1, folder.options.num_iterations + 1))
-    # A model for each iteration; in a training its best weights, and two checkpoints with the optimizer's two moments
-    needed = weights * missing + (7 * weights if missing else 0)
+    needed = weights * missing
+    if missing and not folder.model.use_peft:  # of an adapter, both are small
+        needed += 2 * weights if folder.options.monitor_evals else 0
+        if training.save_strategy != "no":
+            num_checkpoints = (training.save_total_limit or 2) + 1  # one is written before the oldest is deleted
+            needed += num_checkpoints * num_parameters * _bytes_of_checkpoint(folder.options.accelerate_config)
     existing = folder.path
     while not existing.exists():
         existing = existing.parent
@@ -121,8 +132,24 @@ def _check_disk(folder: RunFolder) -> None:
     if free < needed:
         raise ConfigError(
             f"`output_dir`: the disk has {_size(free)} free, and the run may need {_size(needed)} for models and "
-            "checkpoints. Free some space, or take a folder on another disk."
+            "checkpoints. Free some space, take a folder on another disk, or keep fewer checkpoints: "
+            "`save_total_limit: 1`, or `save_strategy: 'no'`."
         )
+
+
+def _num_parameters(config: PretrainedConfig) -> int:
+    """Those of a model that need not be there: as of a hub id."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def _bytes_of_checkpoint(accelerate_config: str | None) -> int:
+    """
+    Bytes of a parameter in a checkpoint: of the weights in float32 and AdamW's two moments 12. DeepSpeed keeps, beside
+    those, weights in 16 bits for the forward pass twice.
+    """
+    settings = yaml.safe_load(Path(accelerate_config).read_text(encoding="utf-8")) if accelerate_config else {}
+    return 16 if settings.get("distributed_type") == "DEEPSPEED" else 12
 
 
 def _size(num_bytes: int) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..candidates import CandidatePool
 from ..generation.sampler import PolicySampler, SampleKind, SamplingTask
+from ..rewards.functions import Completions
 from ..rewards.scorer import RewardScorer
 from ..storage import read_jsonl
 from .folder import RunFolder
@@ -47,6 +48,16 @@ class RunContext:
             self.sampler.close()
         if "scorer" in vars(self):
             self.scorer.close()
+
+    def initial_completions(self) -> Completions | None:
+        """
+        Those of the initial model on held-out prompts, for rewards that compare: measured against each other, the
+        samples of any model would come to the same mean. `None` for other rewards.
+        """
+        if not self.scorer.is_relative:
+            return None
+        pools = read_pools(self.folder.iteration(0) / "held_out_samples.jsonl")
+        return {pool.prompt.id: [candidate.completion for candidate in pool.candidates] for pool in pools}
 
     def held_out_task(self, iteration: int) -> SamplingTask:
         """How held-out prompts are sampled with the model that an iteration ends with."""

@@ -24,7 +24,8 @@ def held_out(context: RunContext, iteration: int, path: Path) -> None:
         if PartialState().is_main_process:
             GrowingFile(samples).finish([pool.to_row() for pool in pools])
     PartialState().wait_for_everyone()
-    scored = context.scorer.score(read_pools(samples), path, f"Iteration {iteration}: rewarding held-out")
+    description, against = f"Iteration {iteration}: rewarding held-out", context.initial_completions()
+    scored = context.scorer.score(read_pools(samples), path, description, against=against)
     if PartialState().is_main_process:
         GrowingFile(path).finish([pool.to_row() for pool in scored])
 

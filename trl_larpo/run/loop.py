@@ -31,7 +31,7 @@ from .evaluation import with_error
 from .folder import TIMINGS, RunFolder
 from .health import Check, check_iteration
 from .mirror import Mirror
-from .options import RunConfig, RunTrainingConfig
+from .options import RunConfig, RunModelConfig, RunTrainingConfig
 from .plan import plan
 from .stages import STAGES, Stage, run_stage
 from .tracking import Tracking
@@ -267,7 +267,7 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
         names = {option.name for option in dataclasses.fields(options_class) if option.init}
         return options_class(**{name: value for name, value in values.items() if name in names})
 
-    folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(ModelConfig))
+    folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(RunModelConfig))
     folder.path = Path(path)
     folder.prepare_prompts(_tokenizer(folder.model))
     context = RunContext(folder)

@@ -1,4 +1,10 @@
-"""Memory: candidates of earlier iterations that join the pool of their prompt (paper, section 3.2)."""
+"""
+Memory: rows of earlier iterations that are trained on again (paper, section 3.2 and Algorithm 1).
+
+The data of an iteration are the union of its own rows and those of earlier iterations. Where a prompt comes again, its
+earlier candidates join the pool of the new ones ([`add_earlier_candidates`]); rows whose prompts do not come again
+stay as they were ([`earlier_rows`]).
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -38,10 +44,12 @@ def add_earlier_candidates(
         reward_id: Candidates that other rewards have scored lose their rewards: they are scored again.
     """
     by_id = {pool.prompt.id: pool for pool in pools}
-    for pool in pools:  # files made elsewhere hold the bare text of what is a conversation here
-        content = pool.prompt.content
-        if not isinstance(content, str) and len(content) == 1:
-            by_id.setdefault(prompt_id(content[0]["content"]), pool)
+    for pool in pools:  # files made elsewhere hold the bare text, or no system message, of what is a conversation here
+        if not isinstance(pool.prompt.content, str):
+            turns = [message for message in pool.prompt.content if message["role"] != "system"]
+            by_id.setdefault(prompt_id(turns), pool)
+            if len(turns) == 1:
+                by_id.setdefault(prompt_id(turns[0]["content"]), pool)
     added: dict[str, list] = {pool.prompt.id: [] for pool in pools}
     for earlier_pools, iteration in earlier:
         for earlier_pool in earlier_pools:
@@ -56,3 +64,30 @@ def add_earlier_candidates(
                         candidate = replace(candidate, reward=None, reward_parts={}, scored_by=None)
                     added[current.prompt.id].append(candidate)
     return [pool.with_candidates([*pool.candidates, *added[pool.prompt.id]]) for pool in pools]
+
+
+def earlier_rows(
+    pools: list[CandidatePool], earlier: Iterable[tuple[list[CandidatePool], int]], memory: str, is_relative: bool
+) -> list[CandidatePool]:
+    """
+    Rows of earlier iterations whose prompts have not come again.
+
+    Args:
+        pools: Those of the current iteration.
+        earlier: Rewarded pools of earlier iterations and the number of each, latest first.
+        memory: `"previous"`: candidates that the iteration itself sampled; `"all"`: also those that had joined them.
+        is_relative: Whether rewards hold only among the candidates they were given with: where candidates are left
+            behind, the others are to be scored again, and lose their rewards.
+
+    Returns:
+        The latest row of each prompt, rows of the latest iteration first.
+    """
+    known, rows = {pool.prompt.id for pool in pools}, []
+    for earlier_pools, iteration in earlier:
+        for pool in earlier_pools:
+            kept = [each for each in pool.candidates if memory == "all" or each.iteration == iteration]
+            if pool.prompt.id not in known and kept:
+                known.add(pool.prompt.id)
+                row = pool.with_candidates(kept)
+                rows.append(row.without_rewards() if is_relative and len(kept) < len(pool.candidates) else row)
+    return rows

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..candidates import CandidatePool
-from ..prompts import in_form_of
+from ..prompts import Prompt, in_form_of
 
 TEMPERATURES = ("low_temperature", "high_temperature")
 OTHER_PROMPTS = ("related_prompt", "random_prompt")
@@ -20,7 +20,12 @@ _PROMPTS_AT_A_TIME = 256
 
 
 def add_responses_to_other_prompts(
-    pools: list[CandidatePool], names: list[str], num_negatives: int, seed: int, iteration: int
+    pools: list[CandidatePool],
+    names: list[str],
+    num_negatives: int,
+    seed: int,
+    iteration: int,
+    unrelated: dict[str, CandidatePool] | None = None,
 ) -> list[CandidatePool]:
     """
     Adds responses to other prompts as candidates.
@@ -31,24 +36,28 @@ def add_responses_to_other_prompts(
         num_negatives: How many responses for each name.
         seed: Seed of the run.
         iteration: The current one.
+        unrelated: For each prompt a pool of another set, from which `"random_prompt"` takes its responses in place of
+            `pools`.
     """
     added: list[list] = [[] for _ in pools]
     for name in OTHER_PROMPTS:
         if name in names:
-            others = (
-                related_prompts([pool.prompt.text for pool in pools])
-                if name == "related_prompt"
-                else random_prompts([pool.prompt.id for pool in pools], seed, iteration)
-            )
+            if name == "related_prompt":
+                others = [pools[place] for place in related_prompts([pool.prompt.text for pool in pools])]
+            elif unrelated is None:
+                ids = [pool.prompt.id for pool in pools]
+                others = [pools[place] for place in random_prompts(ids, seed, iteration)]
+            else:
+                others = [unrelated.get(pool.prompt.id, pool.with_candidates([])) for pool in pools]
             for pool, new, other in zip(pools, added, others, strict=True):
                 # Those that can be trained on first
-                usable = sorted(pools[other].candidates, key=lambda c: not (c.finished and c.text.strip()))
+                usable = sorted(other.candidates, key=lambda c: not (c.finished and c.text.strip()))
                 new += [
                     replace(
                         candidate,
                         completion=in_form_of(pool.prompt.content, candidate.completion),
                         source=name,
-                        of_prompt=pools[other].prompt.id,
+                        of_prompt=other.prompt.id,
                     )
                     for candidate in usable[:num_negatives]
                 ]
@@ -100,9 +109,15 @@ def random_prompts(ids: list[str], seed: int, iteration: int) -> list[int]:
     Returns:
         Index of the other prompt for each. It depends on the prompt, the seed and the iteration, and on nothing else.
     """
-    drawn = []
-    for index, name in enumerate(ids):
-        digest = hashlib.sha256(f"{seed}/{iteration}/{name}/random prompt".encode()).digest()
-        other = int.from_bytes(digest[:8], "big") % (len(ids) - 1)
-        drawn.append(other + (other >= index))
-    return drawn
+    drawn = [_draw(name, len(ids) - 1, seed, iteration) for name in ids]
+    return [other + (other >= index) for index, other in enumerate(drawn)]
+
+
+def unrelated_prompts(prompts: list[Prompt], others: list[Prompt], seed: int, iteration: int) -> dict[str, Prompt]:
+    """For each of `prompts`, by its name, one of `others`, drawn by chance as in [`random_prompts`]."""
+    return {prompt.id: others[_draw(prompt.id, len(others), seed, iteration)] for prompt in prompts}
+
+
+def _draw(name: str, count: int, seed: int, iteration: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{iteration}/{name}/random prompt".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % count

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass, field
 
+from trl import ModelConfig
+
 from ..candidates import Selection
 from ..errors import ConfigError
 from ..generation.in_process import check_sampling
 from ..generation.options import GenerationOptions
-from ..options import CheckedOptions, check_choice, option
+from ..options import DTYPES, CheckedOptions, check_choice, option
 from ..rewards.options import RewardOptions
 from ..training.config import LarPOConfig
 from .evaluation import MIN_PROMPTS_TO_JUDGE
 from .memory import MEMORIES
 from .negatives import NEGATIVES
 
-SCHEDULES = ("same", "fresh")
+SCHEDULES = ("same", "drawn", "fresh")
 
 REFERENCES = ("policy", "initial")
 
@@ -35,6 +37,12 @@ class PromptOptions(CheckedOptions):
     )
     prompts_as_messages: bool = option(
         False, "Make each text prompt the user's message of a conversation, so that the chat template is applied."
+    )
+
+    system_prompt: str | None = option(
+        None,
+        "System message in front of each conversation that has none. '': an empty one, with which the models of some "
+        "chat templates were trained. None: no message.",
     )
 
     @property
@@ -89,12 +97,13 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     num_held_out: int = option(64, "Number of held-out prompts, taken from `held_out_prompts`, else from `prompts`.")
     num_iterations: int = option(3, "Iterations (T in the paper).")
     prompts_per_iteration: int | None = option(
-        None, "Prompts of an iteration (M in the paper). None: all, or an equal share of them where they are fresh."
+        None,
+        "Prompts of an iteration (M in the paper). None: all, or an equal share of them where they are drawn or fresh.",
     )
     prompt_schedule: str = option(
         "same",
-        "'same': every iteration has the same prompts, as memory needs. 'fresh': a slice of its own, as in the paper, "
-        "or a file of `prompts` of its own.",
+        "'same': the same prompts in each iteration. 'drawn': each draws its own from all prompts, and some come "
+        "again, as in Algorithm 1. 'fresh': a slice of its own, or a file of `prompts` of its own.",
         choices=[*SCHEDULES],
     )
     max_prompt_length: int | None = option(
@@ -103,15 +112,21 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     negatives: list[str] = option(
         [],
         "Further candidates, by name (paper, section 3.2): 'low_temperature' and 'high_temperature' samples of the "
-        "policy, "
-        "a response to a 'related_prompt' or to a 'random_prompt'.",
+        "policy, a response to the most similar prompt ('related_prompt') or to any other one ('random_prompt').",
     )
+    random_prompts: str | None = option(
+        None,
+        "Prompts of another set, given as `prompts` is, from which the negative 'random_prompt' takes its responses. "
+        "None: the iteration's own prompts.",
+    )
+    random_prompts_column: str | None = option(None, "Column of `random_prompts`. None: `prompt_column`.")
     num_negatives: int = option(1, "Number of candidates for each name in `negatives`.")
     low_temperature: float = option(0.5, "Temperature of the negative 'low_temperature'.")
     high_temperature: float = option(1.5, "Temperature of the negative 'high_temperature'.")
     memory: str = option(
         "none",
-        "Candidates of earlier iterations that join the list of their prompt: 'none', 'previous' or 'all'.",
+        "Iterations whose rows are trained on again: 'none', the 'previous' one, or 'all'. Where a prompt comes again, "
+        "its earlier candidates join its list.",
         choices=[*MEMORIES],
     )
     earlier_candidates: list[str] | None = option(
@@ -212,14 +227,13 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
             check_choice(name, getattr(self, name), choices)
         for name in self.negatives:
             check_choice("negatives", name, NEGATIVES)
+        if self.random_prompts and "random_prompt" not in self.negatives:
+            raise ConfigError("`random_prompts` is for the negative 'random_prompt': add it to `negatives`.")
+        if self.random_prompts_column and not self.random_prompts:
+            raise ConfigError("`random_prompts_column` is a column of `random_prompts`, which is missing.")
         check_sampling(self.num_eval_samples, self.evaluation_temperature, self.top_p, self.max_new_tokens)
         if "low_temperature" in self.negatives:
             check_sampling(self.num_negatives, self.low_temperature, self.top_p, self.max_new_tokens)
-        if self.memory != "none" and self.prompt_schedule == "fresh":
-            raise ConfigError(
-                f"`memory` is {self.memory!r}, but with `prompt_schedule='fresh'` no prompt comes twice, so there is "
-                "nothing to remember. Set `prompt_schedule` to 'same', or `memory` to 'none'."
-            )
         if self.train_launcher is not None and "{stage}" not in self.train_launcher:
             raise ConfigError("`train_launcher` has no {stage}; write e.g. 'accelerate launch ... {stage}'.")
         if self.train_launcher is not None and (self.accelerate_config or self.train_processes):
@@ -270,3 +284,17 @@ class RunTrainingConfig(LarPOConfig):
         if self.beta is None:
             self.beta = 2.0 if self.per_token_scores else 0.1
         super().__post_init__()
+
+
+@dataclass
+class RunModelConfig(ModelConfig):
+    """TRL's `ModelConfig`, with a type of the weights that depends on what is trained."""
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the weights that are trained, or that an adapter is trained on; models are saved in it. "
+            "None: float32, and with `use_peft` the checkpoint's own, of its base and of the reference alike.",
+            "choices": [*DTYPES],
+        },
+    )

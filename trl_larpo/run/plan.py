@@ -1,8 +1,10 @@
 """What a run will do, in a few lines."""
 
 import math
+from collections import Counter
 
 from .folder import RunFolder
+from .memory import earlier_iterations
 from .options import RunConfig
 
 
@@ -19,7 +21,8 @@ def plan(folder: RunFolder) -> str:
         )
         if counts[name]
     ]
-    counts_by_iteration = [len(folder.prompts_of(i)) for i in range(1, options.num_iterations + 1)]
+    numbers = range(1, options.num_iterations + 1)
+    counts_by_iteration = [len(folder.prompts_of(number)) for number in numbers]
     same = len(set(counts_by_iteration)) == 1
     k, added = options.num_samples, options.num_negatives * len(options.negatives)
     evaluation = f"evaluate {len(folder.held_out)} × {options.num_eval_samples} samples"
@@ -44,12 +47,12 @@ def plan(folder: RunFolder) -> str:
     total_steps = total_rewards = 0
     for iteration, prompts in enumerate(counts_by_iteration, start=1):
         samples = prompts * k
-        remembered = {"none": 0, "previous": 1, "all": iteration - 1}[options.memory]
-        pool = k * (1 + min(remembered, iteration - 1)) + added
-        steps = _num_steps(folder, prompts)
+        times = _times_of_prompts(folder, iteration)
+        pool, num_lists = (k + added) * max(times.values()), len(times)
+        steps = _num_steps(folder, num_lists)
         lines.append(
             f"  iteration {iteration}: sample {prompts} × {k}{f' + {added} negatives' if added else ''} at temperature "
-            f"{options.temperature_in(iteration):g}, reward {prompts * (k + added)}, up to {prompts} lists of up to "
+            f"{options.temperature_in(iteration):g}, reward {prompts * (k + added)}, up to {num_lists} lists of up to "
             f"{_list_size(options, pool)}, {steps} optimizer steps, {evaluation}"
         )
         total_samples += samples + len(folder.held_out) * options.num_eval_samples
@@ -60,6 +63,12 @@ def plan(folder: RunFolder) -> str:
         f"  in all     {total_samples} samples, {total_rewards} reward calls, {total_steps} optimizer steps at most"
     )
     return "\n".join(lines)
+
+
+def _times_of_prompts(folder: RunFolder, iteration: int) -> Counter[str]:
+    """How many times each prompt has been sampled, in the iterations whose rows this one trains on."""
+    numbers = [iteration, *earlier_iterations(folder.options.memory, iteration)]
+    return Counter(prompt.id for number in numbers for prompt in folder.prompts_of(number))
 
 
 def _selection_text(options: RunConfig) -> str:

@@ -1,14 +1,14 @@
 """Loads prompts, and chooses those of each iteration and those to evaluate on."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
 from ..generation.in_process import encode_prompt
-from ..prompts import Prompt, Row, prompt_id, prompt_problem
+from ..prompts import Content, Prompt, Row, prompt_id, prompt_problem
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
 from .options import PromptOptions, RunConfig
@@ -22,8 +22,8 @@ class ChosenPrompts:
     Attributes:
         prompts: Those to train on, in the order of their use.
         held_out: Those to evaluate on.
-        counts: What became of all that were read: `read`, `duplicates`, `too_long`, `also_held_out`, `unused`; with
-            fresh prompts in each iteration, `slices`, how many each has.
+        counts: What became of all that were read: `read`, `duplicates`, `too_long`, `also_held_out`, `unused`; where
+            each iteration has prompts of its own, `slices`, how many each has.
     """
 
     prompts: list[Prompt]
@@ -68,7 +68,7 @@ def choose_prompts(
 
     known: set[str] = set()
     sources = [load(path, options.prompts_split, known) for path in options.prompt_sources]
-    if options.prompt_schedule == "same":
+    if options.prompt_schedule != "fresh":
         sources = [[prompt for prompts in sources for prompt in prompts]]
     for prompts in sources:
         prompts.sort(key=lambda prompt: hashlib.sha256(f"{seed}/{prompt.id}".encode()).digest())
@@ -86,16 +86,22 @@ def choose_prompts(
         raise ConfigError(
             f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
         )
-    slices = _slices(options, sources, len(held_out))
-    counts["unused"] = sum(map(len, sources)) - sum(map(len, slices))
-    if options.prompt_schedule == "fresh":
+    slices = _slices(options, sources, len(held_out), seed)
+    used = {prompt.id for prompts in slices for prompt in prompts}
+    counts["unused"] = sum(map(len, sources)) - len(used)
+    if options.prompt_schedule != "same":
         counts["slices"] = list(map(len, slices))
     return ChosenPrompts([prompt for prompts in slices for prompt in prompts], held_out, counts)
 
 
-def _slices(options: RunConfig, sources: list[list[Prompt]], num_held_out: int) -> list[list[Prompt]]:
+def _slices(options: RunConfig, sources: list[list[Prompt]], num_held_out: int, seed: int) -> list[list[Prompt]]:
     """Prompts of each iteration; where all have the same, one slice."""
     size, fresh = options.prompts_per_iteration, options.prompt_schedule == "fresh"
+    num_prompts = sum(map(len, sources))
+    if options.prompt_schedule == "drawn":
+        [prompts] = sources
+        size = size or len(prompts) // options.num_iterations
+        sources = [_drawn(prompts, seed, iteration) for iteration in range(1, options.num_iterations + 1)]
     if fresh and len(sources) == 1:
         [prompts] = sources
         size = size or len(prompts) // options.num_iterations
@@ -103,7 +109,7 @@ def _slices(options: RunConfig, sources: list[list[Prompt]], num_held_out: int) 
     for number, prompts in enumerate(sources, start=1):
         if len(prompts) < (size or 1):
             raise ConfigError(
-                f"There are {sum(map(len, sources))} prompts beside the {num_held_out} held out, too few for "
+                f"There are {num_prompts} prompts beside the {num_held_out} held out, too few for "
                 f"{f'the {size or 1} of iteration {number}' if fresh else size or 1}. Give more prompts, or lower "
                 "`prompts_per_iteration` or `num_held_out`."
             )
@@ -111,6 +117,11 @@ def _slices(options: RunConfig, sources: list[list[Prompt]], num_held_out: int) 
     if set(OTHER_PROMPTS) & set(options.negatives) and min(map(len, slices)) < 2:
         raise ConfigError("`negatives` from other prompts need at least 2 prompts in an iteration.")
     return slices
+
+
+def _drawn(prompts: list[Prompt], seed: int, iteration: int) -> list[Prompt]:
+    """All prompts in an order of the iteration's own, of which it takes the first (paper, Algorithm 1)."""
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}/{iteration}/{prompt.id}".encode()).digest())
 
 
 def load_prompts(path: str, options: PromptOptions, config: str | None = None, split: str = "train") -> list[Prompt]:
@@ -155,8 +166,33 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         row.pop("prompt", None)  # of another form, where it is not the column asked for
         if isinstance(row.get("columns"), dict) and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
             row = row["columns"]
+        if options.system_prompt is not None:
+            prompt = _with_system_prompt(prompt, options.system_prompt)
         prompts.append(Prompt.of(prompt, _jsonable(row, path, number)))
     return prompts
+
+
+def load_random_prompts(options: RunConfig) -> list[Prompt]:
+    """
+    The prompts of another set to which the negative `"random_prompt"` responds.
+
+    Raises:
+        DataError: Names the file, the row and what is wrong with it.
+    """
+    assert options.random_prompts is not None
+    return load_prompts(
+        options.random_prompts, replace(options, prompt_column=options.random_prompts_column or options.prompt_column)
+    )
+
+
+def _with_system_prompt(prompt: Content, text: str) -> Content:
+    if isinstance(prompt, str):
+        raise ConfigError(
+            "`system_prompt` is for conversations, and the prompts are texts. Set `prompts_as_messages`, or write the "
+            "text into `prompt_template`."
+        )
+    has_one = prompt[0]["role"] in ("system", "developer")
+    return prompt if has_one else [{"role": "system", "content": text}, *prompt]
 
 
 def _jsonable(row: Row, path: str, number: int) -> Row:

@@ -98,6 +98,11 @@ def shrink(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if config.get("held_out_prompts"):
         small["held_out_prompts"] = _prompts(config["held_out_prompts"], folder / "held_out.jsonl", config, len(paths))
         small["held_out_split"] = "train"
+    if config.get("random_prompts"):
+        unrelated = config | {
+            "prompt_column": config.get("random_prompts_column", config.get("prompt_column", "prompt"))
+        }
+        small["random_prompts"] = _prompts(config["random_prompts"], folder / "random.jsonl", unrelated, len(paths) + 1)
     small["per_device_train_batch_size"] = min(2, config.get("per_device_train_batch_size", 2))
     return small
 

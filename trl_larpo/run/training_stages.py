@@ -194,7 +194,7 @@ class TrainingStage:
     def _score(self, pools: list[CandidatePool]) -> list[CandidatePool]:
         try:
             with without_deepspeed_config():
-                return self.context.scorer.score_now(pools)
+                return self.context.scorer.score_now(pools, self.context.initial_completions())
         finally:
             self.context.scorer.close()  # the training needs the memory of reward models
 
@@ -282,7 +282,7 @@ def model_init_kwargs(model: ModelConfig, args: LarPOConfig) -> dict[str, Any]:
     return {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
+        "dtype": model.dtype or ("auto" if model.use_peft else "float32"),
     } | (args.model_init_kwargs or {})
 
 

@@ -1,0 +1,114 @@
+"""Memory: Algorithm 1's merge of rows, the union of all so far, against an enumeration by hand."""
+
+import math
+
+import pytest
+import torch
+from small_run import larpo_run, rows_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
+from trl_larpo.run.memory import earlier_rows
+
+
+def pool(name, *iterations):
+    candidates = [Candidate(f"{name}{i}", float(i), iteration=i, scored_by="these") for i in iterations]
+    return CandidatePool(Prompt.of(name), candidates)
+
+
+def described(pools):
+    return [(pool.prompt.content, [(c.completion, c.reward) for c in pool.candidates]) for pool in pools]
+
+
+def test_rows_whose_prompts_do_not_come_again_stay_as_they_were():
+    """Prompts a, b; then b, c; now c, d. Iteration 2 trained on b with both samples, on c, and again on a."""
+    first, second = [pool("a", 1), pool("b", 1)], [pool("b", 2, 1), pool("c", 2), pool("a", 1)]
+    now = [pool("c", 3, 2), pool("d", 3)]
+    every = earlier_rows(now, [(second, 2), (first, 1)], "all", is_relative=False)
+    assert described(every) == [("b", [("b2", 2.0), ("b1", 1.0)]), ("a", [("a1", 1.0)])]
+    previous = earlier_rows(now, [(second, 2)], "previous", is_relative=False)
+    assert described(previous) == [("b", [("b2", 2.0)])]
+    assert earlier_rows(now, [], "none", is_relative=False) == []
+
+
+def test_what_was_measured_against_candidates_left_behind_is_scored_again():
+    second = [pool("b", 2, 1), pool("c", 2)]
+    [shortened, whole] = earlier_rows([pool("d", 3)], [(second, 2)], "previous", is_relative=True)
+    assert [(c.completion, c.reward, c.scored_by) for c in shortened.candidates] == [("b2", None, None)]
+    assert whole == second[1]
+    assert earlier_rows([pool("d", 3)], [(second, 2)], "all", is_relative=True) == second
+
+
+DRAWN = (
+    "--prompt_schedule", "drawn", "--prompts_per_iteration", 3, "--num_held_out", 4, "--memory", "all",
+    "--num_iterations", 3, "--num_samples", 2, "--num_best", 1, "--num_worst", 1, "--num_eval_samples", 1,
+    "--monitor_evals", 0, "--truncated_completions", "by_reward", "--save_strategy", "no",
+)  # fmt: skip
+
+
+def log_probability(model, tokenizer, prompt, completion, cut_off_ids):
+    """Sum of log p over the completion's tokens, by one plain forward pass."""
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+    ids = prompt_ids + [int(i) for i in cut_off_ids.split()] if cut_off_ids else whole
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(logps[place - 1, ids[place]].item() for place in range(len(prompt_ids), len(ids)))
+
+
+@pytest.mark.slow
+def test_the_union_of_rows_is_the_one_of_algorithm_1(project, talkative_model, capsys):
+    """
+    Three prompts drawn from six in each of three iterations, two samples of each, all earlier rows kept: rows, lists,
+    references and order of each iteration, enumerated from the samples alone. `pytest -rP` prints them.
+    """
+    assert larpo_run(*DRAWN) == 0
+    plan = capsys.readouterr().out
+    completions, order, seen = {}, [], {}
+    for iteration in (1, 2, 3):
+        folder = project / f"out/iteration_{iteration}"
+        samples = rows_of(folder / "samples.jsonl")
+        drawn = [row["prompt_id"] for row in samples]
+        order = drawn + [name for name in order if name not in drawn]
+        for row in samples:
+            completions[row["prompt_id"]] = row["completions"] + completions.get(row["prompt_id"], [])
+
+        rows = rows_of(folder / "rewarded.jsonl")
+        assert [row["prompt_id"] for row in rows] == order
+        expected_lists = []
+        for row in rows:
+            assert row["completions"] == completions[row["prompt_id"]]
+            texts = [completion[-1]["content"] for completion in row["completions"]]
+            vowels = [sum(letter in "aeiou" for letter in text) / 10 for text in texts]
+            assert row["rewards"] == vowels
+            usable = [reward for text, reward in zip(texts, vowels, strict=True) if text.strip()]
+            if len(set(usable)) > 1:
+                expected_lists.append((row["prompt_id"], max(usable), min(usable)))
+
+        lists = [row for row in rows_of(folder / "lists.jsonl") if row["problem"] is None]
+        assert [(row["prompt_id"], row["rewards"][0], row["rewards"][-1]) for row in lists] == expected_lists
+
+        path = rows_of(folder / "ref_logps.jsonl")
+        references = {row["prompt_id"]: row["ref_logps"] for row in path}
+        assert [row["prompt_id"] for row in path] == [row["prompt_id"] for row in lists]
+        reference = talkative_model if iteration == 1 else project / f"out/iteration_{iteration - 1}/model"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(reference), AutoTokenizer.from_pretrained(reference)
+        print(f"\niteration {iteration}: drawn {drawn}; reference {reference}")
+        for row in lists:
+            by_hand = [
+                log_probability(model, tokenizer, row["prompt"], completion, cut)
+                for completion, cut in zip(row["completions"], row["completion_ids"], strict=True)
+            ]
+            assert references[row["prompt_id"]] == pytest.approx(by_hand, abs=1e-3)
+            for about, completion, reward, logp in zip(
+                row["candidates"], row["completions"], row["rewards"], by_hand, strict=True
+            ):
+                key = row["prompt_id"], completion[-1]["content"]
+                seen.setdefault(key, []).append(logp)
+                print(f"  {row['prompt_id']} of iteration {about['iteration']} reward {reward:.1f} ref {logp:.3f}")
+    again = [logps for logps in seen.values() if len(logps) > 1]
+    assert again and all(not math.isclose(a, b) for a, b, *_ in again), "computed again for each reference"
+    returned = sum(len(of_prompt) > 2 for of_prompt in completions.values())
+    assert returned and len(order) > 3, "some prompts came again, and others did not"
+    assert f"up to {len(order)} lists of up to 2" in plan.split("iteration 3: ")[1].split("\n")[0]

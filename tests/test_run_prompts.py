@@ -1,0 +1,131 @@
+"""Prompts of a run: which iteration gets which, the system turn, and those that negatives respond to."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from transformers import LlamaConfig
+
+from trl_larpo import ConfigError
+from trl_larpo.prompts import Prompt
+from trl_larpo.run import checks
+from trl_larpo.run.negatives import unrelated_prompts
+from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
+from trl_larpo.run.prompts import choose_prompts, load_prompts
+from trl_larpo.run.training_stages import model_init_kwargs
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"why {number}"}]} for number in range(40)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def choose(file, seed=0, **options):
+    options = RunConfig(prompts=[file], num_held_out=4, reward_funcs=["gsm8k"], num_iterations=3, **options)
+    options.check()
+    return choose_prompts(options, tiny.tiny_tokenizer(), seed, 128)
+
+
+def test_each_iteration_draws_from_all_prompts(file):
+    chosen = choose(file, prompt_schedule="drawn", memory="all")
+    assert chosen.counts["slices"] == [12, 12, 12]
+    drawn = [{prompt.id for prompt in chosen.prompts[start : start + 12]} for start in (0, 12, 24)]
+    assert all(len(ids) == 12 for ids in drawn)
+    assert drawn[0] & drawn[1] and drawn[0] - drawn[1], "some prompts come again, and others do not"
+    assert not {prompt.id for prompt in chosen.held_out} & set.union(*drawn)
+    assert chosen.counts["unused"] == 36 - len(set.union(*drawn))
+    assert choose(file, prompt_schedule="drawn").prompts == chosen.prompts
+    assert choose(file, seed=1, prompt_schedule="drawn").prompts != chosen.prompts
+    fewer = choose(file, prompt_schedule="drawn", prompts_per_iteration=5)
+    assert [p.id for p in fewer.prompts[:5]] == [p.id for p in chosen.prompts[:5]]
+    with pytest.raises(ConfigError, match="There are 36 prompts beside the 4 held out, too few for 37"):
+        choose(file, prompt_schedule="drawn", prompts_per_iteration=37)
+
+
+@pytest.mark.parametrize("text", ["", "Be brief."])
+def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
+    [prompt, *_] = load_prompts(file, RunConfig(system_prompt=text))
+    assert prompt.content == [{"role": "system", "content": text}, {"role": "user", "content": "why 0"}]
+    assert load_prompts(file, RunConfig())[0].content == prompt.content[1:]
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}))
+    assert load_prompts(str(own), RunConfig(system_prompt=text))[0].content[0]["content"] == "x"
+    own.write_text(json.dumps({"prompt": "bare"}))
+    with pytest.raises(ConfigError, match="`system_prompt` is for conversations, and the prompts are texts"):
+        load_prompts(str(own), RunConfig(system_prompt=text))
+    chosen = choose_prompts(
+        RunConfig(prompts=[file], num_held_out=4, system_prompt=text), tiny.tiny_tokenizer(), 0, None
+    )
+    assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
+
+
+def test_unrelated_prompts_are_drawn_by_the_prompt_alone():
+    prompts, others = [Prompt.of(f"p{i}") for i in range(30)], [Prompt.of(f"o{i}") for i in range(5)]
+    drawn = unrelated_prompts(prompts, others, seed=0, iteration=1)
+    assert drawn.keys() == {prompt.id for prompt in prompts} and {p.id for p in drawn.values()} == {
+        p.id for p in others
+    }
+    assert unrelated_prompts(prompts[7:9], others, 0, 1) == {prompt.id: drawn[prompt.id] for prompt in prompts[7:9]}
+    assert unrelated_prompts(prompts, others, 0, 2) != drawn != unrelated_prompts(prompts, others, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"random_prompts": "other.jsonl"}, "add it to `negatives`"),
+        ({"random_prompts_column": "question"}, "`random_prompts`, which is missing"),
+    ],
+)
+def test_options_of_unrelated_prompts_that_have_no_effect(file, options, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(file, **options)
+
+
+@pytest.mark.parametrize("use_peft, dtype", [(False, "float32"), (True, "auto")])
+def test_an_adapters_base_keeps_the_type_of_its_checkpoint(tmp_path, use_peft, dtype):
+    training = RunTrainingConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    assert model_init_kwargs(RunModelConfig(use_peft=use_peft), training)["dtype"] == dtype
+    assert model_init_kwargs(RunModelConfig(use_peft=use_peft, dtype="float16"), training)["dtype"] == "float16"
+
+
+ZERO2 = "examples/accelerate_configs/zero2.yaml"
+CASES = {  # options: bytes of a parameter for each of the two models, twice for the best weights, in three checkpoints
+    "float32": ({}, {}, 2 * 4 + 2 * 4 + 3 * 12),
+    "bfloat16 and ZeRO-2": ({"dtype": "bfloat16"}, {"accelerate_config": ZERO2}, 2 * 2 + 2 * 2 + 3 * 16),
+    "one checkpoint": ({"dtype": "auto"}, {"save_total_limit": 1}, 2 * 2 + 2 * 2 + 2 * 12),
+    "no checkpoint": ({}, {"save_strategy": "no", "monitor_evals": 0}, 2 * 4),
+    "an adapter": ({"use_peft": True}, {}, 2 * 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_disk_a_run_needs_is_known_from_the_config_alone(tmp_path, monkeypatch, case):
+    """Also of a model on the hub, which is not there yet."""
+    model, options, per_parameter = CASES[case]
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    layer = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16
+    expected = (2 * 100 * 16 + 2 * layer + 16) * per_parameter
+    training_names = {"save_strategy", "save_total_limit"} & options.keys()
+    folder = SimpleNamespace(
+        path=tmp_path,
+        iteration=lambda number: tmp_path / str(number),
+        model=RunModelConfig(model_name_or_path="ORG/MODEL", **model),
+        training=RunTrainingConfig(
+            str(tmp_path), report_to="none", use_cpu=True, bf16=False, **{x: options[x] for x in training_names}
+        ),
+        options=RunConfig(num_iterations=2, **{x: options[x] for x in options if x not in training_names}),
+    )
+    for free, fits in ((expected, True), (expected - 1, False)):
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if fits:
+            checks._check_disk(folder, config)
+        else:
+            with pytest.raises(ConfigError, match=r"the disk has .* free, and the run may need"):
+                checks._check_disk(folder, config)
