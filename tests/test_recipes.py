@@ -1,4 +1,9 @@
-"""Every recipe has the paper's settings, is listed with the paper's figures, and runs from end to end in small form."""
+"""
+Every recipe has the paper's settings, is listed with the paper's figures, and can be started in small form.
+
+One of each kind runs from end to end. The others differ from it in the model, a number or the loss, and go as far as
+the plan. `python examples/recipes/run_small.py` runs all of them.
+"""
 
 import re
 import runpy
@@ -6,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 
 from trl_larpo import cli
 from trl_larpo.candidates import Candidate, CandidatePool, build_lists
@@ -29,19 +35,25 @@ ROWS = [
       for loss in LOSSES for judge in ("pairrm", "fsfairx")),
     *(f"table2/{model}_iterative_dpo_pairrm" for model in ("mistral_base", "mistral_instruct")),
     *(f"table3/{model}_{loss}" for model in ("gemma", "mistral_instruct") for loss in ("pairwise", *LOSSES)),
-    *(f"table4/gemma_memory_{memory}" for memory in ("none", "previous", "all")),
+    *(f"table4/gemma_memory_{memory}" for memory in ("none", "previous", "all")), "table4/gemma_diverse_temperature",
+    *(f"table6/mistral_{data}" for data in ("gsm8k", "math")),
     *(f"figure4a/mathstral_{kind}_negatives" for kind in ("easiest", "easy", "hard", "hardest")),
     *(f"figure4b/mistral_instruct_temperature_{temperature}" for temperature in TEMPERATURES),
     *(f"figure4c/mistral_instruct_{size}_responses" for size in (4, 6, 8, 10)),
     *(f"figure6/gemma_temperature_{temperature}" for temperature in TEMPERATURES),
 ]  # fmt: skip
-NAMES = sorted(f"{row}.yaml" for row in ROWS)
+# Beside the paper's: the best against the worst of the samples that its lists are made of
+BASELINES = [f"table2/{model}_pairwise_{judge}" for model in ("mistral_base", "mistral_instruct")
+             for judge in ("pairrm", "fsfairx")]  # fmt: skip
+NAMES = sorted(f"{row}.yaml" for row in ROWS + BASELINES)
 
 MODELS = {
     "mistral_base": "alignment-handbook/zephyr-7b-sft-full",
     "mistral_instruct": "mistralai/Mistral-7B-Instruct-v0.2",
     "gemma": "google/gemma-2-2b-it",
     "mathstral": "mistralai/Mathstral-7B-v0.1",
+    "mistral_gsm8k": "outputs/recipes/table6/sft",
+    "mistral_math": "outputs/recipes/table6/sft",
 }
 PAIRRM, FSFAIRX = "pairwise:llm-blender/PairRM-hf", "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 
@@ -61,19 +73,29 @@ def stated(name):
         if "iterative_dpo" in row:  # H.1
             return facts | {"num_samples": 2}
         facts |= {"num_samples": 10, "temperature": 1.0 if "base" in row else 0.8}
-        facts |= {"memory": "all"}  # section 4: the pool "includes all previously generated responses"
+        # Algorithm 1; section 4: the pool "includes all previously generated responses"
+        facts |= {"prompt_schedule": "drawn", "memory": "all"}
+        if loss == "pairwise":
+            return facts | {"kept": [1, 10]}
         return facts | {"kept": [1, 8, 9, 10] if loss == "contrastive" else [1, 2, 9, 10]}  # top-1 + last-3, 2 + 2
     if place == "table3":  # H.2. Top-1 against the rest, or top-2 and last-2: of four responses that is all
         size = 2 if loss == "pairwise" else 4
         facts |= {"learning_rate": 5e-7, "num_train_epochs": 2, "reward_funcs": FSFAIRX}
         return facts | {"num_samples": size, "kept": list(range(1, size + 1))}
     if place == "table4":  # H.3. Two responses in each iteration; the best of the merged list against the worst
-        facts |= {"memory": row.removeprefix("gemma_memory_"), "reward_funcs": FSFAIRX}
-        return facts | {"num_samples": 2, "num_best": 1, "num_worst": 1}
+        facts |= {"reward_funcs": FSFAIRX, "num_samples": 2, "num_best": 1, "num_worst": 1}
+        if row == "gemma_diverse_temperature":  # two at 1 and two at 0.5, ranked together
+            facts |= {"memory": "none", "temperature": 1.0}
+            return facts | {"negatives": "low_temperature", "low_temperature": 0.5, "num_negatives": 2}
+        return facts | {"memory": row.removeprefix("gemma_memory_")}
+    if place == "table6":  # H.4. A rule's 0 or 1
+        data = row.removeprefix("mistral_")
+        facts |= {"learning_rate": 1e-7, "num_train_epochs": {"gsm8k": 2, "math": 1}[data], "num_iterations": 5}
+        return facts | {"reward_funcs": data, "num_best": 1, "num_worst": 1}
     if place == "figure4a":  # H.5. A correct answer against a wrong one
         facts |= {"learning_rate": 2e-7, "reward_funcs": "gsm8k", "num_best": 1, "num_worst": 1}
-        if "easiest" in row:  # a response to a random prompt of UltraFeedback, which no option here gives
-            return facts
+        if "easiest" in row:  # a response to a random prompt of UltraFeedback
+            return facts | {"negatives": "random_prompt", "random_prompts": "RLHFlow/ultrafeedback_iter1"}
         if "easy" in row:  # a response to any other problem of GSM8K's train set: in the run's own prompts
             return facts | {"negatives": "random_prompt"}
         return facts | {"temperature": 0.7 if "hardest" in row else 1.0}
@@ -82,28 +104,6 @@ def stated(name):
         facts |= {"loss_type": "contrastive", "temperature": 1.0, "reward_funcs": FSFAIRX}
         return facts | {"num_samples": size, "kept": list(range(1, size + 1))}
     return facts | {"temperature": float(row.split("_temperature_")[1])}  # figures 4b and 6: iterative DPO
-
-
-# Where the recipes do something else than the paper states: (start of the name, option): what the paper says
-DEVIATIONS = {
-    (r"table2/.*_(contrastive|lambdarank|listmle)_", "memory"): "all earlier responses are in the pool (section 4)",
-    ("figure4a/mathstral_easy_", "negatives"): "any other problem of GSM8K's train set, not the one most alike (H.5)",
-}
-# Where "our choice" stands at what the paper states, or is missing at what it leaves open
-MISMARKED = {
-    ("table2/.*_iterative_dpo_", "num_samples"): "2 responses (H.1)",
-    ("table2/.*_iterative_dpo_", "reward_funcs"): "PairRM (H.1)",
-    (r"table2/.*_(contrastive|lambdarank|listmle)_", "memory"): "all (section 4)",
-    ("table3", "reward_funcs"): "FsfairX (H.2)",
-    ("table4", "reward_funcs"): "FsfairX (H.3)",
-    ("figure4c", "reward_funcs"): "FsfairX (H.7)",
-    ("(table2|table4|figure4b|figure4c|figure6)", "learning_rate"): "states it for table 3 and figure 4a only",
-    ("(table2|table4|figure4|figure6)", "num_train_epochs"): "states them for table 3 only",
-}
-
-
-def known(exceptions, name, option):
-    return any(option == of and re.match(start, name) for start, of in exceptions)
 
 
 def kept_ranks(recipe):
@@ -138,6 +138,8 @@ FIGURES = {
     "table3/mistral_instruct_contrastive.yaml": "38.44 42.61 .7260 .4340",
     "table3/mistral_instruct_listmle.yaml": "38.02 43.03 .7360 .4200",
     "table3/mistral_instruct_lambdarank.yaml": "40.29 46.21 .7370 .4400",
+    "table6/mistral_gsm8k.yaml": ".7991 .9545 .9727 .9826",
+    "table6/mistral_math.yaml": ".2502 .5416 .6258 .6846",
     "table4/gemma_memory_none.yaml": "55.06 66.56",
     "table4/gemma_memory_previous.yaml": "55.62 70.92",
     "table4/gemma_memory_all.yaml": "56.02 72.50",
@@ -146,29 +148,26 @@ FIGURES = {
 
 def test_there_is_one_recipe_for_each_point_of_the_paper():
     assert sorted(RECIPES) == NAMES
-    assert len(set(NAMES)) == 14 + 8 + 3 + 4 + 5 + 4 + 5
+    assert len(set(NAMES)) == 14 + 8 + 4 + 2 + 4 + 5 + 4 + 5 + len(BASELINES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_are_the_papers(name):
     recipe = RECIPES[name]
     found = recipe | {"kept": kept_ranks(recipe)}
-    facts = {option: value for option, value in stated(name).items() if not known(DEVIATIONS, name, option)}
-    assert {option: found[option] for option in facts} == facts
-
-
-@pytest.mark.parametrize("start, option", DEVIATIONS)
-@pytest.mark.xfail(strict=True, reason="the recipes deviate from the paper here")
-def test_settings_that_are_not_the_papers_yet(start, option):
-    for name in [name for name in NAMES if re.match(start, name)]:
-        assert RECIPES[name].get(option) == stated(name)[option], name
+    facts = stated(name)
+    assert {option: found.get(option) for option in facts} == facts
+    # zephyr-7b-sft-full was trained with an empty system turn, which is not the same as none
+    assert recipe.get("system_prompt") == ("" if "mistral_base" in name else None)
+    assert ("random_prompts" in recipe) == ("easiest" in name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_paper_leaves_open_is_the_same_everywhere(name):
     """That of the code near the paper, and of one machine with eight GPUs."""
     recipe = RECIPES[name]
-    assert recipe["lr_scheduler_type"] == "cosine" and recipe["bf16"] is True and recipe["num_train_epochs"] == 2
+    assert recipe["lr_scheduler_type"] == "cosine" and recipe["bf16"] is True
+    assert recipe["num_train_epochs"] == stated(name).get("num_train_epochs", 2)
     assert recipe["learning_rate"] == stated(name).get("learning_rate", 5e-7)
     assert (recipe["max_length"], recipe["max_prompt_length"]) == (2048, 1000)
     batch = recipe["num_processes"] * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
@@ -177,13 +176,13 @@ def test_what_the_paper_leaves_open_is_the_same_everywhere(name):
     assert recipe["output_dir"] == f"outputs/recipes/{name.removesuffix('.yaml')}"
     assert (recipe["beta"], recipe["per_token_scores"]) == (0.1, False)
     assert recipe["reward_funcs"] == stated(name).get("reward_funcs", FSFAIRX)
-    # Earlier responses are of use to prompts that come again
-    compares_memory = name.startswith("table4")
-    if recipe["memory"] == "none" and not compares_memory and not name.startswith("figure4a"):
-        assert recipe["prompts"] == [f"RLHFlow/ultrafeedback_iter{i}" for i in (1, 2, 3)]
-        assert recipe["prompt_schedule"] == "fresh"
-    else:
+    ultrafeedback = [f"RLHFlow/ultrafeedback_iter{i}" for i in (1, 2, 3)]
+    if name.startswith("table2") and "iterative_dpo" not in name:
+        assert recipe["prompts"] == ultrafeedback
+    elif name.startswith(("table4", "table6", "figure4a")):
         assert recipe["prompt_schedule"] == "same"
+    else:
+        assert (recipe["prompts"], recipe["prompt_schedule"], recipe["memory"]) == (ultrafeedback, "fresh", "none")
 
 
 MARKED = ("num_samples", "temperature", "reward_funcs", "memory", "learning_rate", "num_train_epochs")
@@ -198,25 +197,16 @@ def is_marked(name, option):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_paper_does_not_say_is_marked(name):
     for option in (*MARKED, *ALWAYS_OURS):
-        if not known(MISMARKED, name, option):
-            assert is_marked(name, option) == (option not in stated(name)), option
+        assert is_marked(name, option) == (option not in stated(name)), option
     text = (FOLDER / name).read_text()
     assert f"larpo run --config examples/recipes/{name}\n" in re.sub(r" +#[^\n]*", "", text)
-
-
-@pytest.mark.parametrize("start, option", MISMARKED)
-@pytest.mark.xfail(strict=True, reason="what the paper states is marked as our choice here, or the reverse")
-def test_marks_that_are_not_right_yet(start, option):
-    for name in [name for name in NAMES if re.match(start, name)]:
-        assert is_marked(name, option) == (option not in stated(name)), name
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_figures_are_the_papers(name):
     """In the head of the recipe and in the table."""
     figures = [float(figure) for figure in FIGURES[name].split()]
-    text = (FOLDER / name).read_text().split("larpo run")[0]
-    said = text.split("The paper's figures")[1]
+    [said] = re.findall(r"The paper's figures.*", (FOLDER / name).read_text())
     assert [float(number) for number in re.findall(r"\d*\.\d+", said)] == figures
     [line] = [line for line in README.splitlines() if f"({name})" in line]
     assert [float(number) for number in re.findall(r"(?<![\w/])\d*\.\d+", line.split("|")[2])] == figures
@@ -228,30 +218,77 @@ def test_the_table_lists_every_recipe_with_its_estimate():
         [line] = [line for line in README.splitlines() if f"({name})" in line]
         _, row, _, hours, ours, _ = map(str.strip, line.split("|"))
         assert row.startswith(f"[{Path(name).stem}]")
-        assert int(hours) == round(gpu_hours(recipe)) and ours == "not run"
+        assert hours == " / ".join(f"{one:.0f}" for one in gpu_hours(recipe)) and ours == "not run"
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_its_options_and_its_plan_are_right_in_small_form(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe, out = RECIPES[name], f"{RECIPES[name]['output_dir']}-small"
+    assert cli.main(["run", "--config", str(FOLDER / name), "--small", "--dry_run"]) == 0
+    plan = capsys.readouterr().out
+    assert f"Run in {out}" in plan and f"{recipe['prompt_schedule']}; " in plan
+    assert (
+        f"best {recipe['num_best']} and worst {recipe['num_worst']}" in plan and f"memory: {recipe['memory']}" in plan
+    )
+    assert f"loss       {recipe['loss_type']}, beta {recipe['beta']:g}, " in plan
+    assert f"× {recipe['num_samples']}" in plan and f"iteration {recipe['num_iterations']}: " in plan
+
+
+# One of each kind: what differs from it in a model, a number or the loss takes the same path
+KINDS = (
+    "table2/mistral_base_listmle_pairrm",  # a ranker, an empty system turn, prompts drawn, memory of all rows
+    "table2/mistral_instruct_iterative_dpo_pairrm",  # pairs, fresh prompts
+    "table3/gemma_contrastive",  # a reward model
+    "table4/gemma_memory_previous",
+    "table4/gemma_diverse_temperature",
+    "figure4a/mathstral_easiest_negatives",  # a rule, prompts of another set
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_it_runs_in_small_form(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_each_kind_runs_in_small_form(kind, tmp_path, monkeypatch):
+    name = f"{kind}.yaml"
     monkeypatch.chdir(tmp_path)
     # Pictures take a third of the time: one page, at the end, is enough here
     monkeypatch.setattr(loop, "write_report", lambda path, ends: ends and page(path, with_plots=False))
     assert cli.main(["run", "--config", str(FOLDER / name), "--small"]) == 0
-    recipe, out = RECIPES[name], tmp_path / f"outputs/recipes/{name.removesuffix('.yaml')}-small"
+    recipe, out = RECIPES[name], tmp_path / f"outputs/recipes/{kind}-small"
     ran = yaml.safe_load((out / "run.yaml").read_text())
-    for option in ("num_samples", "num_best", "num_worst", "memory", "num_iterations", "learning_rate", "beta",
-                   "num_train_epochs", "prompt_schedule", "prompt_column"):  # fmt: skip
+    for option in ("num_samples", "num_best", "num_worst", "memory", "learning_rate", "beta", "num_train_epochs",
+                   "prompt_schedule", "prompt_column"):  # fmt: skip
         assert ran[option] == recipe[option], option
+    assert ran["system_prompt"] == recipe.get("system_prompt")
     assert ran["temperature"] == [recipe["temperature"]] and ran["loss_type"] == [recipe["loss_type"]]
     assert ran["negatives"] == ([recipe["negatives"]] if "negatives" in recipe else [])
-    worst = []
+    worst, sources = [], set()
     for iteration in (1, 2, 3):
         folder = out / f"iteration_{iteration}"
         assert read_json(folder / "evaluation.json")["prompts"] == 2
         for row in read_jsonl(folder / "lists.jsonl"):
             assert len(row["completions"]) <= recipe["num_best"] + recipe["num_worst"]
             worst += [candidate["source"] for candidate in row["candidates"][-1:]]
+            sources |= {candidate["source"] for candidate in row["candidates"]}
     assert worst and (out / "report.html").exists()
-    if "negatives" in recipe:  # unless it equals a sample of the prompt itself, word for word
-        assert worst.count(recipe["negatives"]) > len(worst) / 2
+    # Unless it is right, or empty, or equals a sample of the prompt itself: stand-ins say little but small numbers
+    if recipe.get("negatives") == "random_prompt":
+        assert worst.count("random_prompt") > len(worst) / 3
+    assert sources <= {"policy", recipe.get("negatives")} and len(sources) == 1 + ("negatives" in recipe)
+
+
+def test_all_small_forms_can_be_run_by_one_script(monkeypatch, capsys):
+    script, started = runpy.run_path(str(FOLDER / "run_small.py")), []
+    monkeypatch.setattr(cli, "main", lambda words: started.append(Path(words[2])) or len(started) % 2)
+    assert script["main"]([]) == (len(RECIPES) + 1) // 2
+    assert [str(path.relative_to(FOLDER)) for path in started] == sorted(RECIPES)
+    assert f"{len(RECIPES) // 2} of {len(RECIPES)} recipes ran" in capsys.readouterr().out
+
+
+def test_metamath_becomes_conversations():
+    convert = runpy.run_path(str(FOLDER / "table6/metamath.py"))["as_conversations"]
+    rows = Dataset.from_list([{"type": "GSM_Rephrased", "query": "1 + 1?", "response": "2", "original_question": "?"}])
+    assert convert(rows)[0] == {
+        "prompt": [{"role": "user", "content": "1 + 1?"}],
+        "completion": [{"role": "assistant", "content": "2"}],
+    }
