@@ -7,7 +7,7 @@ from trl import DPOConfig, TrlParser
 from trl_larpo import ConfigError, LarPOConfig
 from trl_larpo.losses import RANKING_LOSSES
 from trl_larpo.run.options import RunTrainingConfig
-from trl_larpo.training.config import DPO_LOSSES
+from trl_larpo.training.ranking_options import DPO_LOSSES
 
 
 def test_defaults_are_those_of_dpo_config_but_for_the_loss(tmp_path):
@@ -37,7 +37,9 @@ def test_shared_prompt_as_yaml_reads_it(tmp_path):
 
 def test_default_precision_suits_the_machine(tmp_path, monkeypatch):
     for available, expected in ((True, True), (False, False)):
-        monkeypatch.setattr("trl_larpo.training.config.is_torch_bf16_gpu_available", lambda value=available: value)
+        monkeypatch.setattr(
+            "trl_larpo.training.ranking_options.is_torch_bf16_gpu_available", lambda value=available: value
+        )
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda value=available: value)
         assert LarPOConfig(str(tmp_path)).bf16 is expected
     assert LarPOConfig(str(tmp_path), use_cpu=True).bf16 is True  # as DPOConfig

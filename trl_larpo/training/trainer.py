@@ -1,13 +1,11 @@
 """[`LarPOTrainer`]: TRL's `DPOTrainer` for ranked lists of completions."""
 
-import contextlib
-import functools
 import os
 import textwrap
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
@@ -15,32 +13,32 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from ..errors import ConfigError
-from ..losses import RankingLoss, best_and_worst
-from ..metrics import kendall_tau, mrr, ndcg, pair_accuracy
+from ..losses import RankingLoss
+from .candidate_scoring import CandidateScoring
 from .collator import DataCollatorForCandidateLists
-from .config import DPO_LOSSES, LarPOConfig, check_loss_types, ranking_loss, trains_lists
+from .config import LarPOConfig, trains_lists
 from .datasets import column_names, has_images
 from .finite import FiniteTraining
+from .list_metrics import ListMetrics, list_averages
 from .log_probabilities import score_dataset
-from .scorer import CandidateOutputs, CandidateScorer
-from .scores import candidate_scores
+from .objective import Objective, RankingObjective
+from .ranking_options import DPO_LOSSES, check_loss_types
+from .scorer import CandidateOutputs
 from .token_rows import count_tokens
 from .tokenization import tokenize_dataset
 from .trl_compat import (
     DataCollatorForPreference,
-    disable_gradient_checkpointing,
     get_config_model_id,
     global_then_local_main_first,
     hash_module,
     prepare_deepspeed,
-    use_adapter,
 )
 from .validation import check_dataset, dataset_format
 
 logger = get_logger(__name__)
 
 
-class LarPOTrainer(DPOTrainer):
+class LarPOTrainer(CandidateScoring, DPOTrainer):
     """
     Trainer for LarPO: aligns a language model with ranked lists of completions by the losses of information retrieval.
 
@@ -105,6 +103,7 @@ class LarPOTrainer(DPOTrainer):
 
     _signature_columns: list[str] | None  # of Trainer
     _precompute_engine: nn.Module | None  # of DPOTrainer
+    loss_weights: list[float]
 
     def __init__(
         self,
@@ -185,10 +184,8 @@ class LarPOTrainer(DPOTrainer):
         self._datasets_are_checked = False  # those still to come, in `evaluate`
         if self._list_mode:
             self.data_collator = self._list_collator()
-            self.loss_types = loss_types if loss_fn is None else ["loss_fn"]
-            self._ranking_losses = {name: ranking_loss(name, args) for name in loss_types if name not in DPO_LOSSES}
-            if loss_fn is not None:
-                self._ranking_losses, self.loss_weights = {"loss_fn": loss_fn}, [1.0]
+            self._objective = RankingObjective(loss_types, self.loss_weights, args, loss_fn)
+            self.loss_types, self.loss_weights = self._objective.names, self._objective.weights
             if args.n_gpu > 1:
                 raise ConfigError(
                     "Several GPUs are visible to one process, and `nn.DataParallel` is not supported. Start with "
@@ -197,7 +194,7 @@ class LarPOTrainer(DPOTrainer):
             if self._reference_free:
                 self.precompute_ref_logps = False
             self.use_liger_kernel = False  # up to TRL 1.13, Liger's loss on pairs; its layer kernels stay
-            self._list_totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+            self._list_metrics = ListMetrics(self.accelerator)
             self._finite = FiniteTraining(self)
             self.add_callback(self._finite)
             _ = self._policy_scorer  # now, in case an option is impossible
@@ -300,18 +297,6 @@ class LarPOTrainer(DPOTrainer):
 
     # From batches to the loss
 
-    @functools.cached_property
-    def _policy_scorer(self) -> CandidateScorer:
-        # Without the autocast that accelerate may have put around the forward: the caller brings it
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return CandidateScorer(model, self.args, self.accelerator, "Policy", is_trained=True)
-
-    @functools.cached_property
-    def _reference_scorer(self) -> CandidateScorer:
-        """Of a reference model; where there is none, the policy's scorer runs the policy instead."""
-        model = self.accelerator.unwrap_model(self.ref_model, keep_fp32_wrapper=False)
-        return CandidateScorer(model, self.args, self.accelerator, "Reference")
-
     def compute_ref_log_probs(self, model, inputs):
         """
         Reference log-probabilities of one batch.
@@ -321,24 +306,11 @@ class LarPOTrainer(DPOTrainer):
         """
         if not self._list_mode:
             return super().compute_ref_log_probs(model, inputs)
-        adapter_context = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            # A new adapter is switched off; of an adapter that was there before, a frozen copy named "ref" is used
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter_context = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            adapter_context,
-            self.accelerator.autocast(),
-        ):
-            scorer = self._policy_scorer if self.ref_model is None else self._reference_scorer
-            return scorer(model, inputs).logps
+        return self._score_reference(model, inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
         if not self._list_mode:
             return super()._compute_loss(model, inputs, return_outputs)
-        relevance, candidate_mask = inputs["relevance"], inputs["candidate_mask"]
         policy = self._policy_scorer(model, inputs, with_statistics=True, router_logits=self.aux_loss_enabled)
         if self._reference_free:
             ref_logps = torch.zeros_like(policy.logps)
@@ -347,22 +319,15 @@ class LarPOTrainer(DPOTrainer):
         else:
             reference = self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
             ref_logps = self.compute_ref_log_probs(reference, inputs)
-        log_ratios = policy.logps - ref_logps
-        scores = candidate_scores(log_ratios, policy.tokens["count"], self.args)
-
-        loss = 0.0
-        for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
-            if name == "sft":
-                loss = loss + weight * _sft_loss(policy, relevance, candidate_mask)
-            else:
-                loss = loss + weight * self._ranking_losses[name](scores, relevance, candidate_mask).mean()
+        objective = self._objective(policy, ref_logps, inputs)
+        loss = objective.loss
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
         self._finite.check_loss(loss, inputs)
 
         with torch.no_grad():
-            self._log_list_metrics(inputs, policy, self.beta * log_ratios, scores)
-        return (loss, {"scores": scores.detach()}) if return_outputs else loss
+            self._log_list_metrics(inputs, policy, objective)
+        return (loss, {"scores": objective.scores.detach()}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
         if not self._list_mode or prediction_loss_only:
@@ -382,107 +347,25 @@ class LarPOTrainer(DPOTrainer):
             * self.model.num_parameters(exclude_embeddings=True)
         )
 
-    def training_step(self, *args, **kwargs):
-        try:
-            return super().training_step(*args, **kwargs)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
-            if self._list_mode and any(text in str(error) for text in ("out of memory", "can't allocate memory")):
-                error.add_note(self._how_to_save_memory())
-            raise
-
-    def _how_to_save_memory(self) -> str:
-        size = self._policy_scorer.chunk_size
-        now = "None: all candidates of a batch are" if size is None else f"{size}: as many candidates are"
-        return (
-            f"LarPO: out of memory. `candidate_chunk_size` is {now} in memory at the same time. Lower it (1 is the "
-            "least); results stay the same, and a step takes somewhat longer."
-        )
-
     # What is logged
 
-    def _log_list_metrics(
-        self, inputs: dict[str, Tensor], policy: CandidateOutputs, rewards: Tensor, scores: Tensor
-    ) -> None:
-        """
-        Adds this batch to the metrics, under DPOTrainer's names where there is one.
-
-        The best candidate of a list is its "chosen" one and the worst its "rejected" one; where several tie, their mean
-        counts. Lists with nothing to compare are left out of every metric that compares.
-
-        Args:
-            inputs: The batch.
-            policy: The policy's forward pass.
-            rewards: Implicit rewards β · (log π_θ - log π_ref), `(batch, list_size)`.
-            scores: What the losses saw, `(batch, list_size)`: the same but for scores per token and for f-divergences
-                other than reverse KL.
-        """
+    def _log_list_metrics(self, inputs: dict[str, Tensor], policy: CandidateOutputs, objective: Objective) -> None:
+        """Adds a batch to the metrics: see [`list_averages`]."""
         mode = "train" if self.model.training else "eval"
-        relevance, mask, tokens = inputs["relevance"], inputs["candidate_mask"], policy.tokens
-        best, worst = best_and_worst(relevance, mask)
-        chosen, rejected = _shares(best), _shares(worst)
-        num_lists = torch.tensor(mask.size(0))
-        comparable = chosen.any(dim=1)
-        num_comparable = comparable.sum()
-        chosen_rewards, rejected_rewards = (chosen * rewards).sum(dim=1), (rejected * rewards).sum(dim=1)
-        chosen_tokens, rejected_tokens = (chosen * tokens["count"]).sum(), (rejected * tokens["count"]).sum()
-        # On the CPU, because they need float64
-        lists = [tensor[comparable].cpu() for tensor in (scores, relevance, mask)]
-
-        averages = {  # name: (sum, number of things summed)
-            "entropy": (tokens["entropy"].sum(), tokens["count"].sum()),
-            "logits/chosen": ((chosen * tokens["mean_logits"]).sum(), chosen_tokens),
-            "logits/rejected": ((rejected * tokens["mean_logits"]).sum(), rejected_tokens),
-            "mean_token_accuracy": ((chosen * tokens["is_top1"]).sum(), chosen_tokens),
-            "rewards/chosen": (chosen_rewards.sum(), num_comparable),
-            "rewards/rejected": (rejected_rewards.sum(), num_comparable),
-            "rewards/accuracies": ((chosen_rewards > rejected_rewards).sum(), num_comparable),
-            "rewards/margins": ((chosen_rewards - rejected_rewards).sum(), num_comparable),
-            "logps/chosen": ((chosen * policy.logps).sum(), num_comparable),
-            "logps/rejected": ((rejected * policy.logps).sum(), num_comparable),
-            "ranking/ndcg": (ndcg(*lists).sum(), num_comparable),
-            "ranking/mrr": (mrr(*lists).sum(), num_comparable),
-            # NaN where all scores are equal, as at the very first step: no correlation
-            "ranking/kendall_tau": (kendall_tau(*lists).nan_to_num(0.0).sum(), num_comparable),
-            "ranking/accuracy": (pair_accuracy(*lists).sum(), num_comparable),
-            "list_size": (mask.sum(), num_lists),
-            "completions/mean_length": (tokens["count"].sum(), mask.sum()),
-            "num_tokens": (count_tokens(inputs), torch.tensor(1)),
-        }
-        if policy.aux_loss is not None:
-            averages["aux_loss"] = (policy.aux_loss.detach() * num_lists, num_lists)
-        # Sums and counts, so that every candidate of every process weighs the same
-        dtype = torch.float32 if scores.device.type == "mps" else torch.float64
-        flat = torch.stack([x.to(scores.device, dtype) for pair in averages.values() for x in pair])
-        sums = self.accelerator.reduce(flat, reduction="sum").view(-1, 2).cpu()
-        totals = self._list_totals[mode]
-        for name, of_batch in zip(averages, sums, strict=True):
-            if name != "num_tokens":
-                totals[name] = totals.get(name, 0) + of_batch
-            elif mode == "train":
-                self._total_train_tokens += int(of_batch[0]) // getattr(self, "_tp_size", 1)
+        averages = list_averages(inputs, policy, objective, self.beta)
+        averages["num_tokens"] = (count_tokens(inputs), torch.tensor(1))
+        sums = self._list_metrics.add(mode, averages)
+        if mode == "train":
+            self._total_train_tokens += int(sums["num_tokens"][0]) // getattr(self, "_tp_size", 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._list_mode:
             mode = "train" if self.model.training else "eval"
-            totals = self._list_totals[mode]
-            for name, (total, count) in totals.items():
-                if count > 0:
-                    self._metrics[mode][name] = [float(total / count)]
-            if totals:
-                self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-            totals.clear()
+            averages = self._list_metrics.take(mode)
+            if averages:
+                averages["num_tokens"] = self._total_train_tokens
+            self._metrics[mode].update({name: [value] for name, value in averages.items()})
         super().log(logs, start_time)
-
-
-def _sft_loss(policy: CandidateOutputs, relevance: Tensor, candidate_mask: Tensor) -> Tensor:
-    """Negative log-likelihood per token of the best candidates; of several tied for best, each weighs its share."""
-    weight = _shares(best_and_worst(relevance, candidate_mask)[0])
-    return -(weight * policy.logps).sum() / (weight * policy.tokens["count"]).sum().clamp(min=1)
-
-
-def _shares(members: Tensor) -> Tensor:
-    """Equal shares of 1 for the `True` entries of each row."""
-    return members / members.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _truncated_completions(args: DPOConfig) -> str:

@@ -250,25 +250,35 @@ def canonical_row(
 
 
 def _relevance(row: Row, finished: list[bool], truncated_completions: str, fail) -> list[float]:
+    """The relevance of each completion: of its reward, or of its place."""
+    rewards: list[float | None]
+    if "rewards" in row:
+        rewards = _rewards(row, finished, truncated_completions, fail)
+    else:
+        rewards = [float(rank) for rank in reversed(range(len(finished)))]
+    return ranked_relevance(rewards, finished, truncated_completions)
+
+
+def ranked_relevance(rewards: list[float | None], finished: list[bool], truncated_completions: str) -> list[float]:
     """
-    What the losses see as ground truth: rewards, or the order of the completions.
+    What the losses see as ground truth.
 
     Ranked last, all cut-off completions get one value below the others: lower than the worst by the mean distance of
     two neighbours among them, by 1 where they do not differ.
+
+    Args:
+        rewards: Of the completions of a list; `None` for cut-off ones alone, where their rewards do not count.
+        finished: Whether each of them ended on its own.
+        truncated_completions: As in [`canonical_row`].
     """
-    relevance: list[float | None]
-    if "rewards" in row:
-        relevance = _rewards(row, finished, truncated_completions, fail)
-    else:
-        relevance = [float(rank) for rank in reversed(range(len(finished)))]
     if truncated_completions == "rank_last" and not all(finished):
-        by_completion = zip(relevance, finished, strict=True)
+        by_completion = zip(rewards, finished, strict=True)
         of_finished = [value for value, ended in by_completion if ended and value is not None]
         lowest, spread = (min(of_finished), max(of_finished) - min(of_finished)) if of_finished else (0.0, 0.0)
         last = lowest - (spread / (len(of_finished) - 1) if spread > 0 else 1.0)
         last = min(last, math.nextafter(lowest, -math.inf))  # also where rounding swallows the difference
-        relevance = [value if ended else last for value, ended in zip(relevance, finished, strict=True)]
-    return [0.0 if value is None else value for value in relevance]  # None: dropped
+        rewards = [value if ended else last for value, ended in zip(rewards, finished, strict=True)]
+    return [0.0 if value is None else value for value in rewards]  # None: dropped
 
 
 def _rewards(row: Row, finished: list[bool], truncated_completions: str, fail) -> list[float | None]:
