@@ -22,8 +22,8 @@ from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_h
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from trl_larpo.training.config import DPO_LOSSES
 from trl_larpo.training.log_probabilities import log_probabilities_under
-from trl_larpo.training.ranking_options import DPO_LOSSES
 from trl_larpo.training.trl_compat import triton_log_probs
 
 SIGNATURES = {

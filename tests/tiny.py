@@ -5,12 +5,17 @@ from pathlib import Path
 
 import torch
 import transformers
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trl_larpo.run.small import byte_tokenizer
 
 TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
+
+HAS_ONLINE = Version(trl.__version__).release[:2] == (1, 16)
+"""Whether there is a GRPOTrainer that OnlineLarPOTrainer knows."""
 
 LOSS_ROUNDING = 1e-4 if TRANSFORMERS_4 else 0.0
 """transformers 4 logs the loss with four decimals."""

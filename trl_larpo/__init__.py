@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .losses import RANKING_LOSSES
     from .training.collator import DataCollatorForCandidateLists
     from .training.config import LarPOConfig
+    from .training.online_config import OnlineLarPOConfig as OnlineLarPOConfig
+    from .training.online_trainer import OnlineLarPOTrainer as OnlineLarPOTrainer
     from .training.trainer import LarPOTrainer
 
 _LAZY = {
@@ -17,9 +19,12 @@ _LAZY = {
     "DataCollatorForCandidateLists": ".training.collator",
     "LarPOConfig": ".training.config",
     "LarPOTrainer": ".training.trainer",
+    "OnlineLarPOConfig": ".training.online_config",
+    "OnlineLarPOTrainer": ".training.online_trainer",
 }
 """Public names that need torch or TRL: imported when they are first used, so that `import trl_larpo` stays light."""
 
+# Without the names of online training, which need TRL 1.16: `import *` works with every TRL
 __all__ = [
     "RANKING_LOSSES",
     "ConfigError",
@@ -39,4 +44,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_LAZY})

@@ -2,7 +2,8 @@
 The command `larpo`.
 
 `larpo run` is the whole of Algorithm 1; `larpo generate`, `reward`, `select` and `train` are its steps, with JSONL
-files between them; `larpo report` writes its page and `larpo recall` measures Recall@N. Options come from a YAML file
+files between them; `larpo online` samples and trains in one. `larpo report` writes the page of a run and `larpo recall`
+measures Recall@N. Options come from a YAML file
 (`--config`) and from flags, which win. `larpo train` is the counterpart of `trl dpo`: it runs in this process, also
 under `accelerate launch -m trl_larpo train ...`; with options of `accelerate launch` (such as `--num_processes`) or
 `--accelerate_config` it launches itself through accelerate.
@@ -197,18 +198,60 @@ def train(argv: list[str]) -> int:
         (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="train",
         description="Train a model on ranked lists of responses, or on chosen/rejected pairs.",
-        epilog="Options of `accelerate launch` (--num_processes, --config_file, ...) and --accelerate_config are taken "
-        "too, and launch the training through accelerate.",
+        epilog=_LAUNCHES,
         launchable=True,
     )
     if launch_args:
-        return _launch(argv, launch_args)
+        return _launch("train", argv, launch_args)
 
     _show_log()
-    import torch
-    from transformers.trainer_utils import get_last_checkpoint
-
     from .run.training_stages import make_trainer
+
+    train_dataset, eval_dataset = _load_data(script_args, training_args, model_args, mixture_args)
+    trainer = make_trainer(
+        model_args.model_name_or_path,
+        training_args,
+        model_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+    )
+    _train_and_save(trainer, script_args)
+    return 0
+
+
+def online(argv: list[str]) -> int:
+    """`larpo online`: parses the options, loads prompts and rewards, trains, saves."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from .commands import OnlineRewardConfig, make_online_trainer
+    from .training.online_config import OnlineLarPOConfig
+
+    script_args, rewards, training_args, model_args, mixture_args, launch_args = _parse(
+        argv,
+        (ScriptArguments, OnlineRewardConfig, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig),
+        command="online",
+        description="Sample completions of prompts at every step, reward them, and train on the ranked lists: the "
+        "counterpart of `trl grpo`.",
+        epilog=_LAUNCHES,
+        launchable=True,
+    )
+    if launch_args:
+        return _launch("online", argv, launch_args)
+
+    _show_log()
+    train_dataset, eval_dataset = _load_data(script_args, training_args, model_args, mixture_args)
+    _train_and_save(make_online_trainer(rewards, training_args, model_args, train_dataset, eval_dataset), script_args)
+    return 0
+
+
+_LAUNCHES = (
+    "Options of `accelerate launch` (--num_processes, --config_file, ...) and --accelerate_config are taken too, and "
+    "launch the training through accelerate."
+)
+
+
+def _load_data(script_args, training_args, model_args, mixture_args):
+    """The training set, and the evaluation set where there is to be an evaluation."""
     from .training.datasets import load_splits
 
     _check_model_path(model_args.model_name_or_path)
@@ -223,34 +266,32 @@ def train(argv: list[str]) -> int:
             "No data: give `dataset_name` (a file, a folder or a hub id), or `datasets` in the YAML file."
         )
     train_dataset = _pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = _pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
+    if training_args.eval_strategy == "no":
+        return train_dataset, None
+    return train_dataset, _pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
 
-    trainer = make_trainer(
-        model_args.model_name_or_path,
-        training_args,
-        model_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-    )
+
+def _train_and_save(trainer, script_args) -> None:
+    import torch
+    from transformers.trainer_utils import get_last_checkpoint
+
+    args = trainer.args
     if script_args.ignore_bias_buffers:  # as in TRL's scripts: a work-around for boolean buffers under DDP
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
 
-    checkpoint = training_args.resume_from_checkpoint
+    checkpoint = args.resume_from_checkpoint
     if isinstance(checkpoint, str) and checkpoint.lower() in _LAST_CHECKPOINT:
-        checkpoint = get_last_checkpoint(training_args.output_dir)  # None, a fresh start, where there is none yet
+        checkpoint = get_last_checkpoint(args.output_dir)  # None, a fresh start, where there is none yet
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
+    trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=_hub_name(script_args.dataset_name))
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
+    trainer.accelerator.print(f"Model saved to {args.output_dir}")
+    if args.push_to_hub:
         trainer.push_to_hub(dataset_name=_hub_name(script_args.dataset_name))
     if hasattr(trainer, "end"):  # transformers ≥ 5.18: finishes trackers and the process group
         trainer.end()
-    return 0
 
 
 def _asks_for_help(argv: list[str]) -> list[str]:
@@ -322,8 +363,8 @@ def _parse(
     return *options, remaining
 
 
-def _launch(argv: list[str], launch_args: list[str]) -> int:
-    """Starts `accelerate launch ... -m trl_larpo train ...`, each option going to the one it belongs to."""
+def _launch(command: str, argv: list[str], launch_args: list[str]) -> int:
+    """Starts `accelerate launch ... -m trl_larpo COMMAND ...`, each option going to the one it belongs to."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -339,7 +380,7 @@ def _launch(argv: list[str], launch_args: list[str]) -> int:
         launch_args = resolve_accelerate_config_argument(launch_args)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    launch_command(launch_command_parser().parse_args([*launch_args, "-m", "trl_larpo", "train", *ours]))
+    launch_command(launch_command_parser().parse_args([*launch_args, "-m", "trl_larpo", command, *ours]))
     return 0
 
 
@@ -364,6 +405,7 @@ def _hub_name(dataset_name: str | None) -> str | None:
 COMMANDS = {
     "run": (run, "sample, reward, rank, train and evaluate, iteration after iteration; stops and resumes anywhere"),
     "train": (train, "train on ranked lists or pairs"),
+    "online": (online, "train on ranked lists that are sampled at every step"),
     "generate": (generate, "sample completions of prompts"),
     "reward": (reward, "score completions"),
     "select": (select, "merge scored completions and make ranked lists of them"),

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, build_lists, merge_pools
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
 from .generation.sampler import PolicySampler, SampleKind, SamplingTask
 from .generation.server_process import check_servers
-from .options import option
+from .options import DTYPES, CheckedOptions, option
 from .prompts import Prompt
-from .rewards.functions import load_rewards
+from .rewards.functions import as_function, load_rewards
 from .rewards.options import RewardOptions
 from .rewards.scorer import RewardScorer
 from .run.candidate_files import read_candidate_pools
@@ -21,6 +23,10 @@ from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts
 from .set_aside import set_aside_path
 from .storage import GrowingFile, write_jsonl
+
+if TYPE_CHECKING:
+    from .training.online_config import OnlineLarPOConfig
+    from .training.online_trainer import OnlineLarPOTrainer
 
 _AS_MESSAGES = (
     "Make text prompts and their completions the messages of a conversation, so that the chat template is applied: for "
@@ -64,6 +70,22 @@ class SelectConfig(SelectionOptions):
         choices=[*TRUNCATED_COMPLETIONS],
     )
     output: str | None = option(None, "JSONL file to write, for `larpo train --dataset_name`.")
+
+
+@dataclass
+class OnlineRewardConfig(CheckedOptions):
+    """Who judges in `larpo online`. `reward_weights` are TRL's."""
+
+    reward_funcs: list[str] = option(
+        [],
+        "Rewards, summed up with `reward_weights`: as in `larpo run`, and functions of TRL's, e.g. "
+        "'trl.rewards:accuracy_reward'.",
+    )
+    reward_batch_size: int = option(16, "Completions that a reward model scores at the same time.")
+    reward_max_length: int | None = option(None, "Longest prompt plus completion for a reward model, in tokens.")
+    reward_dtype: str = option(
+        "auto", "Arithmetic of reward models. 'auto': bfloat16 on a GPU, float32 on a CPU.", choices=[*DTYPES]
+    )
 
 
 def generate(options: GenerateConfig, model: ModelConfig) -> None:
@@ -204,3 +226,35 @@ def _path(options, name: str):
     if not value:
         raise ConfigError(f"`{name}` is missing.")
     return value
+
+
+def make_online_trainer(
+    rewards: OnlineRewardConfig,
+    args: "OnlineLarPOConfig",
+    model: ModelConfig,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None = None,
+) -> "OnlineLarPOTrainer":
+    """The trainer of `larpo online`."""
+    from .run.training_stages import model_init_kwargs
+    from .training.online_trainer import OnlineLarPOTrainer
+
+    options = RewardOptions(
+        reward_funcs=rewards.reward_funcs,
+        reward_batch_size=rewards.reward_batch_size,
+        reward_max_length=rewards.reward_max_length,
+        reward_dtype=rewards.reward_dtype,
+    )
+    options.check_rewards()
+    load_rewards(options.reward_funcs, args.reward_weights)  # an error here, before a model is loaded
+    loaded = RewardScorer(options, use_cpu=args.use_cpu).rewards
+    args.model_init_kwargs = model_init_kwargs(model, args)
+    return OnlineLarPOTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=[as_function(reward) for reward in loaded],
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )

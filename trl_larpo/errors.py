@@ -15,3 +15,7 @@ class DataError(LarPOError):
 
 class NonFiniteError(LarPOError):
     """Training has run into NaN or infinite numbers."""
+
+
+class UnsupportedTRLError(LarPOError, ImportError):
+    """A part of this package does not work with the TRL that is installed; the others do."""

@@ -45,6 +45,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "server_urls": "running OpenAI-compatible servers (vLLM, SGLang, ...)",
         "server_command": "starts a server, e.g. 'vllm serve {model} --port {port}'",
         "num_servers": "how many of them",
+        "num_generations": "completions of each prompt, at every step",
+        "max_completion_length": "longest completion, in tokens",
+        "use_vllm": "sample with vLLM",
+        "vllm_mode": "vLLM in these processes (colocate) or a server",
     },
     "rewards": {
         "reward_funcs": "rules, functions, reward models or rankers, summed",
@@ -66,10 +70,12 @@ GROUPS: dict[str, dict[str, str]] = {
         "beta": "strength of the reference model",
         "per_token_scores": "divide scores by the number of tokens",
         "reference": "the policy that starts the iteration, or the initial model",
+        "ref_update_steps": "steps after which the policy becomes the reference",
+        "memory_size": "last samples of a prompt that join its new ones",
         "learning_rate": "largest learning rate",
         "lr_scheduler_type": "linear, cosine, constant, ...",
         "num_train_epochs": "passes over the lists",
-        "per_device_train_batch_size": "lists in a batch, on each device",
+        "per_device_train_batch_size": "lists in a batch on each device (online: completions)",
         "gradient_accumulation_steps": "batches in an optimizer step",
         "max_length": "longest prompt plus completion, in tokens",
         "gradient_checkpointing": "saves memory, slows the step",
@@ -176,7 +182,7 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction | ShowFullHelp):
             actions.setdefault(action.dest, action)
-    if "num_iterations" in actions:
+    if "prompt_schedule" in actions:
         for name in _NOT_IN_A_RUN:
             actions.pop(name)
     return actions

@@ -12,6 +12,8 @@ arguments changes neither candidates nor prompts.
 import copy
 import hashlib
 import importlib
+import inspect
+import itertools
 import json
 import math
 import os
@@ -177,6 +179,30 @@ def mean_preferences(preferences: list[list[float]]) -> list[float | None]:
     if count == 1:
         return [None]
     return [math.fsum(row[j] for j in range(count) if j != i) / (count - 1) for i, row in enumerate(preferences)]
+
+
+def as_function(reward: Reward) -> RewardFunction:
+    """
+    A reward as TRL's trainers call it.
+
+    A ranker sees the completions of one prompt at a time, those that stand beside one another, and gives
+    [`mean_preferences`].
+    """
+
+    def function(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        if not reward.pairwise:
+            return list(reward.function(prompts=prompts, completions=completions, **columns))
+        rates: list[float | None] = []
+        for _, group in itertools.groupby(zip(prompts, completions, strict=True), key=lambda pair: pair[0]):
+            members = list(group)
+            matrix = reward.function(members[0][0], [completion for _, completion in members])
+            rates += mean_preferences(matrix.tolist() if hasattr(matrix, "tolist") else matrix)
+        return rates
+
+    if inspect.iscoroutinefunction(reward.function):
+        return reward.function
+    function.__name__ = reward.name
+    return function
 
 
 def _score_flat(reward: Reward, pools: list[CandidatePool]) -> list[list[float | None]]:

@@ -66,7 +66,7 @@ class CandidateScorer:
     Args:
         model: Bare model, or a `PeftModel`. It learns to score candidates in its forward.
         args: Options of the training: `shared_prompt`, `candidate_chunk_size`, `max_length`, `truncation_mode`,
-            `pad_to_multiple_of`. Those that a plain `DPOConfig` lacks are at their defaults.
+            `pad_to_multiple_of`. Those that a configuration of TRL lacks are at their defaults.
         accelerator: That of the training.
         name: What the log calls the model.
         is_trained: Whether gradients are wanted, so that they are proved too.
@@ -111,7 +111,7 @@ class CandidateScorer:
         return self.layout is not None and self.layout.shares_prompt
 
     def _known_obstacle(self) -> str | None:
-        if self.args.max_length is not None and self.args.truncation_mode == "keep_end":
+        if getattr(self.args, "max_length", None) is not None and self.args.truncation_mode == "keep_end":
             return "`truncation_mode='keep_end'` leaves each completion another prompt"
         return sharing_obstacle(self.model)
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+"""As [`DataCollatorForCandidateLists`] makes it; and perhaps `scored_mask`, bool and of the shape of `completion_mask`,
+`False` for tokens of a completion that the model did not write, such as the answer of a tool: seen, and not scored."""
 
 
 @dataclass
@@ -240,10 +242,14 @@ def _build(
     input_ids = torch.where(real, input_ids, prompt_ids[lists, torch.zeros_like(lists)])
     # What a segment begins with has nothing before it that could predict it
     scored = real & (segments > 0) & (in_completion >= 0) & (offset > 0)
+    if "scored_mask" in batch:
+        scored &= batch["scored_mask"][lists, candidates, in_completion.clamp(0, completion_ids.size(2) - 1)]
 
     token = torch.arange(completion_ids.size(2), device=ends.device)
     place = prompt_lengths[:, None, None] + token - first[..., None]  # in its segment
     token_mask = batch["candidate_mask"][..., None] & (token < completion_lengths[..., None]) & (place > 0)
+    if "scored_mask" in batch:
+        token_mask &= batch["scored_mask"]
     token_index = row_of[..., None] * (length - 1) + starts[row_of, segment_of][..., None] + place - 1
     num_candidates = batch["candidate_mask"].sum(dim=1)[lists]
     return Rows(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import trl
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -19,6 +20,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
+from ..errors import UnsupportedTRLError
 from ..version import __version__
 
 try:
@@ -54,12 +56,14 @@ __all__ = [
     "disable_gradient_checkpointing",
     "forget_order_of_modules",
     "gather_head",
+    "gathered_for_writing",
     "get_config_model_id",
     "global_then_local_main_first",
     "hash_module",
     "prepare_deepspeed",
     "prepare_fsdp",
     "prepare_multimodal_messages",
+    "require_grpo",
     "tokenize",
     "triton_log_probs",
     "unset_hf_deepspeed_config",
@@ -197,3 +201,50 @@ def without_deepspeed_config() -> Iterator[None]:
     finally:
         if config is not None:
             set_hf_deepspeed_config(config)
+
+
+_GRPO_METHODS = {  # what OnlineLarPOTrainer overrides: arguments
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "log": ["self", "logs", "start_time"],
+}
+
+
+def require_grpo() -> None:
+    """
+    Checks that this TRL has a GRPOTrainer that [`OnlineLarPOTrainer`] was written for: its internals change often.
+
+    Raises:
+        UnsupportedTRLError: Says which TRL to install.
+    """
+    problem = None
+    if Version(trl.__version__).release[:2] != (1, 16):
+        problem = "its GRPOTrainer is another one"
+    else:
+        for name, arguments in _GRPO_METHODS.items():
+            method = getattr(trl.GRPOTrainer, name, None)
+            if method is None or list(inspect.signature(method).parameters) != arguments:
+                problem = f"`GRPOTrainer.{name}` is missing or takes other arguments"
+                break
+    if problem is not None:
+        raise UnsupportedTRLError(
+            f"OnlineLarPOTrainer of trl-larpo {__version__} needs TRL 1.16, and TRL {trl.__version__} is installed: "
+            f"{problem}. `pip install 'trl>=1.16,<1.17'`, or install a newer trl-larpo. Everything else works with "
+            "this TRL."
+        )
+
+
+@contextlib.contextmanager
+def gathered_for_writing(parameters: list[Tensor]) -> Iterator[None]:
+    """Parameters that ZeRO-3 shards are whole inside, and what the first process writes into them stays."""
+    if not any(map(is_sharded_by_deepspeed, parameters)):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
