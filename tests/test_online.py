@@ -10,7 +10,6 @@ import torch
 import trl
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
-from scripted_online import ONLINE, PROMPTS, Scripted, vowels
 from torch.utils.data import DataLoader, SequentialSampler
 from trajectories import assert_same_weights, trajectory
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 if not tiny.HAS_ONLINE:
     pytest.skip("OnlineLarPOTrainer needs TRL 1.16", allow_module_level=True)
 
+from scripted_online import ONLINE, PROMPTS, Scripted, vowels
 from trl.trainer.utils import RepeatSampler, nanstd, shuffle_sequence_dict, split_tensor_dict
 
 from trl_larpo import ConfigError, DataError, LarPOTrainer, OnlineLarPOConfig, OnlineLarPOTrainer, cli
