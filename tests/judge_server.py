@@ -1,4 +1,4 @@
-"""A judge for AlpacaEval at an OpenAI-compatible endpoint: it prefers one side, with token log-probabilities."""
+"""A judge at an OpenAI-compatible endpoint, for AlpacaEval's forms and Arena-Hard's: it prefers one side."""
 
 import json
 import re
@@ -9,6 +9,14 @@ from fake_server import JsonHandler
 
 REFERENCE = "the reference says"
 """Every output of the reference begins like this."""
+
+_RANKING = "[{'model': 'model_%d', 'rank': 1}, {'model': 'model_%d', 'rank': 2}]"
+_FORMS = {
+    r'"output": """(.*?)"""': ("m", "M"),
+    r'"answer": """(.*?)"""': (_RANKING % (1, 2), _RANKING % (2, 1)),
+    r"Answer of A:\n(.*?)\n\nAnswer of B:": ("A it is. [[A>>B]]", "B it is. [[B>A]]"),
+}
+"""Where the first answer stands, and what the judge says if it, or the second one, is better."""
 
 
 class JudgeServer(ThreadingHTTPServer):
@@ -40,17 +48,17 @@ class _Handler(JsonHandler):
         with self.server.lock:
             self.server.requests.append(asked)
         text = asked["messages"][-1]["content"]
-        first, _ = re.findall(r'"output": """(.*?)"""', text, re.DOTALL)
+        form = next(form for form in _FORMS if re.search(form, text, re.DOTALL))
+        first = re.search(form, text, re.DOTALL).group(1)
         reference_is_first = first.startswith(REFERENCE)
         wins_first = reference_is_first == (self.server.prefers == "reference")
-        best, other = ("m", "M") if wins_first else ("M", "m")
+        best, other = _FORMS[form] if wins_first else _FORMS[form][::-1]
         if self.server.prefers == "silent" and "quiet" in text:
             best, other = "The", "Model"
-        top = [{"token": t, "logprob": p, "bytes": None} for t, p in ((best, 0.0), (other, -40.0), ("x", -50.0))]
-        choice = {
-            "index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": best},
-            "logprobs": {"content": [top[0] | {"top_logprobs": top[: asked["top_logprobs"]]}]},
-        }  # fmt: skip
+        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": best}}
+        if asked.get("logprobs"):
+            top = [{"token": t, "logprob": p, "bytes": None} for t, p in ((best, 0.0), (other, -40.0), ("x", -50.0))]
+            choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top[: asked["top_logprobs"]]}]}
         usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
         about = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"]}
         self._send(200, about | {"choices": [choice], "usage": usage})

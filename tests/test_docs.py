@@ -50,8 +50,10 @@ NOT_RUN = {
     "pre-commit install": "changes a git repository",
     "pytest": "these are the tests; .ci/run runs it",
     "python tests/architectures.py": "takes five minutes; tests/test_architectures.py does the same",
-    "export OPENAI_API_KEY=...": "needs a key",
-    "python examples/evaluation/alpaca_eval2.py --model_name_or_path outputs/recipes": "needs a key and a GPU; "
+    "vllm serve Qwen/Qwen3-30B-A3B-Instruct-2507": "needs a GPU of 80 GB",
+    "python examples/evaluation/arena_hard.py --model_name_or_path outputs/recipes": "needs a judge and a GPU; "
+    "tests/test_evaluation_scripts.py runs the script with a small judge",
+    "python examples/evaluation/alpaca_eval2.py --model_name_or_path outputs/recipes": "needs a judge and a GPU; "
     "tests/test_evaluation_scripts.py runs the script with a small judge",
     "python examples/evaluation/mixeval.py --model_name_or_path outputs/recipes": "needs a GPU and MixEval's data; "
     "tests/test_evaluation_scripts.py runs the script",
@@ -252,7 +254,9 @@ IN_FILES = {  # further commands in the heads of examples: why they are not run 
     "python examples/benchmarks/whole_run.py": "the same",
     "python examples/quickstart/get_model.py": "the same",
     "larpo run --config examples/quickstart/quickstart.yaml": "the same",
-    "larpo run --config examples/recipes/": "tests/test_recipes.py runs all of them small; in full they need GPUs",
+    "larpo run --config examples/recipes/": "tests/test_recipes.py checks them small; in full they need GPUs",
+    "python examples/recipes/run_small.py": "tests/test_recipes.py calls it without the runs",
+    "python examples/recipes/table6/metamath.py": "needs the hub; tests/test_recipes.py converts a row",
     "python examples/studies/tasks.py": "tests/test_one_pass_study.py makes the same rows",
     "python examples/studies/online/compare.py": "hours; tests/test_online.py runs it small",
     "python examples/recipes/gpu_hours.py": "examples/recipes/README.md has it, and it is run from there",

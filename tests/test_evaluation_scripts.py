@@ -1,4 +1,4 @@
-"""The evaluation scripts: AlpacaEval 2 through the real package with a small judge, MixEval's files key by key."""
+"""The evaluation scripts: AlpacaEval 2 through the real package and Arena-Hard with a small judge, MixEval's files."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from judge_server import REFERENCE, JudgeServer
 from small_run import rows_of
@@ -88,30 +89,53 @@ def test_a_judge_that_always_prefers_one_side(alpaca_eval, folder, prefers, rate
         assert [row["instruction"][-1] for row in outputs] == list("01234")
         again = alpaca_eval(server)
         assert again.returncode == 0 and len(server.requests) == 5, "nothing is judged twice"
-    written = json.loads((folder / "out" / "my_judge_instruct" / "result.json").read_text())
+    written = json.loads((folder / "out" / "my_judge_instruct_weighted" / "result.json").read_text())
     assert (written["win_rate"], written["n_total"], written["missing"]) == (rate, 5, [])
     assert written["settings"]["alpaca_eval"] and written["settings"]["answers"]["temperature"] == 0.7
     assert f"win rate                    {rate:.2f} %" in result.stdout
+    assert "judge: alpaca_eval_gpt4_turbo_fn. Another judge's figures cannot be compared" in result.stdout
     assert "LC win rate 31.1, win rate 32.1" in result.stdout and "judged                      5 of 5" in result.stdout
 
 
+LENGTH = """
+def length(prompts, completions, **columns):
+    return [float(len(c[-1]["content"])) for c in completions]
+"""
+
+
 @pytest.mark.slow
-def test_the_leaderboards_judge_leaves_the_package_as_it_is(alpaca_eval, folder):
-    """GPT-4-turbo's configuration, with its endpoint on the loopback."""
+def test_the_initial_model_and_the_best_of_its_answers_have_the_same_judge(alpaca_eval, folder):
+    """Asked as the paper asks for table 4. The package's own files stay as they are."""
     import alpaca_eval as package
 
     def files():
         return {path for path in Path(package.__file__).parent.rglob("*") if "__pycache__" not in path.parts}
 
+    (folder / "lengths.py").write_text(LENGTH)
     before = files()
+    baselines = ["--initial_model", "model", "--best_of_n", 3, "--best_of_n_reward", "lengths:length"]
+    recipe = RECIPE.parents[1] / "table4/gemma_memory_all.yaml"
     with JudgeServer("model") as server:
-        key = {"OPENAI_API_KEY": "EMPTY", "OPENAI_API_BASE": server.url}
-        result = alpaca_eval(server, judge_model=None, **key)
+        result = alpaca_eval(
+            server, "--judge", "llama3_70b_fn", *baselines, "--recipe", recipe, judge_model="org/Llama-3-70B-Instruct"
+        )
         assert result.returncode == 0, result.stderr[-3000:]
-        assert {asked["model"] for asked in server.requests} == {"gpt-4-1106-preview"}
-        again = alpaca_eval(server, judge_model=None, **key)
-        assert again.returncode == 0 and len(server.requests) == 5
-    assert "win rate                    100.00 %" in again.stdout
+        assert {(asked["model"], asked["max_tokens"]) for asked in server.requests} == {
+            ("org/Llama-3-70B-Instruct", 100)
+        }
+    results = json.loads((folder / "out/results.json").read_text())
+    names = ["model", "initial_model", "initial_model_best_of_3"]
+    assert [(each["name"], each["win_rate"]) for each in results] == [(name, 100.0) for name in names]
+    for each in results:
+        assert each["settings"]["asked_by"] == "alpaca_eval_llama3_70b_fn" and each["environment"]["device"] == "cpu"
+        assert each["settings"]["answers"]["batch_size"] == 64 and each["environment"]["transformers"]
+    one, best = (rows_of(folder / f"out/{name}/answers.jsonl") for name in names[1:])
+    chosen = json.loads((folder / f"out/{names[2]}/model_outputs.json").read_text())
+    for alone, several, row in zip(one, best, chosen, strict=True):
+        texts = [completion[-1]["content"] for completion in several["completions"]]
+        assert len(texts) == 3 and row["output"] == max(texts, key=len)
+        assert alone["completions"] == several["completions"][:1], "the same random numbers"
+    assert "The paper (the same judge): " in result.stdout and "AlpacaEval 2 LC win rate 56.02" in result.stdout
     assert files() == before
 
 
@@ -141,14 +165,101 @@ def test_other_settings_are_refused(alpaca_eval, folder):
     "words, message",
     [
         (["--judge_later"], "give --preset or --temperature"),
-        (["--preset", "mistral_base", "--judge_model", "x"], "--judge_model and --judge_url go together"),
-        (["--preset", "mistral_base"], "OPENAI_API_KEY|the package alpaca-eval is missing"),
+        (["--preset", "mistral_base"], "give --judge_url, e.g. that of `vllm serve Qwen|the package alpaca-eval is"),
+        (["--preset", "qwen3", "--judge_later", "--best_of_n", "4"], "--best_of_n and --best_of_n_reward go together"),
+        (
+            ["--preset", "gemma3", "--judge_later", "--best_of_n", "4", "--best_of_n_reward", "gsm8k"],
+            "give --initial_model",
+        ),
     ],
 )
 def test_bad_options_come_before_any_answer(folder, run, words, message):
     result = run("alpaca_eval2.py", "--output", "out", *words)
-    assert result.returncode == 2 and not (folder / "out").exists()
+    assert result.returncode == 2 and not list(folder.glob("out/**/*.jsonl"))
     assert any(part in result.stderr for part in message.split("|"))
+
+
+def test_presets_are_what_is_sampled_with(folder, run):
+    (folder / "references.json").write_text('[{"instruction": "hi", "output": "x", "generator": "y"}]')
+    flags = ["--references", "references.json", "--max_new_tokens", 4, "--judge_later"]
+    for preset, expected in (
+        ("mistral_base", {"temperature": 0.7, "top_p": 1.0, "system_prompt": ""}),
+        ("qwen3", {"temperature": 0.7, "top_p": 0.8, "system_prompt": None}),
+    ):
+        assert run("alpaca_eval2.py", *flags, "--preset", preset, "--output", preset).returncode == 0
+        settings = json.loads((folder / preset / "answers.settings.json").read_text())
+        assert {name: settings[name] for name in expected} == expected
+        [row] = rows_of(folder / preset / "answers.jsonl")
+        assert row["prompt"][0]["role"] == ("system" if expected["system_prompt"] == "" else "user")
+
+
+# Arena-Hard v2
+
+
+@pytest.fixture
+def arena_hard(folder, run):
+    """Calls the script with six questions, one of them `quiet`, and one of another category."""
+    questions = [
+        {"uid": str(i), "prompt": f"{'quiet, ' if i == 2 else ''}tell me {i}", "category": "hard_prompt"}
+        for i in range(6)
+    ]
+    other = [{"uid": "9", "prompt": "sing", "category": "creative_writing"}]
+    rows = [
+        {"uid": q["uid"], "messages": [{}, {"content": {"answer": f"{REFERENCE} {i}"}}]}
+        for i, q in enumerate(questions)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions + other))
+    (folder / "baseline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--questions", "questions.jsonl", "--baseline", "baseline.jsonl", "--preset", "qwen3", "--output", "out"]
+    return lambda server, *more: run(
+        "arena_hard.py", *flags, "--max_new_tokens", 16, "--judge_url", server.url, "--judge_model", "my/judge", *more
+    )
+
+
+def test_arena_hard_asks_in_both_orders_and_counts_clear_verdicts_three_times(arena_hard, folder):
+    with JudgeServer("silent") as server:  # which prefers the model
+        result = arena_hard(server, "--initial_model", "model")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert len(server.requests) == 2 * 2 * 6
+        assert "WARNING: 2 judgements have no verdict" in result.stdout
+    games = rows_of(next((folder / "out/my_judge").glob("games.jsonl*")))
+    assert {(g["model_first"], g["verdict"]) for g in games} == {(True, "A>>B"), (False, "B>A")}
+    with JudgeServer("reference") as server:
+        again = arena_hard(server, "--initial_model", "model")
+        assert again.returncode == 0 and len(server.requests) == 4, "only what is missing"
+    found = json.loads((folder / "out/results.json").read_text())
+    assert [row["name"] for row in found["results"]] == ["model", "initial_model"]
+    for row in found["results"]:  # 5 clear ones for the model count 3, 5 others 1; then 1 clear one and 1 against it
+        assert row["win_rate"]["rate"] == pytest.approx((5 * 3 + 5) / (5 * 3 + 5 + 3 + 1))
+        assert row["win_rate"]["low"] <= row["win_rate"]["rate"] <= row["win_rate"]["high"]
+        assert row["judgements"] == 6 and row["answers"]["temperature"] == 0.7
+    assert found["judge"] == "my/judge" and found["environment"]["device"] == "cpu"
+
+
+def test_style_control_takes_out_what_length_explains(monkeypatch):
+    """A judge that looks at length alone: a model of longer answers wins, and with style control it does not."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = runpy.run_path(str(SCRIPTS / "arena_hard.py"))
+    rng = np.random.default_rng(0)
+    results = []
+    for extra in (0.5, -0.2):
+        styles = np.column_stack([rng.normal(extra, 0.4, 4000), rng.normal(0, 0.1, (4000, 3))])
+        outcomes = rng.random(4000) < 1 / (1 + np.exp(-3 * styles[:, 0]))
+        results.append({"outcomes": outcomes.astype(float).tolist(), "styles": list(styles)})
+    raw, controlled = [np.mean(r["outcomes"]) for r in results], script["style_controlled"](results)
+    assert raw[0] > 0.7 and raw[1] < 0.42
+    assert controlled == pytest.approx([0.5, 0.5], abs=0.05)
+    better = [{"outcomes": [1.0] * 30 + [0.0] * 10, "styles": [np.zeros(4)] * 40}]
+    assert script["style_controlled"](better) == pytest.approx([0.75], abs=1e-3)
+
+
+def test_style_of_a_text(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = runpy.run_path(str(SCRIPTS / "arena_hard.py"))
+    text = "# Head\n- one **bold** word\n2. two\n```\n# no head\n- none\n```\n"
+    assert script["style_of"](text).tolist() == [8, 1, 2, 1]
+    assert script["style_difference"](text, text).tolist() == [0, 0, 0, 0]
+    assert [script["verdict_of"](x) for x in ("[[A>B]] no, [[B>>A]]", "A>B", "[[A>>>B]]")] == ["B>>A", None, None]
 
 
 # MixEval
@@ -178,8 +289,11 @@ INPUTS = {
 }
 
 SCORER = """
-import sys, json, pathlib
+import os, sys
 print("scored", *sys.argv[1:])
+assert os.environ["MODEL_PARSER_API"] == "EMPTY"
+if "rule" in sys.argv and "--compute_score_from_judged_file" not in sys.argv:
+    raise KeyError("number_samples")
 """
 
 
@@ -250,11 +364,18 @@ def test_the_scorer_is_called_where_it_is_installed(benchmark, folder, run, monk
     (folder / "mix_eval" / "compute_metrics.py").write_text(SCORER)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.syspath_prepend(str(folder))
-    result = run(
-        "mixeval.py", *MIXEVAL, "--benchmarks", "mixeval", "--judge", "--judge_arguments=--free_form_parser rule"
+    monkeypatch.delenv("MODEL_PARSER_API", raising=False)
+    result = run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval", "--judge", "--initial_model", "model")
+    first, second = [line for line in result.stdout.splitlines() if line.startswith("scored")][::2]
+    assert first.startswith("scored --benchmark mixeval --version 2024-08-11"), result.stderr[-2000:]
+    assert "--free_form_parser rule --multi_choice_parser rule" in first and "out/initial_model" in second
+    assert "--compute_score_from_judged_file" in result.stdout, "the rules' first call fails once it has judged"
+    parser = ["--parser_model", "my/parser", "--parser_url", "http://127.0.0.1:1/v1"]
+    result = run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval", *parser)
+    assert (
+        "--freeform_judge my/parser --multichoice_judge my/parser --api_base_url http://127.0.0.1:1/v1" in result.stdout
     )
-    assert "scored --benchmark mixeval --version 2024-08-11" in result.stdout, result.stderr[-2000:]
-    assert "--free_form_parser rule" in result.stdout
+    assert json.loads((folder / "out/environment.json").read_text())["device"] == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["no file", "no version", "no options"])

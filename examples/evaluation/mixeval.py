@@ -5,22 +5,27 @@ MixEval and MixEval-Hard: generates a model's greedy answers in the format that 
     python examples/evaluation/mixeval.py --model_name_or_path outputs/recipes/table2/mistral_instruct_lambdarank_fsfairx/iteration_3/model --data MixEval/mix_eval/data/mixeval-2024-06-01 --output outputs/mixeval/mistral_instruct_lambdarank_fsfairx --recipe examples/recipes/table2/mistral_instruct_lambdarank_fsfairx.yaml
 
 `--data` is the folder of one version of the benchmark, with mixeval/ and mixeval-hard/ in it. Rerun the same command to
-resume. With `--judge`, mix_eval is called if it is installed; otherwise its command is printed.
+resume. With `--judge`, mix_eval is called if it is installed; otherwise its command is printed. Answers are parsed by
+mix_eval's rules, or by an open model: `--parser_model Qwen/Qwen3-30B-A3B-Instruct-2507 --parser_url
+http://127.0.0.1:8000/v1`. The paper's parser, gpt-3.5-turbo-0125, was shut down on 2026-10-23; accuracies by another
+parser cannot be compared with the paper's.
 """  # noqa: E501
 
 import argparse
 import importlib.util
+import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from answers import add_options, answer, paper_figures, run
+from answers import Entrant, add_options, answer, entrants, environment, paper_figures, run, sampling_of
 
 from trl_larpo import DataError, LarPOError
-from trl_larpo.storage import write_jsonl
+from trl_larpo.storage import write_json, write_jsonl
 
 BENCHMARKS = {"mixeval": "mixeval", "mixeval_hard": "mixeval-hard"}
 """Name of each benchmark and its folder."""
@@ -33,19 +38,27 @@ STEP_BY_STEP = ("BBH", "GSM8k", "MATH")
 
 
 def main() -> None:
-    arguments = parse()
+    parser = make_parser()
+    arguments = parser.parse_args()
+    if (arguments.parser_model is None) != (arguments.parser_url is None):
+        parser.error("--parser_model and --parser_url go together")
+    measured = entrants(arguments, parser)
+    if arguments.best_of_n > 1:
+        parser.error("answers are greedy here, of which there is one: leave out --best_of_n")
     version = arguments.version or version_of(arguments.data)
+    sampling = sampling_of(arguments, 0.0)  # greedy
     # Read all files before generating any answer, so that errors appear early
     questions = {
         (benchmark, part): read_questions(arguments.data / BENCHMARKS[benchmark] / f"{part}.json", part)
         for benchmark in arguments.benchmarks
         for part in PARTS
     }
-    for (benchmark, part), entries in questions.items():
-        folder = arguments.output / arguments.name / benchmark / version
-        print(f"{benchmark}, {part}: {len(entries)} questions")
+    for entrant, ((benchmark, part), entries) in itertools.product(measured, questions.items()):
+        folder = entrant.folder / arguments.name / benchmark / version
+        print(f"{entrant.name}, {benchmark}, {part}: {len(entries)} questions")
         inputs = [format_input(entry) for entry in entries.values()]
-        responses = answer(arguments, inputs, arguments.output / "answers" / version / f"{benchmark}_{part}.jsonl", 0.0)
+        path = entrant.folder / "answers" / version / f"{benchmark}_{part}.jsonl"
+        responses = answer(arguments, entrant, inputs, path, sampling)
         rows = [
             entry | {"id": name, "formated_input": text, "response": response}
             for (name, entry), text, response in zip(entries.items(), inputs, responses, strict=True)
@@ -53,10 +66,14 @@ def main() -> None:
         suffix = "_hard" if benchmark == "mixeval_hard" else ""
         folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / f"{arguments.name}_{PARTS[part]}{suffix}.jsonl", rows)
-    score(arguments, version)
+    write_json(arguments.output / "environment.json", environment(arguments))
+    for entrant in measured:
+        score(arguments, entrant, version)
+    if arguments.recipe is not None:
+        print(f"The paper (parser: gpt-3.5-turbo-0125): {paper_figures(arguments.recipe)}")
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     add_options(parser, max_new_tokens=512)
     parser.set_defaults(name="local_chat")  # a name in mix_eval's registry of models
@@ -66,11 +83,11 @@ def parse() -> argparse.Namespace:
         "--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="what to run (default: both)"
     )
     parser.add_argument("--judge", action="store_true", help="score with mix_eval, if it is installed")
-    parser.add_argument(
-        "--judge_arguments", default="", help="further arguments of mix_eval.compute_metrics, e.g. for another parser"
-    )
+    parser.add_argument("--parser_model", help="model that parses answers, at --parser_url (default: mix_eval's rules)")
+    parser.add_argument("--parser_url", help="OpenAI-compatible endpoint of the parser")
+    parser.add_argument("--judge_arguments", default="", help="further arguments of mix_eval.compute_metrics")
     parser.add_argument("--recipe", type=Path, help="recipe whose results in the paper are printed with yours")
-    return parser.parse_args()
+    return parser
 
 
 def version_of(folder: Path) -> str:
@@ -107,25 +124,36 @@ def format_input(entry: dict) -> str:
     return f"Question: {context}{entry['prompt']}\n{ending}"
 
 
-def score(arguments: argparse.Namespace, version: str) -> None:
-    """Calls mix_eval, or prints its command."""
-    common = ["--version", version, "--model_response_dir", str(arguments.output), "--models_to_eval", arguments.name]
+def score(arguments: argparse.Namespace, entrant: Entrant, version: str) -> None:
+    """Calls mix_eval, or prints its commands."""
+    common = ["--version", version, "--model_response_dir", str(entrant.folder), "--models_to_eval", arguments.name]
+    if arguments.parser_model is None:
+        common += ["--free_form_parser", "rule", "--multi_choice_parser", "rule"]
+    else:
+        common += ["--freeform_judge", arguments.parser_model, "--multichoice_judge", arguments.parser_model]
+        common += ["--api_base_url", arguments.parser_url]
     common += shlex.split(arguments.judge_arguments)
-    commands = [
-        [sys.executable, "-m", "mix_eval.compute_metrics", "--benchmark", benchmark, *common]
-        for benchmark in arguments.benchmarks
-    ]
     installed = importlib.util.find_spec("mix_eval") is not None
     if arguments.judge and not installed:
         print("mix_eval is not installed: git clone https://github.com/Psycoy/MixEval && pip install -e MixEval")
-    for command in commands:
+    for benchmark in arguments.benchmarks:
+        command = [sys.executable, "-m", "mix_eval.compute_metrics", "--benchmark", benchmark, *common]
         if arguments.judge and installed:
-            if subprocess.run(command).returncode != 0:
-                raise LarPOError("mix_eval failed; its message is above. The responses are kept.")
+            print(f"{entrant.name}:", flush=True)
+            call_mix_eval(command)
         else:
-            print("To score:", shlex.join(["python", *command[1:]]))
-    if arguments.recipe is not None:
-        print(f"The paper: {paper_figures(arguments.recipe)}")
+            print(f"To score {entrant.name}:", shlex.join(["python", *command[1:]]))
+
+
+def call_mix_eval(command: list[str]) -> None:
+    """
+    Calls mix_eval, and once more from what it has judged: with its rules, the first call ends in an error of its own
+    (`KeyError: 'number_samples'`) after it has written all judgements.
+    """
+    settings = {"MODEL_PARSER_API": "EMPTY"} | os.environ
+    again = [*command, "--compute_score_from_judged_file"]
+    if subprocess.run(command, env=settings).returncode != 0 and subprocess.run(again, env=settings).returncode != 0:
+        raise LarPOError("mix_eval failed; its message is above. The responses are kept.")
 
 
 if __name__ == "__main__":
