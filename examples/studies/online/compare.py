@@ -13,6 +13,7 @@ command to resume.
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -20,15 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from trl_larpo import OnlineLarPOConfig, OnlineLarPOTrainer
-from trl_larpo.rewards.verifiers import verifiable_instructions_reward
+from trl_larpo.rewards.functions import load_rewards
 from trl_larpo.run.evaluation import mean_and_error, with_error
 from trl_larpo.run.loop import run
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parents[1] / "quickstart"
-NUM_SAMPLES, PROMPTS_PER_STEP = 4, 16
-SAMPLING = {"temperature": 0.8, "max_completion_length": 64}
+NUM_SAMPLES, TEMPERATURE = 4, 0.8
 TRAINING = {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "gradient_checkpointing": False, "bf16": False,
             "report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True}  # fmt: skip
 ARMS = {  # options of a trainer on GRPO's engine; of `run` there are none here
@@ -46,7 +46,10 @@ def main() -> None:
     parser.add_argument("--model", default="outputs/SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--steps", type=int, default=4, help="times that 16 prompts are sampled")
+    parser.add_argument("--steps", type=int, default=4, help="times that prompts are sampled")
+    parser.add_argument("--prompts-per-step", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--reward", default="verifiable_instructions", help="as in `larpo run`")
     parser.add_argument("--held-out", type=int, default=24, help="held-out prompts, four answers each")
     parser.add_argument("--output", type=Path, default=Path("outputs/online_study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
@@ -65,12 +68,12 @@ def main() -> None:
 def result_of(arm: str, seed: int, options: argparse.Namespace) -> dict:
     """Mean held-out reward of the model before and after the training of an arm."""
     folder = options.output / f"{arm}_seed{seed}"
-    train = rows_of("prompts.jsonl", options.steps * PROMPTS_PER_STEP)
+    train = rows_of("prompts.jsonl", options.steps * options.prompts_per_step)
     trained = (
         train_run(folder, seed, options) if ARMS[arm] is None else train_on_grpo(arm, folder, seed, train, options)
     )
     held_out = rows_of("held_out_prompts.jsonl", options.held_out)
-    before, after = (held_out_rewards(path, held_out, seed) for path in (options.model, trained))
+    before, after = (held_out_rewards(path, held_out, seed, options) for path in (options.model, trained))
     return {"arm": arm, "seed": seed, "samples": len(train) * NUM_SAMPLES,
             "before": statistics.fmean(before), "after": statistics.fmean(after),
             "gain": statistics.fmean(b - a for a, b in zip(before, after, strict=True))}  # fmt: skip
@@ -88,16 +91,16 @@ def train_run(folder: Path, seed: int, options: argparse.Namespace) -> str:
             prompts=[str(QUICKSTART / "prompts.jsonl")],
             held_out_prompts=str(QUICKSTART / "held_out_prompts.jsonl"),
             num_held_out=2,
-            prompts_per_iteration=options.steps * PROMPTS_PER_STEP // 2,
+            prompts_per_iteration=options.steps * options.prompts_per_step // 2,
             prompt_schedule="fresh",
             num_iterations=2,
             num_samples=NUM_SAMPLES,
-            temperature=[SAMPLING["temperature"]],
-            max_new_tokens=SAMPLING["max_completion_length"],
+            temperature=[TEMPERATURE],
+            max_new_tokens=options.max_tokens,
             generation_batch_size=64,
             monitor_evals=0,
             stop_on=["none"],
-            reward_funcs=["verifiable_instructions"],
+            reward_funcs=[options.reward],
         ),
         RunTrainingConfig(str(folder), seed=seed, per_device_train_batch_size=2, num_train_epochs=1, **TRAINING),
         ModelConfig(model_name_or_path=options.model),
@@ -113,13 +116,15 @@ def train_on_grpo(arm: str, folder: Path, seed: int, rows: list[dict], options: 
         seed=seed,
         num_generations=NUM_SAMPLES,
         per_device_train_batch_size=2 * NUM_SAMPLES,
-        steps_per_generation=PROMPTS_PER_STEP // 2,
+        steps_per_generation=options.prompts_per_step // 2,
         num_train_epochs=1,
-        **TRAINING | SAMPLING | own,
+        temperature=TEMPERATURE,
+        max_completion_length=options.max_tokens,
+        **TRAINING | own,
     )
     trainer = trainer_cls(
         model=options.model,
-        reward_funcs=reward if trainer_cls is GRPOTrainer else verifiable_instructions_reward,
+        reward_funcs=load_rewards([options.reward])[0].function if arm != "grpo" else partial(grpo_reward, options),
         args=args,
         train_dataset=Dataset.from_list(rows),
     )
@@ -128,16 +133,17 @@ def train_on_grpo(arm: str, folder: Path, seed: int, rows: list[dict], options: 
     return str(folder / "model")
 
 
-def reward(prompts, completions, completion_ids, **columns):
+def grpo_reward(options: argparse.Namespace, prompts, completions, completion_ids, **columns):
     """The same reward for GRPOTrainer, which does not say what ended."""
-    finished = [len(ids) < SAMPLING["max_completion_length"] for ids in completion_ids]
-    return verifiable_instructions_reward(prompts, completions, finished=finished, **columns)
+    finished = [len(ids) < options.max_tokens for ids in completion_ids]
+    return load_rewards([options.reward])[0].function(prompts, completions, finished=finished, **columns)
 
 
-def held_out_rewards(model: str, rows: list[dict], seed: int) -> list[float]:
+def held_out_rewards(model: str, rows: list[dict], seed: int, options: argparse.Namespace) -> list[float]:
     """The reward of four answers to each held-out prompt."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(model).eval()
+    reward = load_rewards([options.reward])[0].function
     set_seed(seed)
     rewards: list[float] = []
     for row in rows:
@@ -145,15 +151,15 @@ def held_out_rewards(model: str, rows: list[dict], seed: int) -> list[float]:
             [row["prompt"]], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         outputs = policy.generate(
-            **inputs, do_sample=True, temperature=0.8, top_k=0, top_p=1.0, num_return_sequences=NUM_SAMPLES,
-            max_new_tokens=SAMPLING["max_completion_length"],
+            **inputs, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, num_return_sequences=NUM_SAMPLES,
+            max_new_tokens=options.max_tokens,
         )[:, inputs["input_ids"].size(1) :]  # fmt: skip
         finished = [bool((tokens == tokenizer.eos_token_id).any()) for tokens in outputs]
         texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
         columns = {name: [value] * NUM_SAMPLES for name, value in row.items() if name != "prompt"}
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         prompts = [row["prompt"]] * NUM_SAMPLES
-        rewards += verifiable_instructions_reward(prompts, completions, finished=finished, **columns)
+        rewards += reward(prompts, completions, finished=finished, **columns)
     return rewards
 
 
