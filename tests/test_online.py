@@ -72,7 +72,7 @@ VARIANTS = {
     "per token": {"per_token_scores": True, "beta": 2.0},
     "no reference": {"reference_free": True},
     "margin": {"target_margin": 0.5, "label_smoothing": 0.1},
-    "divergence": {"f_divergence_type": "js_divergence"},
+    "divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     "NLL": {"loss_type": ["listmle", "sft"], "loss_weights": [1.0, 0.5]},
     "drop": {"truncated_completions": "drop"},
     "by reward": {"truncated_completions": "by_reward"},
@@ -477,6 +477,26 @@ def test_larpo_online(project, talkative_model, capsys):
 def test_larpo_online_names_what_is_missing(tmp_path, capsys, flags, message):
     assert cli.main(["online", "--output_dir", str(tmp_path), "--use_cpu", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_of_rewards_reach_them(tiny_model, tmp_path, monkeypatch):
+    given = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(options, **settings):
+        given.append((options.settings, options.reward_batch_size, settings))
+        raise Stop
+
+    monkeypatch.setattr("trl_larpo.commands.RewardScorer", stop)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "why"}\n')
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", str(tmp_path / "prompts.jsonl"), "--use_cpu"]
+    flags += ["--reward_funcs", "owner/model", "--reward_batch_size", "3", "--reward_max_length", "9"]
+    with pytest.raises(Stop):
+        cli.main(["online", "--output_dir", str(tmp_path), "--reward_dtype", "bfloat16", *flags])
+    settings = {"normalize": False, "max_length": 9, "dtype": "bfloat16"}
+    assert given == [(settings, 3, {"use_cpu": True})]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.rewards import verifiers
-from trl_larpo.rewards.functions import Reward, load_rewards, mean_preferences, reward_id, score_pools
+from trl_larpo.rewards.functions import Reward, as_function, load_rewards, mean_preferences, reward_id, score_pools
 from trl_larpo.rewards.verifiers import (
     INSTRUCTIONS,
     boxed_answer,
@@ -349,3 +349,16 @@ def test_reward_id_changes_with_every_setting():
         reward_id(["a"], None, max_length=5),
     }
     assert len(ids) == 4 and reward_id(["a"], None) == reward_id(["a"], [1.0])
+
+
+def test_rankers_as_functions_of_trl():
+    def ranker(prompt, completions):
+        calls.append((prompt, completions))
+        return [[float(len(a) > len(b)) for b in completions] for a in completions]
+
+    calls = []
+    function = as_function(Reward("pairwise:mine:ranker", ranker, pairwise=True))
+    prompts = [[{"role": "user", "content": text}] for text in "aab"]
+    assert function(prompts=prompts, completions=["x", "xyz", "xy"], trainer_state=None) == [0.0, 1.0, None]
+    assert [completions for _, completions in calls] == [["x", "xyz"], ["xy"]]
+    assert function.__name__ == "pairwise:mine:ranker"

@@ -23,7 +23,7 @@ class OnlineState:
     Attributes:
         step: Batches so far, those within an optimizer step included.
         num_processes: How many processes there are.
-        batches: What was sampled last, in batches of a step. Empty where the next step samples anew.
+        batches: What was sampled last, in batches of a step. Empty where the next step samples again.
         memory: Rows of [`SampleMemory`].
     """
 
@@ -53,8 +53,8 @@ class OnlineState:
         row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if row.get("num_processes") != num_processes:
             logger.warning(
-                f"{folder} has no samples and no memory of a training in {num_processes} processes: the training "
-                "resumes with new samples."
+                f"{folder} does not have the samples and the memory of as many processes as there are now "
+                f"({num_processes}): the training resumes with new samples."
             )
             return None
         batches: dict[int, Batch] = {}

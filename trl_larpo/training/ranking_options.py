@@ -137,7 +137,7 @@ class RankingOptions:
 
 def check_ranking_options(args: Any) -> None:
     """
-    Checks [`RankingOptions`], and brings them into their form, before the rest of a configuration is looked at.
+    Checks [`RankingOptions`], and brings them into their form, before those of TRL are checked.
 
     Raises:
         ConfigError: Names the option, and how to fix it.
