@@ -77,6 +77,10 @@ VARIANTS = {
     "drop": {"truncated_completions": "drop"},
     "by reward": {"truncated_completions": "by_reward"},
     "moving reference": {"ref_update_steps": 2, "num_iterations": 3, "max_steps": 5},
+    "mixed reference": {
+        "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "num_iterations": 3,
+        "max_steps": 5,
+    },
 }  # fmt: skip
 CASES = {loss: {"loss_type": [loss]} for loss in RANKING_LOSSES} | VARIANTS
 CASES |= {f"LoRA, {name}": VARIANTS[name] for name in ("accumulation", "iterations")}
@@ -171,10 +175,12 @@ def test_an_evaluation_that_cuts_groups_is_refused(config, online):
         online(options, eval_dataset=PROMPTS)
 
 
-def test_evaluation(online):
-    trainer = online({"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}, eval_dataset=PROMPTS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_evaluation(online, size):
+    trainer = online({"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": size}, eval_dataset=PROMPTS)
     [first, *_] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert first["eval_list_size"] == 2 and 0 <= first["eval_ranking/accuracy"] <= 1 and "eval_reward" in first
+    assert first["eval_list_size"] == size and 0 < first["eval_reward"] < 1
+    assert first["eval_loss"] == 0 if size == 1 else 0 <= first["eval_ranking/accuracy"] <= 1
 
 
 def test_prompts_that_an_environment_makes_different():
@@ -358,9 +364,9 @@ RESUMED = {  # the samples are trained on in eight steps; the reference is repla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [False, True])
-def test_a_resumed_training_ends_as_an_uninterrupted_one(online, tmp_path, adapter):
-    peft = {"peft_config": lora()} if adapter else {}
+@pytest.mark.parametrize("reference", ["model", "adapter", "mixed"])
+def test_a_resumed_training_ends_as_an_uninterrupted_one(online, tmp_path, reference):
+    peft = {"peft_config": lora()} if reference == "adapter" else {}
 
     def letters(completions, **columns):
         return [float(len(set(text))) for text in completions]
@@ -371,10 +377,12 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(online, tmp_path, adapt
         return [{name: value for name, value in entry.items() if name not in timed} for entry in entries]
 
     options = {**RESUMED, "output_dir": str(tmp_path / "whole"), "learning_rate": 3e-3}
+    if reference == "mixed":
+        options |= {"ref_update_steps": None, "sync_ref_model": True, "ref_model_sync_steps": 2}
     peft |= {"cls": OnlineLarPOTrainer, "reward_funcs": letters}
     whole = online(options, **peft)
     assert min(entry["loss"] for entry in logged(whole)) > 0.1
-    for step in (3, 4, 6):  # in the midst of the samples, at the end of an epoch, in the second epoch
+    for step in (3, 4, 6):  # in the middle of the samples, at the end of an epoch, in the second epoch
         resumed = online(
             options | {"output_dir": str(tmp_path / str(step))},
             resume=str(tmp_path / "whole" / f"checkpoint-{step}"),

@@ -58,6 +58,8 @@ def whole_groups(batch: dict[str, Any], rewards: Tensor, finished: Sequence[bool
         finished: Whether each ended on its own.
         group_size: Samples of each group.
     """
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+    batch = {name: batch[name].cpu() for name in names if name in batch}  # at once, not token by token
     prompts = [ids[real.bool()].tolist() for ids, real in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
     for start in range(0, len(prompts), group_size):
         members = range(start, start + group_size)

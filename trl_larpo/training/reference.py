@@ -1,4 +1,4 @@
-"""A reference that follows the policy: every so many steps the policy takes its place."""
+"""A reference that follows the policy: at regular intervals the policy takes its place."""
 
 from collections.abc import Iterator
 from pathlib import Path
