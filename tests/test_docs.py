@@ -60,6 +60,8 @@ NOT_RUN = {
     "larpo run --config examples/recipes/table2/mistral_instruct_lambdarank_fsfairx.yaml": "needs 8 GPUs and the hub",
     "larpo online --config examples/online/cpu.yaml": "tests/test_online.py trains with this file, a step",
     "accelerate launch --config_file examples/accelerate_configs/zero2.yaml -m trl_larpo online": "needs 8 GPUs",
+    "larpo run --config examples/recipes/today/qwen3_4b_skywork_1x24gb.yaml": "needs a GPU and the hub; "
+    "tests/test_recipes.py runs the small form",
     "larpo run --config it_from_rlhflow.yaml": "needs GPUs and the hub",
     "larpo recall --model_name_or_path outputs/SmolLM2-135M-Instruct --prompts openai/gsm8k": "needs the hub",
     "larpo recall --model_name_or_path outputs/SmolLM2-135M-Instruct --prompts HuggingFaceH4": "needs the hub",

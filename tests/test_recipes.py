@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "recipes"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 RECIPES = {str(path.relative_to(FOLDER)): yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*/*.yaml"))}
+TODAY = [name for name in RECIPES if name.startswith("today/")]
+PAPERS = [name for name in RECIPES if name not in TODAY]
 
 LOSSES = ("contrastive", "lambdarank", "listmle")
 TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2)  # those that the paper searches
@@ -147,7 +149,7 @@ FIGURES = {
 
 
 def test_there_is_one_recipe_for_each_point_of_the_paper():
-    assert sorted(RECIPES) == NAMES
+    assert sorted(PAPERS) == NAMES
     assert len(set(NAMES)) == 14 + 8 + 4 + 2 + 4 + 5 + 4 + 5 + len(BASELINES)
 
 
@@ -214,11 +216,37 @@ def test_figures_are_the_papers(name):
 
 def test_the_table_lists_every_recipe_with_its_estimate():
     gpu_hours = runpy.run_path(str(FOLDER / "gpu_hours.py"))["gpu_hours"]
-    for name, recipe in RECIPES.items():
+    for name, recipe in ((name, RECIPES[name]) for name in PAPERS):
         [line] = [line for line in README.splitlines() if f"({name})" in line]
         _, row, _, hours, ours, _ = map(str.strip, line.split("|"))
         assert row.startswith(f"[{Path(name).stem}]")
         assert hours == " / ".join(f"{one:.0f}" for one in gpu_hours(recipe)) and ours == "not run"
+
+
+PAGE = (ROOT / "docs/which_recipe.md").read_text(encoding="utf-8")
+STAGES = ("sampling", "rewards", "reference", "training")
+
+
+@pytest.mark.parametrize("name", TODAY)
+def test_recipes_of_today_fit_their_hardware_as_their_heads_and_the_page_say(name):
+    stages = runpy.run_path(str(ROOT / "examples/benchmarks/memory_estimate.py"))["stages"]
+    wall_hours = runpy.run_path(str(FOLDER / "gpu_hours.py"))["wall_hours"]
+    recipe, text = RECIPES[name], (FOLDER / name).read_text()
+    gib = {stage: size / 2**30 for stage, size in stages(recipe).items()}
+    reward, hardware, room = re.fullmatch(r"today/\w+_(skywork|math)_(\d)x(\d+)gb.yaml", name).groups()
+    assert list(gib) == [*STAGES] and max(gib.values()) < 0.9 * int(room)
+    said = ", ".join(f"{stage} {size:.0f}" for stage, size in gib.items() if size)
+    assert f"# GiB on each GPU (estimate): {said}.\n" in text
+    [line] = [line for line in PAGE.splitlines() if f"/{name})" in line]
+    of_page = [cell.strip() for cell in line.split("|")]
+    assert of_page[1] == f"{hardware} × {room} GB" and of_page[2] == recipe["model_name_or_path"].split("/")[1].replace(
+        "gemma-3-4b", "Gemma-3-4B"
+    )
+    assert of_page[5] == " / ".join(f"{size:.0f}" if size else "–" for size in gib.values())
+    assert of_page[6] == " / ".join(f"{hours:.1f}" for hours in wall_hours(recipe))
+    assert recipe.get("num_processes", 1) == int(hardware) and recipe.get("use_peft", False) == (hardware == "1")
+    assert (recipe["reward_funcs"] == "math") == (reward == "math")
+    assert f"larpo run --config examples/recipes/{name}\n" in re.sub(r" +#[^\n]*", "", text)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -243,6 +271,7 @@ KINDS = (
     "table4/gemma_memory_previous",
     "table4/gemma_diverse_temperature",
     "figure4a/mathstral_easiest_negatives",  # a rule, prompts of another set
+    "today/qwen3_4b_skywork_1x24gb",  # LoRA
 )
 
 

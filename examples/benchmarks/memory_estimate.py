@@ -4,6 +4,7 @@ Estimates the memory of list training on each GPU from the size of the model, th
     python examples/benchmarks/memory_estimate.py                                  # the table of the README
     python examples/benchmarks/memory_estimate.py --model ./my-model --gpus 16 --list 8 --lengths 1500/500
     python examples/benchmarks/memory_estimate.py --params 13e9 --gpus 8
+    python examples/benchmarks/memory_estimate.py --recipe examples/recipes/today/qwen3_4b_skywork_1x24gb.yaml
 
 All numbers are computed, not measured. Weights, gradients and optimizer state follow DeepSpeed's own estimator (bf16
 weights and gradients, Adam in float32). The reference adds its weights, unless its log-probabilities are precomputed
@@ -13,6 +14,10 @@ prompts, one list at a time: the input that each layer keeps, and the memory of 
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 GIB = 2**30
 
@@ -28,17 +33,33 @@ class Shape:
     num_key_value_heads: int
     vocab_size: int
     tied: bool = False
+    head_dim: int | None = None
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def layer_params(self) -> int:
-        head_size = self.hidden_size // self.num_heads
-        attention = 2 * self.hidden_size**2 + 2 * self.hidden_size * head_size * self.num_key_value_heads
+        heads = 2 * self.num_heads + 2 * self.num_key_value_heads
+        attention = self.hidden_size * self.head_size * heads
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
     @property
     def params(self) -> int:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return embeddings + self.num_layers * self.layer_params + self.hidden_size
+
+    def lora_params(self, rank: int) -> int:
+        """Of adapters on all linear layers of the blocks."""
+        queries, keys = self.num_heads * self.head_size, self.num_key_value_heads * self.head_size
+        sizes = 2 * (self.hidden_size + queries) + 2 * (self.hidden_size + keys)
+        return rank * self.num_layers * (sizes + 3 * (self.hidden_size + self.intermediate_size))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of a token, in bf16."""
+        return 2 * 2 * self.num_key_value_heads * self.head_size * self.num_layers
 
     @property
     def largest_layer_params(self) -> int:
@@ -53,6 +74,19 @@ SHAPES = {
     "13B": Shape(5120, 13824, 40, 40, 40, 32000),
     "70B": Shape(8192, 28672, 80, 64, 8, 128256),
 }
+
+MODELS = {
+    "Qwen/Qwen3-4B-Instruct-2507": Shape(2560, 9728, 36, 32, 8, 151936, tied=True, head_dim=128),
+    "meta-llama/Llama-3.1-8B-Instruct": Shape(4096, 14336, 32, 32, 8, 128256),
+    "google/gemma-3-4b-it": Shape(2560, 10240, 34, 8, 4, 262208, tied=True, head_dim=256),  # the language model
+}
+"""Models of recipes, by hub id: from the configurations that their vendors publish."""
+
+REWARD_MODELS = {"Skywork/Skywork-Reward-V2-Llama-3.1-8B": 7.5e9, "Skywork/Skywork-Reward-V2-Qwen3-4B": 4.0e9}
+"""Weights of reward models."""
+
+WORKSPACE = 1.5 * GIB
+"""Of CUDA, its kernels and fragments: our assumption."""
 
 
 def model_states(
@@ -102,8 +136,7 @@ def activations(shape: Shape, prompt: int, completion: int, list_size: int, chun
     tokens = prompt + at_once * (completion + 1)
     kept = 2 * tokens * shape.hidden_size * shape.num_layers  # the input of each layer
     if chunk is not None:  # and the prompt's keys and values, which all chunks read
-        head_size = shape.hidden_size // shape.num_heads
-        kept += 2 * 2 * prompt * head_size * shape.num_key_value_heads * shape.num_layers
+        kept += prompt * shape.cache_bytes
     one_layer = 2 * tokens * (8 * shape.hidden_size + 4 * shape.intermediate_size)  # activations while recomputing it
     head = 3 * 4 * min(at_once * completion, 1024) * shape.vocab_size  # a chunk of logits in float32, and its gradient
     return kept + max(one_layer, head)
@@ -112,6 +145,32 @@ def activations(shape: Shape, prompt: int, completion: int, list_size: int, chun
 def reference(shape: Shape, stage: int, gpus: int) -> float:
     """Bytes of the reference's weights on each GPU, in bf16."""
     return 2 * shape.params / (gpus if stage == 3 else 1)
+
+
+def stages(recipe: dict[str, Any]) -> dict[str, float]:
+    """
+    Bytes on each GPU in each stage of a recipe of `larpo run`; stages follow each other, and share nothing.
+
+    Args:
+        recipe: Its options. Prompts and completions are taken to be as long as they may be.
+    """
+    shape, judge = MODELS[recipe["model_name_or_path"]], REWARD_MODELS.get(recipe["reward_funcs"], 0)
+    prompt, completion = recipe["max_prompt_length"], recipe["max_new_tokens"]
+    list_size, chunk = recipe["num_best"] + recipe["num_worst"], recipe.get("candidate_chunk_size")
+    moving, weights = activations(shape, prompt, completion, list_size, chunk), 2 * shape.params
+    if recipe.get("use_peft"):
+        base = 0.6 * shape.params if recipe.get("load_in_4bit") else weights  # 4 bits, their scales, and embeddings
+        training, scoring = base + 18 * shape.lora_params(recipe["lora_r"]), base
+    else:
+        training, scoring = model_states(shape, 2, recipe["num_processes"])[0], weights
+    cache = recipe["generation_batch_size"] * (prompt + completion) * shape.cache_bytes
+    read = recipe.get("reward_batch_size", 16) * (prompt + completion) * 2 * 4096 * 12  # activations of one layer
+    return {
+        "sampling": weights + cache + WORKSPACE,
+        "rewards": 2 * judge + read + WORKSPACE if judge else 0.0,
+        "reference": scoring + moving + WORKSPACE,
+        "training": training + moving + WORKSPACE,
+    }
 
 
 def table(prompt: int, completion: int) -> str:
@@ -147,6 +206,7 @@ def smallest(shape: Shape, prompt: int, completion: int, list_size: int, chunk: 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--model", help="folder or hub id; only the configuration is read")
+    parser.add_argument("--recipe", type=Path, help="recipe of examples/recipes/today: memory of each of its stages")
     parser.add_argument("--params", type=float, help="number of weights of a Llama-like model")
     parser.add_argument("--gpus", type=int, default=8, help="total number, on all machines")
     parser.add_argument("--gpus_per_node", type=int, default=8)
@@ -156,6 +216,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     prompt, completion = map(int, options.lengths.split("/"))
     print("Computed, not measured.\n")
+    if options.recipe is not None:
+        for stage, size in stages(yaml.safe_load(options.recipe.read_text(encoding="utf-8"))).items():
+            print(f"{stage:10} {size / GIB:6.1f} GiB on each GPU")
+        return
     if options.model is None and options.params is None:
         print(
             "Fewest GPUs of 80 GiB (72 used), the reference's log-probabilities computed beforehand:\n\n"
@@ -189,6 +253,7 @@ def shape_of(model: str) -> Shape:
         getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         config.vocab_size,
         bool(config.tie_word_embeddings),
+        getattr(config, "head_dim", None),
     )
 
 

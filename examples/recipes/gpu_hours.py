@@ -24,7 +24,7 @@ PARAMETERS = {  # in billions
     "google/gemma-3-4b-it": 4.3,
     "sfairXC/FsfairX-LLaMA3-RM-v0.1": 7.5,
     "Skywork/Skywork-Reward-V2-Llama-3.1-8B": 7.5,
-    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": 0.6,
+    "Skywork/Skywork-Reward-V2-Qwen3-4B": 4.0,
     "pairwise:llm-blender/PairRM-hf": 0.44,
     "gsm8k": 0.0,
     "math": 0.0,
@@ -101,6 +101,17 @@ def gpu_hours(recipe: dict) -> tuple[float, float]:
     stages = stage_hours(recipe)
     rest = sum(hours for stage, hours in stages.items() if not stage.startswith("sampling"))
     return stages["sampling with vLLM"] + rest, stages["sampling in the process"] + rest
+
+
+SLOWER_24GB = 6
+"""A card of 24 GB beside an H100: 165 against 989 TFLOP/s of an RTX 4090 (NVIDIA's data sheets)."""
+
+
+def wall_hours(recipe: dict) -> tuple[float, float]:
+    """Hours on the hardware that a recipe of today/ is for: with vLLM servers, and with sampling in the process."""
+    factor = SLOWER_24GB if recipe["output_dir"].endswith("24gb") else 1
+    vllm, process = gpu_hours(recipe)
+    return factor * vllm / recipe.get("num_processes", 1), factor * process / recipe.get("num_processes", 1)
 
 
 def main() -> None:
