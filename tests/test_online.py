@@ -518,3 +518,52 @@ def test_the_examples(talkative_model, monkeypatch, tmp_path, capsys):
     gpus = ["online", "--config", "examples/online/vllm_8_gpus.yaml", "--bf16", "false", "--use_cpu", *flags]
     assert cli.main(gpus) == 2
     assert "'trl-lib/ultrafeedback-prompt' cannot be read" in capsys.readouterr().err
+
+
+def multiply(a: int, b: int) -> int:
+    """
+    Multiplies two numbers.
+
+    Args:
+        a: First number.
+        b: Second number.
+
+    Returns:
+        The product.
+    """
+    return a * b
+
+
+class CallsTools(Scripted):
+    """Every other completion calls a tool and then answers; the others answer at once."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        call = '<tool_call>\n{"name": "multiply", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+        texts = []
+        for place, ids in enumerate(prompt_ids):
+            asks = place % 2 == 0 and "<tool_response>" not in self._tokenizer.decode(ids)
+            texts.append(call if asks else f"It is {'six ' * (place % 3)}")
+        return [self._tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts], None
+
+
+def test_tools_run_as_in_grpo_trainer(online, tmp_path):
+    model = tiny.save_tiny_model(tmp_path / "model", max_position_embeddings=4096)  # bytes of a long template
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = Path(trl.__file__).with_name("chat_templates").joinpath("qwen3.jinja").read_text()
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"2 x 3, {i}"}] for i in range(2)]})
+
+    def reward(completions, **columns):
+        return [float(len(str(completion[-1]["content"]))) for completion in completions]
+
+    options = {"max_steps": 1, "max_completion_length": 300, "loss_type": ["listmle"]}
+    tools = {"processing_class": tokenizer, "tools": [multiply]}
+    trainer = online(options, CallsTools, prompts, model=model, reward_funcs=reward, **tools)
+    [batch] = trainer.batches
+    used = [entry["tools/call_frequency"] for entry in trainer.state.log_history if "loss" in entry]
+    assert used == [0.5]
+    decode = tokenizer.decode
+    names = ("completion_ids", "completion_mask", "scored_mask")
+    for ids, real, scored in zip(*(batch[name].flatten(0, 1) for name in names), strict=True):
+        text, written = decode(ids[real.bool()]), decode(ids[real.bool() & scored])
+        assert written.endswith("<|im_end|>") and "<tool_response>" not in written
+        assert ("\n6\n" in text) == ("<tool_response>" in text) == ("<tool_call>" in written)
