@@ -14,9 +14,10 @@ import trl_larpo
 from trl_larpo import cli
 
 ATTRIBUTES_OF_GRPO = [
-    "_buffered_inputs", "_metrics", "_step", "_tokenizer", "aux_loss_enabled", "eos_token_ids", "is_deepspeed_enabled",
-    "is_fsdp_enabled", "multi_objective_aggregation", "num_generations", "num_generations_eval", "num_iterations",
-    "ref_model", "reward_func_names", "reward_weights", "router_aux_loss_coef",
+    "_buffered_inputs", "_get_per_token_logps_and_entropies", "_metrics", "_step", "_tokenizer", "aux_loss_enabled",
+    "eos_token_ids", "is_deepspeed_enabled", "is_fsdp_enabled", "multi_objective_aggregation", "num_generations",
+    "num_generations_eval", "num_iterations", "ref_model", "reward_func_names", "reward_weights",
+    "router_aux_loss_coef",
 ]  # fmt: skip
 
 
