@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
-from transformers import LlamaModel
+from transformers import LlamaModel, PreTrainedTokenizerBase
 
 from trl_larpo import cli
 from trl_larpo.run.small import save_small_reward_model
@@ -80,11 +80,28 @@ def test_generation_dtype(generate, calls, dtype):
     assert {kind for _, kind in calls} == {getattr(torch, dtype)}
 
 
+@pytest.fixture
+def templates(monkeypatch):
+    """Arguments of each call of a chat template."""
+    seen = []
+    render = PreTrainedTokenizerBase.apply_chat_template
+
+    def spy(self, conversation, **kwargs):
+        seen.append(kwargs)
+        return render(self, conversation, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", spy)
+    return seen
+
+
 @pytest.mark.slow
-def test_eval_temperature(project):
+def test_eval_temperature_and_chat_template_kwargs(project, templates):
     # So low that all samples of a prompt are the most likely one. Training prompts are sampled at 1
-    change_options(project, eval_temperature=0.001, num_iterations=1, monitor_evals=0)
+    options = {"chat_template_kwargs": {"shout": True}}
+    change_options(project, eval_temperature=0.001, num_iterations=1, monitor_evals=0, **options)
     assert larpo_run() == 0
+    assert {kwargs.get("shout") for kwargs in templates} == {True}, "in sampling, training and evaluation"
+    assert any(kwargs.get("add_generation_prompt") for kwargs in templates) and len(templates) > 30
     for path in ("iteration_0/held_out.jsonl", "iteration_1/held_out.jsonl"):
         rows = rows_of(project / "out" / path)
         assert all(row["completions"][0] == row["completions"][1] for row in rows)
@@ -95,6 +112,19 @@ def test_eval_temperature(project):
 
 
 # Servers
+
+
+def test_servers_are_told_the_arguments_of_the_chat_template(generate, server):
+    fake = server()
+    assert generate("--server_urls", fake.url, "--chat_template_kwargs", '{"shout": true}') == 0
+    assert {str(asked["chat_template_kwargs"]) for asked in fake.requests} == {"{'shout': True}"}
+    assert generate("--output", "other.jsonl", "--server_urls", fake.url) == 0
+    assert "chat_template_kwargs" not in fake.requests[-1]
+
+
+def test_arguments_of_the_chat_template_are_json_in_a_flag(generate, capsys):
+    assert generate("--chat_template_kwargs", "shout=true") == 2
+    assert "`chat_template_kwargs` is 'shout=true'; as a flag it is written in JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, name", [([], "fake"), (["--server_model", "my-name"], "my-name")])

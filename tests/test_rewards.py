@@ -8,9 +8,11 @@ import pytest
 
 from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidatePool
-from trl_larpo.prompts import Prompt
+from trl_larpo.prompts import Prompt, without_thoughts
 from trl_larpo.rewards import verifiers
 from trl_larpo.rewards.functions import Reward, as_function, load_rewards, mean_preferences, reward_id, score_pools
+from trl_larpo.rewards.options import RewardOptions
+from trl_larpo.rewards.scorer import RewardScorer
 from trl_larpo.rewards.verifiers import (
     INSTRUCTIONS,
     boxed_answer,
@@ -277,6 +279,43 @@ def test_completions_of_another_model_are_what_rankers_compare_with():
     ]
     assert scored[0].candidates[0].reward == pytest.approx(5 / 3), "not normalized"
     assert scored[1].candidates[0].reward_parts == {"length": None, "one": 1.0}, "no comparison, no reward"
+
+
+THOUGHT = "<think>\nlet me see\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (f"{THOUGHT}four", "four"),
+        ("let me see</think>four", "four"),  # the chat template has begun the thought
+        ("<think>no end", ""),
+        ("no thought", "no thought"),
+    ],
+)
+def test_answers_without_their_thoughts(text, answer):
+    assert without_thoughts(text) == answer
+    message = [{"role": "assistant", "content": text}]
+    assert without_thoughts(message) == [{"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("strip", ["none", "rewards", "all"])
+def test_what_rewards_see_of_thoughts_and_what_is_trained_on(tmp_path, monkeypatch, strip):
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(prompts, completions, **columns): return [float(len(c)) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    texts = [f"{THOUGHT}four", "<think>no end", "three"]
+    cut = Candidate(texts[1], finished=False, token_ids=[1, 2])
+    pools = [CandidatePool(Prompt.of("p"), [Candidate(texts[0]), cut, Candidate(texts[2])])]
+    scorer = RewardScorer(RewardOptions(reward_funcs=["my_rewards:length"], strip_thinking=strip), use_cpu=True)
+    [scored] = scorer.score(pools, tmp_path / "rewarded.jsonl")
+    seen = texts if strip == "none" else ["four", "", "three"]
+    assert [c.reward for c in scored.candidates] == [float(len(text)) for text in seen]
+    assert [c.completion for c in scored.candidates] == (seen if strip == "all" else texts)
+    assert scored.candidates[1].token_ids == (None if strip == "all" else [1, 2])
+    assert [c.completion for c in scorer.score_now(pools)[0].candidates] == (seen if strip == "all" else texts)
+    monkeypatch.delitem(sys.modules, "my_rewards")
 
 
 def test_math_compares_answers_and_not_texts():

@@ -111,10 +111,12 @@ GROUPS: dict[str, dict[str, str]] = {
 FURTHER: dict[str, tuple[str, ...]] = {
     "prompts": ("prompts_config", "prompts_split", "max_prompt_length", "system_prompt"),
     "sampling": (
-        "generation_dtype", "server_requests_in_flight", "server_model", "server_api_key_variable",
-        "server_health_route", "server_start_timeout", "server_timeout", "server_patience",
+        "generation_dtype", "chat_template_kwargs", "server_requests_in_flight", "server_model",
+        "server_api_key_variable", "server_health_route", "server_start_timeout", "server_timeout", "server_patience",
     ),
-    "rewards": ("normalize_rewards", "reward_batch_size", "reward_max_length", "reward_dtype", "answer_func"),
+    "rewards": (
+        "normalize_rewards", "strip_thinking", "reward_batch_size", "reward_max_length", "reward_dtype", "answer_func",
+    ),
     "lists": (
         "num_negatives", "low_temperature", "high_temperature", "random_prompts", "random_prompts_column",
         "earlier_candidates",

@@ -1,5 +1,6 @@
 """Dataclasses of options that come from YAML and flags."""
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -25,6 +26,8 @@ class CheckedOptions:
             if value is None and type(None) in kinds:
                 continue
             kind = kinds[0]
+            if kind is dict and isinstance(value, str):  # as a flag gives it
+                value = _parsed(value, each.name)
             if get_origin(kind) is list:
                 value = value if isinstance(value, list | tuple) else [value]
                 value = [_of_type(item, get_args(kind)[0], each.name) for item in value]
@@ -37,9 +40,16 @@ def _of_type(value: Any, kind: type, name: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "names and values"}
         raise ConfigError(f"`{name}` is {value!r}; it must be {names[kind]}.")
     return value
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ConfigError(f"`{name}` is {text!r}; as a flag it is written in JSON: '{{\"name\": value}}'.") from None
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -126,3 +126,13 @@ def in_form_of(prompt: Content, completion: Content) -> Content:
     if isinstance(prompt, str) == isinstance(completion, str):
         return completion
     return completion_for(prompt, completion_text(completion))
+
+
+def without_thoughts(completion: Content) -> Content:
+    """A completion without the thoughts in front of its answer; empty where they do not end."""
+    text = completion_text(completion)
+    _, ended, answer = text.rpartition("</think>")  # `<think>` may stand in the chat template's prompt
+    if not ended and not text.lstrip().startswith("<think>"):
+        return completion
+    answer = answer.lstrip() if ended else ""
+    return answer if isinstance(completion, str) else [*completion[:-1], completion[-1] | {"content": answer}]

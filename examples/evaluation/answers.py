@@ -45,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="answers sampled at the same time (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32 (%(default)s)")
     parser.add_argument("--system_prompt", help="system message before each prompt; '' is an empty one")
+    parser.add_argument("--chat_template_kwargs", type=json.loads, help='in JSON, e.g. {"enable_thinking": false}')
     parser.add_argument("--server_urls", nargs="*", help="OpenAI-compatible servers of the model, e.g. vLLM's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (%(default)s)")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
@@ -114,6 +115,7 @@ def answer(
         "dtype": arguments.dtype,
         "batch_size": arguments.batch_size,
         "servers": bool(arguments.server_urls),
+        "chat_template_kwargs": arguments.chat_template_kwargs,
         "seed": arguments.seed,
         "best_of": entrant.best_of,
         "best_of_n_reward": arguments.best_of_n_reward if entrant.best_of > 1 else None,
@@ -126,6 +128,7 @@ def answer(
     options = GenerateConfig(
         max_new_tokens=arguments.max_new_tokens,
         top_p=sampling["top_p"],
+        chat_template_kwargs=arguments.chat_template_kwargs,
         generation_batch_size=arguments.batch_size,
         generation_dtype=arguments.dtype,
         server_urls=arguments.server_urls or None,

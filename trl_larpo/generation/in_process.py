@@ -47,6 +47,7 @@ def generate_completions(
     keys: list[str] | None = None,
     description: str = "Sampling",
     progress: tqdm | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[list[Sample]]:
     """
     Samples `num_samples` completions for each prompt.
@@ -68,6 +69,7 @@ def generate_completions(
         keys: A name for each prompt, by which its random numbers are found. By default its place in `prompts`.
         description: What the progress bar says.
         progress: A bar of the caller's to advance, in completions, instead of one of this function's own.
+        chat_template_kwargs: Arguments of the chat template.
 
     Returns:
         For each prompt, in the order given, its samples.
@@ -78,7 +80,7 @@ def generate_completions(
         DataError: If a prompt has no tokens.
     """
     temperatures = check_sampling(num_samples, temperature, top_p, max_new_tokens)
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [encode_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     for number, ids in enumerate(prompt_ids):
         if not ids:
             raise DataError(f"Prompt {number} has no tokens; give it some text, or leave it out.")
@@ -154,13 +156,14 @@ def check_sampling(
     return [float(value) for value in temperatures]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Content) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Content, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
     """Tokens of a prompt: the chat template's for a conversation, up to where the assistant begins."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    rendered = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return tokenizer.apply_chat_template(prompt, **(chat_template_kwargs or {}), **rendered)["input_ids"]
 
 
 def end_token_ids(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -1,6 +1,7 @@
 """Options of sampling."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ConfigError
 from ..options import DTYPES, check_choice, option
@@ -26,6 +27,10 @@ class GenerationOptions(SetAsideOptions):
         "Arithmetic of sampling. 'auto': bfloat16 where the hardware has it, else float32.",
         choices=[*DTYPES],
     )
+    chat_template_kwargs: dict | str | None = option(
+        None,
+        'Arguments of the chat template, in sampling, training and evaluation alike, e.g. {"enable_thinking": false}.',
+    )
     server_urls: list[str] | None = option(
         None, "Base addresses of running OpenAI-compatible servers (vLLM, SGLang, ...), e.g. http://127.0.0.1:8000/v1."
     )
@@ -49,6 +54,12 @@ class GenerationOptions(SetAsideOptions):
     server_api_key_variable: str = option(
         "OPENAI_API_KEY", "Environment variable with the key of the servers. The key itself is never stored."
     )
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, as they are once the options are checked."""
+        assert not isinstance(self.chat_template_kwargs, str)  # JSON of a flag is read when the options are made
+        return self.chat_template_kwargs or {}
 
     @property
     def uses_servers(self) -> bool:

@@ -190,6 +190,7 @@ class PolicySampler:
             end_ids=sorted(_end_ids_of(task, tokenizer)),
             count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
             api_key_variable=options.server_api_key_variable,
+            chat_template_kwargs=options.template_kwargs,
             requests_in_flight=options.server_requests_in_flight,
             timeout=options.server_timeout,
             patience=options.server_patience,
@@ -199,7 +200,7 @@ class PolicySampler:
                 key=prompt.id,
                 prompt=prompt.content,
                 temperatures=task.temperatures,
-                prompt_ids=encode_prompt(tokenizer, prompt.content),
+                prompt_ids=encode_prompt(tokenizer, prompt.content, options.template_kwargs),
                 seed=request_seed(self.seed, task.key, prompt.id),
             )
             for prompt in prompts
@@ -276,6 +277,7 @@ def sample_pools(
         seed=seed,
         keys=[f"{task.key}/{prompt.id}" for prompt in prompts],
         progress=progress,
+        chat_template_kwargs=options.template_kwargs,
     )
     return [_as_pool(prompt, of_prompt, task) for prompt, of_prompt in zip(prompts, samples, strict=True)]
 

@@ -87,6 +87,7 @@ class Sampler:
         end_ids: Tokens that end a completion, for servers that must be told.
         count_tokens: Number of tokens of a text, for answers that do not say.
         api_key_variable: Environment variable that holds the key of the servers.
+        chat_template_kwargs: Arguments of the chat template.
         requests_in_flight: On each server.
         timeout: Seconds that one request may take.
         patience: Seconds for which a server may fail before it is given up.
@@ -99,6 +100,7 @@ class Sampler:
     end_ids: list[int]
     count_tokens: Callable[[str], int]
     api_key_variable: str = "OPENAI_API_KEY"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     requests_in_flight: int = 32
     timeout: float = 600.0
     patience: float = 120.0
@@ -146,13 +148,16 @@ class _Endpoint:
         """Up to `count` samples: what the server returns."""
         if self.model is None:
             self.model = await self.first_model()
+        template: dict[str, Any] = {}
+        if self.sampler.chat_template_kwargs and not isinstance(request.prompt, str):
+            template = {"chat_template_kwargs": self.sampler.chat_template_kwargs}
         options = {
             "model": self.model,
             "temperature": temperature,
             "top_p": self.sampler.top_p,
             "max_tokens": self.sampler.max_new_tokens,
             "seed": seed,
-            "extra_body": self.extra_body(temperature),
+            "extra_body": self.extra_body(temperature) | template,
         } | ({"n": count} if count > 1 else {})
         answer: Any
         if isinstance(request.prompt, str):

@@ -7,6 +7,8 @@ from ..errors import ConfigError
 from ..options import DTYPES, check_choice, option
 from ..set_aside import SetAsideOptions
 
+STRIP_THINKING = ("none", "rewards", "all")
+
 
 @dataclass
 class RewardOptions(SetAsideOptions):
@@ -44,8 +46,21 @@ class RewardOptions(SetAsideOptions):
         if self.reward_batch_size < 1:
             raise ConfigError(f"`reward_batch_size` is {self.reward_batch_size}; it must be at least 1.")
         check_choice("reward_dtype", self.reward_dtype, DTYPES)
+        check_choice("strip_thinking", self.strip_thinking, STRIP_THINKING)
+
+    strip_thinking: str = option(
+        "none",
+        "Thoughts of a reasoning model, which end with '</think>': 'none': they are part of the answer. 'rewards': "
+        "rewards do not see them. 'all': they are neither rewarded nor trained on.",
+        choices=[*STRIP_THINKING],
+    )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on beside names and weights."""
-        return {"normalize": self.normalize_rewards, "max_length": self.reward_max_length, "dtype": self.reward_dtype}
+        return {
+            "normalize": self.normalize_rewards,
+            "max_length": self.reward_max_length,
+            "dtype": self.reward_dtype,
+            "strip_thinking": self.strip_thinking,
+        }

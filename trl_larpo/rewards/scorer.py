@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..candidates import Candidate, CandidatePool
 from ..errors import DataError, LarPOError
-from ..prompts import Row
+from ..prompts import Row, without_thoughts
 from ..set_aside import SetAside, set_aside_in
 from ..storage import GrowingFile
 from .functions import Completions, Reward, load_rewards, reward_id, score_pools
@@ -103,6 +103,8 @@ class RewardScorer:
         if len({pool.prompt.id for pool in pools}) < len(pools):
             raise DataError("A prompt occurs twice; put its candidates into one pool.")
         pools = _with_all_columns(pools)
+        if self.options.strip_thinking == "all":
+            pools = [_without_thoughts(pool) for pool in pools]
         size = max(1, _COMPLETIONS_PER_CALL // max(1, max(len(pool.candidates) for pool in pools)))
         chunks = [pools[start : start + size] for start in range(0, len(pools), size)]
         failures: list[_Failure] = []
@@ -164,12 +166,38 @@ class RewardScorer:
 
     def score_now(self, pools: list[CandidatePool], against: Completions | None = None) -> list[CandidatePool]:
         """As `score`, without saving anything."""
+        if self.options.strip_thinking == "all":
+            pools = [_without_thoughts(pool) for pool in pools]
         asked = [pool.with_candidates([c for c in pool.candidates if c.scored_by != self.id]) for pool in pools]
-        scored = score_pools(self.rewards, asked, self.options.normalize_rewards, self.id, against)
+        judged = asked
+        if self.options.strip_thinking == "rewards":
+            judged = [_without_thoughts(pool) for pool in asked]
+        if against is not None and self.options.strip_thinking != "none":
+            against = {name: [without_thoughts(each) for each in of_prompt] for name, of_prompt in against.items()}
+        scored = score_pools(self.rewards, judged, self.options.normalize_rewards, self.id, against)
         return [
-            pool.with_candidates(_in_place_of_unscored(pool.candidates, new.candidates, self.id))
-            for pool, new in zip(pools, scored, strict=True)
+            pool.with_candidates(_in_place_of_unscored(pool.candidates, _scored_as(mine, new), self.id))
+            for pool, mine, new in zip(pools, asked, scored, strict=True)
         ]
+
+
+def _without_thoughts(pool: CandidatePool) -> CandidatePool:
+    """The pool with the answers alone. Tokens of what was cut off are no longer those of its text."""
+    stripped = [(candidate, without_thoughts(candidate.completion)) for candidate in pool.candidates]
+    return pool.with_candidates(
+        [
+            candidate if text is candidate.completion else replace(candidate, completion=text, token_ids=None)
+            for candidate, text in stripped
+        ]
+    )
+
+
+def _scored_as(pool: CandidatePool, scored: CandidatePool) -> list[Candidate]:
+    """The candidates as they are, with what was said of them without their thoughts."""
+    return [
+        replace(candidate, completion=own.completion, token_ids=own.token_ids)
+        for own, candidate in zip(pool.candidates, scored.candidates, strict=True)
+    ]
 
 
 def _in_place_of_unscored(candidates: list[Candidate], scored: list[Candidate], reward_id: str) -> list[Candidate]:

@@ -59,7 +59,7 @@ def choose_prompts(
             counts["read"] += 1
             if prompt.id in known:
                 counts["duplicates"] += 1
-            elif limit is not None and len(encode_prompt(tokenizer, prompt.content)) > limit:
+            elif limit is not None and len(encode_prompt(tokenizer, prompt.content, options.template_kwargs)) > limit:
                 counts["too_long"] += 1
             else:
                 prompts.append(prompt)

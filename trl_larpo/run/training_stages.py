@@ -62,7 +62,8 @@ def log_probabilities(
     (model_path, revision), training = context.model(model_of), context.folder.training
     rows = [made.to_row() for made in lists]
     scratch = folder / "scoring"
-    dataset = _dataset_on_disk([{name: row[name] for name in _LIST_COLUMNS} for row in rows], scratch)
+    rows = [{name: row[name] for name in _LIST_COLUMNS} for row in rows]
+    dataset = _dataset_on_disk(rows, scratch, context.options.template_kwargs)
     logps = log_probabilities_under(
         model_path,
         dataset,
@@ -103,7 +104,7 @@ class TrainingStage:
             self.model_path,
             self._arguments(),
             context.folder.model,
-            train_dataset=_dataset_on_disk(self._rows(), self.scratch / "data"),
+            train_dataset=_dataset_on_disk(self._rows(), self.scratch / "data", context.options.template_kwargs),
             processing_class=AutoTokenizer.from_pretrained(self.model_path, revision=revision),
         )
 
@@ -305,10 +306,12 @@ def _read_lists(path: Path) -> list[CandidateList]:
     return [CandidateList.from_row(row) for row in rows if row["problem"] is None]
 
 
-def _dataset_on_disk(rows: list[dict[str, Any]], folder: Path) -> Dataset:
+def _dataset_on_disk(rows: list[dict[str, Any]], folder: Path, chat_template_kwargs: dict[str, Any]) -> Dataset:
     """The same dataset for all processes, with one cache."""
     if PartialState().is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
+        if chat_template_kwargs:
+            rows = [row | {"chat_template_kwargs": chat_template_kwargs} for row in rows]
         Dataset.from_list(rows).save_to_disk(folder)
     PartialState().wait_for_everyone()
     return Dataset.load_from_disk(str(folder))
