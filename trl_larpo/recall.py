@@ -387,7 +387,8 @@ def _groups(source: _Source, answer_of: Callable[[str], Any] | None, options: Re
 def _keep_settings(options: RecallConfig, model: ModelConfig, folder: Path) -> None:
     """Numbers of other settings must not be taken for those asked for."""
     names = ("prompts", "prompts_config", "prompts_split", "prompt_column", "prompt_template", "prompts_as_messages",
-             "system_prompt", "chat_template_kwargs", "candidates", "num_samples", "temperature", "top_p", "max_new_tokens", "greedy", "seed",
+             "system_prompt", "chat_template_kwargs", "candidates",
+             "num_samples", "temperature", "top_p", "max_new_tokens", "greedy", "seed",
              "reward_funcs", "best_of_n_reward")  # fmt: skip
     now = {name: getattr(options, name) for name in names} | {"model_name_or_path": model.model_name_or_path}
     now["rewards"] = reward_id(options.reward_funcs, options.reward_weights, **options.settings)
