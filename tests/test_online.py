@@ -494,7 +494,7 @@ def test_options_of_rewards_reach_them(tiny_model, tmp_path, monkeypatch):
         pass
 
     def stop(options, **settings):
-        given.append((options.settings, options.reward_batch_size, settings))
+        given.append((options.reward_max_length, options.reward_dtype, options.reward_batch_size, settings))
         raise Stop
 
     monkeypatch.setattr("trl_larpo.commands.RewardScorer", stop)
@@ -503,8 +503,7 @@ def test_options_of_rewards_reach_them(tiny_model, tmp_path, monkeypatch):
     flags += ["--reward_funcs", "owner/model", "--reward_batch_size", "3", "--reward_max_length", "9"]
     with pytest.raises(Stop):
         cli.main(["online", "--output_dir", str(tmp_path), "--reward_dtype", "bfloat16", *flags])
-    settings = {"normalize": False, "max_length": 9, "dtype": "bfloat16"}
-    assert given == [(settings, 3, {"use_cpu": True})]
+    assert given == [(9, "bfloat16", 3, {"use_cpu": True})]
 
 
 @pytest.mark.slow
