@@ -337,7 +337,8 @@ def test_text_prompts_fresh_slices_and_the_initial_model_as_reference(project):
 
 @pytest.mark.slow
 def test_lora_is_merged_into_a_whole_model(project, talkative_model):
-    assert larpo_run("--num_iterations", 1, "--use_peft", "--lora_target_modules", "q_proj", "v_proj") == 0
+    flags = ["--merge_adapter", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+    assert larpo_run("--num_iterations", 1, *flags) == 0
     before = load_file(Path(talkative_model) / "model.safetensors")
     after = load_file(project / "out/iteration_1/model/model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -419,6 +420,11 @@ BAD = {
     "server command without port": (["--server_command", "serve {model}"], r"has no \{port\}"),
     "health check": (["--stop_on", "fever"], "`stop_on` names 'fever'"),
     "evaluation of the trainer": (["--eval_strategy", "steps"], "`eval_strategy` is"),
+    "merged without an adapter": (["--merge_adapter"], "`merge_adapter` is for an adapter"),
+    "4 bits without an adapter": (["--load_in_4bit"], "set `use_peft`, and leave out `merge_adapter`"),
+    "4 bits, merged": (["--load_in_4bit", "--use_peft", "--merge_adapter"], "leave out `merge_adapter`"),
+    "an adapter and servers": (["--use_peft", "--server_command", "vllm {model} {port}"], "Set `merge_adapter: true`"),
+    "an adapter and shards": (["--use_peft", "--accelerate_config", "shards.yaml"], "or take ZeRO-2"),
     "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes on its own"),
     "a reference and none": (["--reference_free", "true", "--reference", "initial"], "`reference` is 'initial', but"),
     "loss": (["--loss_type", "lambdarnak"], "Did you mean 'lambdarank'"),

@@ -98,7 +98,7 @@ CASES = {  # options: bytes of a parameter for each of the two models, twice for
     "bfloat16 and ZeRO-2": ({"dtype": "bfloat16"}, {"accelerate_config": ZERO2}, 2 * 2 + 2 * 2 + 3 * 16),
     "one checkpoint": ({"dtype": "auto"}, {"save_total_limit": 1}, 2 * 2 + 2 * 2 + 2 * 12),
     "no checkpoint": ({}, {"save_strategy": "no", "monitor_evals": 0}, 2 * 4),
-    "an adapter": ({"use_peft": True}, {}, 2 * 2),
+    "a merged adapter": ({"use_peft": True}, {"merge_adapter": True}, 2 * 2),
 }
 
 
@@ -116,6 +116,7 @@ def test_the_disk_a_run_needs_is_known_from_the_config_alone(tmp_path, monkeypat
     folder = SimpleNamespace(
         path=tmp_path,
         iteration=lambda number: tmp_path / str(number),
+        keeps_adapter=False,
         model=RunModelConfig(model_name_or_path="ORG/MODEL", **model),
         training=RunTrainingConfig(
             str(tmp_path), report_to="none", use_cpu=True, bf16=False, **{x: options[x] for x in training_names}

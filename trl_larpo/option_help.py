@@ -18,6 +18,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "use_peft": "train a LoRA adapter",
         "lora_r": "its rank",
         "lora_target_modules": "modules that it adapts",
+        "merge_adapter": "merge it into a whole model after each iteration",
     },
     "data": {
         "dataset_name": "lists or pairs: a file, a folder or a hub id",

@@ -46,10 +46,7 @@ def check_run(folder: RunFolder) -> None:
         raise ConfigError(
             f"`reference` is {options.reference!r}, but with `reference_free` there is none; leave it out."
         )
-    if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False):
-        raise ConfigError(
-            "`load_in_4bit` and `load_in_8bit` do not go with `larpo run`: each iteration saves whole weights."
-        )
+    _check_adapter(folder)
     for name in options.stop_on:
         if name not in (*CHECKS, "any", "none"):
             raise ConfigError(
@@ -69,7 +66,7 @@ def check_run(folder: RunFolder) -> None:
     if options.random_prompts:
         load_random_prompts(options)
     if options.accelerate_config:
-        _check_accelerate_config(options.accelerate_config)
+        _check_accelerate_config(options.accelerate_config, folder.keeps_adapter)
     if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
         program = shlex.split(options.train_launcher)[0]
         raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
@@ -96,14 +93,36 @@ def check_run(folder: RunFolder) -> None:
     _check_disk(folder, config)
 
 
-def _check_accelerate_config(path: str) -> None:
-    """Whole models must come out of the training, not shards."""
+def _check_adapter(folder: RunFolder) -> None:
+    """What an adapter goes with that is kept, or merged."""
+    options, model = folder.options, folder.model
+    if options.merge_adapter and not model.use_peft:
+        raise ConfigError("`merge_adapter` is for an adapter: set `use_peft`, or leave it out.")
+    if (model.load_in_4bit or model.load_in_8bit) and not folder.keeps_adapter:
+        raise ConfigError(
+            "`load_in_4bit` and `load_in_8bit` need an adapter that is trained on the base and kept: set `use_peft`, "
+            "and leave out `merge_adapter`."
+        )
+    if folder.keeps_adapter and options.uses_servers:
+        raise ConfigError(
+            "Servers are given whole models, and iterations end with an adapter (`use_peft`). Set `merge_adapter: "
+            "true`, or sample in this process: leave out `server_command` and `server_urls`."
+        )
+
+
+def _check_accelerate_config(path: str, keeps_adapter: bool) -> None:
+    """Whole models, or whole adapters, must come out of the training, not shards."""
     if not Path(path).is_file():
         raise ConfigError(f"`accelerate_config` is {path!r}, and there is no such file.")
     settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ConfigError(f"`accelerate_config`: {path!r} is no configuration file of accelerate.")
     deepspeed, fsdp = settings.get("deepspeed_config") or {}, settings.get("fsdp_config") or {}
+    if keeps_adapter and (deepspeed.get("zero_stage") == 3 or fsdp):
+        raise ConfigError(
+            f"`accelerate_config`: {path!r} shards the model, into which an adapter of an earlier iteration cannot be "
+            "loaded. Set `merge_adapter: true`, or take ZeRO-2."
+        )
     if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
         raise ConfigError(f"`accelerate_config`: set `zero3_save_16bit_model: true` in {path!r}, to save whole models.")
     if fsdp and fsdp.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
@@ -119,7 +138,7 @@ def _check_disk(folder: RunFolder, config: PretrainedConfig) -> None:
     own = getattr(config, "dtype", None) or torch.float32
     weights = num_parameters * (own if dtype == "auto" else getattr(torch, dtype)).itemsize
     missing = sum(not (folder.iteration(i) / "model").exists() for i in range(1, folder.options.num_iterations + 1))
-    needed = weights * missing
+    needed = 0 if folder.keeps_adapter else weights * missing
     if missing and not folder.model.use_peft:  # of an adapter, both are small
         needed += 2 * weights if folder.options.monitor_evals else 0
         if training.save_strategy != "no":

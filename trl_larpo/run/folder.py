@@ -68,6 +68,11 @@ class RunFolder:
         return self.model.model_name_or_path if iteration == 0 else str(self.iteration(iteration) / "model")
 
     @property
+    def keeps_adapter(self) -> bool:
+        """Whether iterations end with an adapter, in place of a whole model."""
+        return self.model.use_peft and not self.options.merge_adapter
+
+    @property
     def global_batch_size(self) -> int:
         """Lists of one optimizer step, as far as it is known here: not with `train_launcher`."""
         training = self.training

@@ -139,6 +139,11 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         "Reference model: the 'policy' that starts the iteration, as in the paper, or the 'initial' model.",
         choices=[*REFERENCES],
     )
+    merge_adapter: bool = option(
+        False,
+        "With `use_peft`: merge the adapter into a whole model after each iteration, as servers, ZeRO-3 and FSDP need. "
+        "Otherwise the base stays as it is, all iterations train one adapter, and only that is saved.",
+    )
     num_eval_samples: int = option(4, "Completions sampled for each held-out prompt.")
     eval_temperature: float | None = option(None, "Their temperature. None: that of the first iteration.")
     monitor_evals: int = option(

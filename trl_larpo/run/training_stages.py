@@ -16,7 +16,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..candidates import CandidateList, CandidatePool
@@ -64,11 +64,13 @@ def log_probabilities(
     scratch = folder / "scoring"
     rows = [{name: row[name] for name in _LIST_COLUMNS} for row in rows]
     dataset = _dataset_on_disk(rows, scratch, context.options.template_kwargs)
+    quantization = quantization_of(context.folder.model, training)
+    quantized = {} if quantization is None else {"quantization_config": quantization}
     logps = log_probabilities_under(
         model_path,
         dataset,
         training,
-        model_init_kwargs(context.folder.model, training),
+        model_init_kwargs(context.folder.model, training) | quantized,
         AutoTokenizer.from_pretrained(model_path, revision=revision),
         description=f"Scoring candidates with {Path(model_path).parent.name if model_of else 'the initial model'}",
     )
@@ -99,7 +101,9 @@ class TrainingStage:
     def __init__(self, context: RunContext, iteration: int, path: Path):
         self.context, self.iteration, self.path = context, iteration, path
         self.scratch = path.with_name("trainer")
-        self.model_path, revision = context.model(iteration - 1)
+        self.keeps_adapter = context.folder.keeps_adapter
+        # One adapter on the initial model, or the whole model that the last iteration ended with
+        self.model_path, revision = context.model(0 if self.keeps_adapter else iteration - 1)
         self.trainer = make_trainer(
             self.model_path,
             self._arguments(),
@@ -107,6 +111,8 @@ class TrainingStage:
             train_dataset=_dataset_on_disk(self._rows(), self.scratch / "data", context.options.template_kwargs),
             processing_class=AutoTokenizer.from_pretrained(self.model_path, revision=revision),
         )
+        if self.keeps_adapter and iteration > 1:
+            load_adapter(self.trainer, context.model(iteration - 1)[0])
 
     def _arguments(self) -> LarPOConfig:
         folder, args = self.context.folder, copy.copy(self.context.folder.training)
@@ -137,6 +143,8 @@ class TrainingStage:
     def run(self) -> None:
         """Trains, or resumes from the last checkpoint, and saves the model and the log."""
         trainer, monitor = self.trainer, self._monitor()
+        if self.keeps_adapter and last_whole_checkpoint(self.scratch) is None:
+            trainer.save_model(str(self.scratch / "start"))  # what is kept if the training does harm
         if monitor is not None:
             trainer.add_callback(monitor)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.scratch))
@@ -224,19 +232,22 @@ class TrainingStage:
         use_peft = self.context.folder.model.use_peft
         if trainer.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        weights = self.scratch / f"best-{kept_step}"
+        weights = self.scratch / ("start" if kept_step == 0 and self.keeps_adapter else f"best-{kept_step}")
         if kept_step and not weights.is_dir():
             logger.warning(
                 f"The weights of step {kept_step} are gone; the model that the training started from is kept."
             )
             kept_step = 0
         if kept_step is None:
-            weights = self.scratch / "adapter" if use_peft else partial
+            weights = self.scratch / "adapter" if use_peft and not self.keeps_adapter else partial
             _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
             trainer.save_model(str(weights))  # gathers what is sharded
         if not trainer.accelerator.is_main_process:
             return
-        if use_peft or kept_step == 0:
+        if self.keeps_adapter:
+            if weights != partial:
+                shutil.copytree(weights, partial)
+        elif use_peft or kept_step == 0:
             # On one device, as what is sharded cannot be merged
             unset_hf_deepspeed_config()
             kwargs = model_init_kwargs(self.context.folder.model, trainer.args)
@@ -272,7 +283,7 @@ def make_trainer(model_path: str, args: LarPOConfig, model: ModelConfig, **kwarg
     return LarPOTrainer(
         model=model_path,
         args=args,
-        quantization_config=get_quantization_config(model),
+        quantization_config=quantization_of(model, args),
         peft_config=get_peft_config(model),
         **kwargs,
     )
@@ -285,6 +296,26 @@ def model_init_kwargs(model: ModelConfig, args: LarPOConfig) -> dict[str, Any]:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype or ("auto" if model.use_peft else "float32"),
     } | (args.model_init_kwargs or {})
+
+
+def quantization_of(model: ModelConfig, args: LarPOConfig) -> BitsAndBytesConfig | None:
+    """How a base is quantized; it computes in the precision of the training, unless `dtype` says otherwise."""
+    config = get_quantization_config(model)
+    if config is not None and model.load_in_4bit and model.dtype is None:
+        config.bnb_4bit_compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
+    return config
+
+
+def load_adapter(trainer: LarPOTrainer, folder: str) -> None:
+    """Puts the weights of a saved adapter into the trainer's model, whose adapter is new."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(trainer.model, load_peft_weights(folder, device="cpu"))
+    if result.unexpected_keys:
+        raise LarPOError(
+            f"The adapter in {folder!r} has weights that this one lacks: {', '.join(result.unexpected_keys[:3])}. Was "
+            "`lora_target_modules` changed?"
+        )
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

@@ -1,7 +1,9 @@
 """Log-probabilities of all candidates of a dataset under one model, with and without a trainer."""
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from accelerate.utils import tqdm
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .collator import DataCollatorForCandidateLists
 from .config import LarPOConfig
@@ -67,6 +69,23 @@ def score_dataset(
     return logps
 
 
+def load_with_adapter(path: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    A model, or its base with the adapter in a folder.
+
+    Args:
+        path: Folder or hub id of a model, or the folder of an adapter, which names its base.
+        **kwargs: For `from_pretrained` of the model, or of the base.
+    """
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.is_file():
+        return create_model_from_path(path, **kwargs)
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    model = create_model_from_path(base, **kwargs)
+    model.load_adapter(path)
+    return model
+
+
 def log_probabilities_under(
     model_path: str,
     dataset: Dataset,
@@ -108,7 +127,7 @@ def log_probabilities_under(
     launched = args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")
     device_map = {"device_map": None} if launched else {}
     defaults = {"trust_remote_code": args.trust_remote_code}
-    model = create_model_from_path(model_path, **defaults | model_init_kwargs | device_map)
+    model = load_with_adapter(model_path, **defaults | model_init_kwargs | device_map)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(model)

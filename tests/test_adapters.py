@@ -1,0 +1,74 @@
+"""LoRA through the loop: the base stays, iterations train one adapter, the reference is the adapter at the start."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import larpo_run, rows_of
+from test_memory import log_probability
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from trl_larpo.run.monitor import TrainingMonitor
+
+peft = pytest.importorskip("peft")
+
+ADAPTER = ["--use_peft", "--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj", "--logging_steps", 1]
+
+
+def quantization(flags):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return {"quantization_config": config} if "--load_in_4bit" in flags else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--load_in_4bit"]], ids=["LoRA", "QLoRA"])
+def test_one_adapter_goes_through_all_iterations(project, talkative_model, flags):
+    if flags:
+        pytest.importorskip("bitsandbytes")
+    before = {path.name: path.read_bytes() for path in Path(talkative_model).iterdir()}
+    assert larpo_run(*ADAPTER, *flags, "--monitor_evals", 0) == 0
+    assert {path.name: path.read_bytes() for path in Path(talkative_model).iterdir()} == before
+    folders = [project / f"out/iteration_{i}/model" for i in (1, 2)]
+    for folder in folders:
+        assert [path.name for path in folder.glob("*.safetensors")] == ["adapter_model.safetensors"]
+        assert not list(folder.glob("*.bin"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert first.keys() == second.keys() and any(not torch.equal(first[name], second[name]) for name in first)
+
+    # The reference of the second iteration is the base with the first one's adapter, and training starts from it
+    base = AutoModelForCausalLM.from_pretrained(talkative_model, **quantization(flags))
+    model = peft.PeftModel.from_pretrained(base, folders[0])
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    references = {row["prompt_id"]: row["ref_logps"] for row in rows_of("out/iteration_2/ref_logps.jsonl")}
+    lists = [row for row in rows_of("out/iteration_2/lists.jsonl") if row["problem"] is None]
+    for row in lists[:2]:
+        by_hand = [
+            log_probability(model, tokenizer, row["prompt"], completion, cut)
+            for completion, cut in zip(row["completions"], row["completion_ids"], strict=True)
+        ]
+        assert references[row["prompt_id"]] == pytest.approx(by_hand, abs=2e-2 if flags else 1e-3)
+        with model.disable_adapter():
+            other = log_probability(model, tokenizer, row["prompt"], row["completions"][0], row["completion_ids"][0])
+        assert abs(other - by_hand[0]) > 1e-4, "or the adapter does nothing, and this test shows nothing"
+    start = next(row for row in rows_of("out/iteration_2/training_log.jsonl") if "rewards/margins" in row)
+    assert start["rewards/margins"] == pytest.approx(0, abs=5e-2 if flags else 1e-4)
+    assert json.loads((project / "out/iteration_2/evaluation.json").read_text())["kl_from_initial"]["mean"] != 0
+
+    # Both load by the adapter's folder
+    loaded = AutoModelForCausalLM.from_pretrained(folders[1])
+    ids = tokenizer("why is the dog blue", return_tensors="pt")["input_ids"]
+    bare = AutoModelForCausalLM.from_pretrained(talkative_model)
+    with torch.no_grad():
+        assert not torch.allclose(loaded(ids).logits, bare(ids).logits)
+
+
+@pytest.mark.slow
+def test_a_training_that_does_harm_keeps_the_adapter_it_started_from(project, monkeypatch):
+    monkeypatch.setattr(TrainingMonitor, "kept_step", property(lambda self: 0))
+    monkeypatch.setattr(TrainingMonitor, "explanation", lambda self: "harm")
+    assert larpo_run(*ADAPTER, "--num_iterations", 1, "--monitor_evals", 1, "--monitor_time_share", 1) == 0
+    adapter = load_file(project / "out/iteration_1/model/adapter_model.safetensors")
+    outputs = [value for name, value in adapter.items() if "lora_B" in name]
+    assert outputs and not any(torch.any(value) for value in outputs), "as LoRA begins"
