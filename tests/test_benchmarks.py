@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from trl_larpo import cli
+from trl_larpo.storage import read_jsonl
+
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -60,6 +63,23 @@ def test_where_the_time_of_a_run_went(finished_run, capsys):
     assert result["samples"] == 48  # 6 prompts, 4 samples, 2 iterations
     assert all(seconds > 0 for stage, seconds in result["seconds"].items() if stage not in ("reward", "select"))
     assert "lists/s" in capsys.readouterr().out
+
+
+def test_a_large_run_folder_in_small(tmp_path, monkeypatch, capsys):
+    script = load("run_folder")
+
+    def measured(words, folder, log):
+        monkeypatch.chdir(folder)
+        assert words[0] == "-c" or cli.main(words[2:]) == 0
+        return 1e9, 1.0
+
+    monkeypatch.setattr(script, "measure", measured)
+    output = tmp_path / "folder"
+    results = script.main(["--prompts", "20", "--characters", "100", "--output", str(output)])
+    assert set(results) == {"import", "resume", "report", "select", "recall"}
+    assert len(read_jsonl(output / "run/iteration_1/rewarded.jsonl")) == 20
+    assert len(read_jsonl(output / "lists.jsonl")) == 20 and (output / "recall/recall.md").exists()
+    assert "report.html" in capsys.readouterr().out
 
 
 def test_the_estimate_equals_that_of_deepspeed():

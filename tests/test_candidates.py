@@ -1,5 +1,6 @@
 """Candidate lists against an oracle in plain Python, and their parts."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -215,6 +216,30 @@ def test_related_prompts_share_rare_words():
     related = related_prompts(texts)
     assert (related[0], related[1], related[40], related[41]) == (40, 41, 0, 1)
     assert all(other != i for i, other in enumerate(related))
+
+
+def test_related_prompts_are_those_of_plain_loops():
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcdefghij", k=rng.randint(1, 6))) for _ in range(40)] + ["?", "unique"]
+    words = [text.replace("?", "").split() for text in texts]
+    num_with = {word: sum(word in of_text for of_text in words) for of_text in words for word in of_text}
+    vectors = [
+        {w: of_text.count(w) * (math.log(len(texts) / num_with[w]) + 1e-3) for w in of_text} for of_text in words
+    ]
+    norms = [math.hypot(*vector.values()) or 1.0 for vector in vectors]
+    for i, place in enumerate(related_prompts(texts)):
+        cosines = [
+            round(1e5 * sum(vectors[i][w] * x.get(w, 0.0) for w in vectors[i]) / norms[i] / norms[j])
+            if j != i
+            else -math.inf
+            for j, x in enumerate(vectors)
+        ]
+        assert cosines[place] >= max(cosines) - 1  # what rounding makes of it
+
+
+def test_related_prompts_are_looked_for_among_those_that_share_the_rarest_words():
+    texts = [f"please tell me about topic{i // 2}" for i in range(400)]  # in pairs
+    assert related_prompts(texts, most_compared=1) == [i + 1 - 2 * (i % 2) for i in range(400)]
 
 
 def test_random_prompts_are_others_and_repeatable():

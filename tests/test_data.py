@@ -11,7 +11,8 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_larpo import DataError, LarPOTrainer
-from trl_larpo.training.datasets import load_splits
+from trl_larpo.training import datasets as datasets_module
+from trl_larpo.training.datasets import dataset_on_disk, load_splits
 from trl_larpo.training.tokenization import tokenize_dataset
 from trl_larpo.training.validation import canonical_row, check_dataset, dataset_format
 
@@ -279,3 +280,14 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_unknown_hub_dataset():
     with pytest.raises(DataError, match="'nobody/nothing' cannot be read"):
         load_splits("nobody/nothing")
+
+
+def test_rows_that_are_never_in_memory_together_are_the_same_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets_module, "_ROWS_IN_MEMORY", 2)
+    rows = [{"prompt": [{"role": "user", "content": str(i)}], "rewards": [None, None], "ids": []} for i in range(5)]
+    rows[3] |= {"rewards": [1.5, None], "ids": [7]}  # types that the first rows do not tell
+    rows[4]["prompt"][0]["name"] = "Ada"  # and a key
+    dataset = dataset_on_disk(lambda: iter(rows), tmp_path / "data")
+    assert dataset.to_list() == Dataset.from_list(rows).to_list()
+    again = Dataset.from_file(dataset.cache_files[0]["filename"])
+    assert dataset._fingerprint == again._fingerprint  # all processes find each other's results in the cache

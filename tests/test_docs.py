@@ -80,6 +80,7 @@ NOT_RUN = {
     "python examples/studies/lists_vs_pairs/study.py": "hours; tests/test_lists_vs_pairs_study.py runs it small",
     "python examples/studies/one_pass/study.py": "an hour on a CPU; tests/test_one_pass_study.py runs it small",
     "python examples/benchmarks/training_step.py pairs": "an hour on a CPU; tests/test_benchmarks.py runs it small",
+    "python examples/benchmarks/run_folder.py": "many minutes; tests/test_benchmarks.py runs it small",
     "python examples/benchmarks/plot.py": "draws the results of that hour; tests/test_benchmarks.py runs it",
     "python tests/distributed/compare_launchers.py": "ten minutes; tests/distributed/test_launchers.py runs it shorter",
     "export DS_ACCELERATOR=cpu": "for the lines below it",

@@ -29,7 +29,7 @@ def test_rows_whose_prompts_do_not_come_again_stay_as_they_were():
     assert described(every) == [("b", [("b2", 2.0), ("b1", 1.0)]), ("a", [("a1", 1.0)])]
     previous = earlier_rows(now, [(second, 2)], "previous", is_relative=False)
     assert described(previous) == [("b", [("b2", 2.0)])]
-    assert earlier_rows(now, [], "none", is_relative=False) == []
+    assert list(earlier_rows(now, [], "none", is_relative=False)) == []
 
 
 def test_what_was_measured_against_candidates_left_behind_is_scored_again():
@@ -37,7 +37,7 @@ def test_what_was_measured_against_candidates_left_behind_is_scored_again():
     [shortened, whole] = earlier_rows([pool("d", 3)], [(second, 2)], "previous", is_relative=True)
     assert [(c.completion, c.reward, c.scored_by) for c in shortened.candidates] == [("b2", None, None)]
     assert whole == second[1]
-    assert earlier_rows([pool("d", 3)], [(second, 2)], "all", is_relative=True) == second
+    assert list(earlier_rows([pool("d", 3)], [(second, 2)], "all", is_relative=True)) == second
 
 
 DRAWN = (

@@ -9,7 +9,7 @@ from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.functions import Reward
 from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.rewards.scorer import RewardScorer
-from trl_larpo.set_aside import set_aside_in
+from trl_larpo.set_aside import SetAside, set_aside_in
 
 NUM_PROMPTS = 200
 
@@ -94,6 +94,18 @@ def test_too_many_end_it_and_the_others_are_kept(score, share, num_failing):
         score(failing(*range(100, 100 + num_failing)), max_failed_share=share)
     kept = rows_of(score.folder / "rewarded.jsonl.partial-0")
     assert len({row["prompt_id"] for row in kept}) == len(kept) >= 100
+
+
+def test_each_prompt_is_added_to_the_file_and_a_kill_leaves_the_others(tmp_path):
+    aside = SetAside(tmp_path / "samples.jsonl", 100, 0.5, "sampled")
+    aside.add(Prompt.of("first"), "why")
+    before = aside.path.stat().st_ino
+    aside.add(Prompt.of("second"), "why")
+    assert aside.path.stat().st_ino == before  # written on, and not again
+    with open(aside.path, "a") as file:
+        file.write('{"prompt_id": "x", "pro')
+    [(name, rows)] = set_aside_in(tmp_path).items()
+    assert name == "samples" and [row["prompt"] for row in rows] == ["first", "second"]
 
 
 def test_a_share_is_a_share(tmp_path):

@@ -11,7 +11,15 @@ from types import SimpleNamespace
 import pytest
 
 from trl_larpo import DataError, LarPOError
-from trl_larpo.storage import GrowingFile, exclusive_lock, explain_full_disk, read_jsonl, write_jsonl, write_text
+from trl_larpo.storage import (
+    GrowingFile,
+    StoredRows,
+    exclusive_lock,
+    explain_full_disk,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 
 HOSTILE = [{"text": "line\u2028separator \x85 \x0b \r\n tab\t"}, {"text": "\ud800 alone"}, {"text": "🦜 مرحبا"}]
 
@@ -21,7 +29,7 @@ def test_any_text_comes_back(tmp_path):
     assert read_jsonl(tmp_path / "a.jsonl") == HOSTILE
     growing = GrowingFile(tmp_path / "b.jsonl")
     growing.add(HOSTILE)
-    assert GrowingFile(tmp_path / "b.jsonl").rows == HOSTILE
+    assert list(GrowingFile(tmp_path / "b.jsonl").rows) == HOSTILE
 
 
 def test_growing_file_drops_a_line_that_was_not_finished(tmp_path):
@@ -30,12 +38,38 @@ def test_growing_file_drops_a_line_that_was_not_finished(tmp_path):
     with open(GrowingFile(path).partial, "ab") as file:
         file.write(b'{"i": 3')
     again = GrowingFile(path)
-    assert again.rows == [{"i": 1}, {"i": 2}] and not path.exists()
+    assert list(again.rows) == [{"i": 1}, {"i": 2}] and not path.exists()
     again.add([{"i": 4}])
     assert [row["i"] for row in GrowingFile(path).rows] == [1, 2, 4]
-    again.finish(again.rows)
+    again.finish(GrowingFile(path).rows)
     assert [row["i"] for row in read_jsonl(path)] == [1, 2, 4]
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_stored_rows_are_read_when_they_are_asked_for(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    rows = [{"prompt_id": f"{i}\u2028é", "text": "x" * i} for i in range(5)]
+    write_jsonl(first, rows[:3])
+    second.write_text('\n{"text": "xxx", "prompt_id": "3\u2028é"}\r\n' + json.dumps(rows[4], ensure_ascii=False))
+    stored = StoredRows([first, second], key="prompt_id")
+    assert stored.keys == [row["prompt_id"] for row in rows] and list(stored) == rows
+    assert (stored[-1], stored[1:3], len(stored)) == (rows[-1], rows[1:3], 5)
+    assert len(StoredRows([second], growing=True)) == 1  # a line that has not ended is not there yet
+    first.write_text('{"prompt_id": "0"}\n{"prompt_id": "1", \n')
+    damaged = StoredRows([first], key="prompt_id")
+    with pytest.raises(DataError, match=r"a\.jsonl line 2 is not JSON"):
+        damaged[1]
+    with pytest.raises(DataError, match=r"b\.jsonl line 2 has no column `id`"):
+        StoredRows([second], key="id")
+
+
+def test_an_unfinished_line_longer_than_a_block_is_cut_off(tmp_path):
+    file = GrowingFile(tmp_path / "rows.jsonl")
+    file.add([{"i": 1}])
+    with open(file.partial, "ab") as opened:
+        opened.write(b'{"i": "' + b"x" * 200_000)
+    GrowingFile(tmp_path / "rows.jsonl").add([{"i": 2}])
+    assert [row["i"] for row in GrowingFile(tmp_path / "rows.jsonl").rows] == [1, 2]
 
 
 def test_shares_of_several_processes_are_read_together(tmp_path):

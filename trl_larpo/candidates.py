@@ -7,7 +7,7 @@ train on ([`CandidateList`]) to the trainer's dataset and the page. [`build_list
 Optimization", section 3.2 (hard negatives, candidate lists) and Algorithm 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -132,15 +132,6 @@ class CandidatePool:
     def without_rewards(self) -> "CandidatePool":
         """The same, still to be scored."""
         return self.with_candidates([replace(c, reward=None, reward_parts={}, scored_by=None) for c in self.candidates])
-
-
-def merge_pools(pools: Iterable[CandidatePool]) -> list[CandidatePool]:
-    """One pool for each prompt, in the order in which prompts come first."""
-    merged: dict[str, CandidatePool] = {}
-    for pool in pools:
-        first = merged.get(pool.prompt.id, pool.with_candidates([]))
-        merged[pool.prompt.id] = first.with_candidates([*first.candidates, *pool.candidates])
-    return list(merged.values())
 
 
 def _short_description(candidate: Candidate) -> Row:
@@ -312,6 +303,10 @@ class CandidateList:
     problem: str | None = None
     num_duplicates: int = 0
 
+    @property
+    def all_candidates(self) -> list[Candidate]:
+        return [*self.selected, *(candidate for candidate, _ in self.left_out)]
+
     def to_row(self) -> Row:
         """
         A row of a dataset of lists (`prompt`, `completions`, `rewards`, `finished`, `completion_ids`, and `ref_logps`
@@ -418,12 +413,16 @@ def build_lists(pools: Iterable[CandidatePool], selection: Selection) -> tuple[l
     Returns:
         The lists, and the counts.
     """
-    lists, counts = [], SelectionCounts()
+    counts = SelectionCounts()
+    return list(each_list(pools, selection, counts)), counts
+
+
+def each_list(pools: Iterable[CandidatePool], selection: Selection, counts: SelectionCounts) -> Iterator[CandidateList]:
+    """As [`build_lists`], one list at a time; `counts` has counted those that were taken."""
     for pool in pools:
         made = build_list(pool, selection)
         counts.add(made, selection)
-        lists.append(made)
-    return lists, counts
+        yield made
 
 
 def check_truncated_completions(value: str) -> None:

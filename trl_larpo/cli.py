@@ -114,12 +114,17 @@ def launch(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> None:
-    """`larpo report`: writes the page of a run, finished or not."""
-    from .report.page import write_report
+    """`larpo report`: writes the page of a run, finished or not, or shows the lists of one prompt."""
+    from .report.page import describe_prompt, write_report
 
     parser = _Parser(prog="larpo report", description="Write the page of a run: pictures, health, candidate lists.")
     parser.add_argument("run", help="folder of the run")
-    print(f"Report: {write_report(parser.parse_args(argv).run)}")
+    parser.add_argument("--prompt", help="show all candidates of one prompt instead: its prompt_id, or how it begins")
+    arguments = parser.parse_args(argv)
+    if arguments.prompt is not None:
+        print(describe_prompt(arguments.run, arguments.prompt))
+    else:
+        print(f"Report: {write_report(arguments.run)}")
 
 
 def generate(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The steps of an iteration one at a time, from file to file: `larpo generate`, `larpo reward`, `larpo select`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,12 +9,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, build_lists, merge_pools
+from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, SelectionCounts, each_list
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
 from .generation.sampler import PolicySampler, SampleKind, SamplingTask
 from .generation.server_process import check_servers
 from .options import DTYPES, CheckedOptions, option
+from .pools import StoredPools, chain_pools, merge_pools, read_pools
 from .prompts import Prompt
 from .rewards.functions import as_function, load_rewards
 from .rewards.options import RewardOptions
@@ -124,7 +126,7 @@ def sample_file(
     *,
     seed: int = 0,
     use_cpu: bool = False,
-) -> list[CandidatePool]:
+) -> StoredPools:
     """
     Samples completions into a JSONL file. Called again after a kill, it resumes from what it saved.
 
@@ -154,9 +156,10 @@ def sample_file(
         pools = sampler.sample(prompts, task, output)
     finally:
         sampler.close()
-    if pools:
-        GrowingFile(output).finish([pool.to_row() for pool in pools])
-    return pools
+    if not pools:
+        return pools
+    GrowingFile(output).finish(pool.to_row() for pool in pools)
+    return read_pools(output)
 
 
 def reward(options: RewardConfig) -> None:
@@ -174,12 +177,12 @@ def reward(options: RewardConfig) -> None:
 
 def reward_file(
     options: RewardOptions,
-    pools: list[CandidatePool],
+    pools: Sequence[CandidatePool],
     output: Path,
     *,
     use_cpu: bool = False,
     description: str = "Rewarding",
-) -> list[CandidatePool]:
+) -> StoredPools:
     """
     Rewards completions into a JSONL file. Called again after a kill, it resumes from what it saved.
 
@@ -193,31 +196,32 @@ def reward_file(
     Returns:
         The pools with rewards. On processes but the first nothing.
     """
-    unscored = [pool.without_rewards() for pool in merge_pools(pools)]
+    unscored = merge_pools(pools).map(CandidatePool.without_rewards)
     scored = RewardScorer(options, use_cpu=use_cpu).score(unscored, output, description)
-    if scored:
-        GrowingFile(output).finish([pool.to_row() for pool in scored])
-    return scored
+    if not scored:
+        return scored
+    GrowingFile(output).finish(pool.to_row() for pool in scored)
+    return read_pools(output)
 
 
 def select(options: SelectConfig) -> None:
     """Makes candidate lists."""
     paths, output = _path(options, "candidates"), Path(_path(options, "output"))
-    pools: list[CandidatePool] = []
+    files = [read_candidate_pools(path, options.as_messages) for path in paths]
     judges: dict[str | None, str] = {}
-    for path in paths:
-        for new in read_candidate_pools(path, options.as_messages):
-            judges.setdefault(new.candidates[0].scored_by, path)
-            if all(candidate.reward is None for candidate in new.candidates):
+    for path, pools in zip(paths, files, strict=True):
+        for pool in pools:
+            judges.setdefault(pool.candidates[0].scored_by, path)
+            if all(candidate.reward is None for candidate in pool.candidates):
                 raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
-            pools.append(new)
     if len(judges) > 1:
         raise DataError(
             f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
             "Score all of them again: larpo reward."
         )
-    lists, counts = build_lists(merge_pools(pools), options.selection(options.truncated_completions))
-    write_jsonl(output, [made.to_row() for made in lists if made.problem is None])
+    counts = SelectionCounts()
+    lists = each_list(merge_pools(chain_pools(files)), options.selection(options.truncated_completions), counts)
+    write_jsonl(output, (made.to_row() for made in lists if made.problem is None))
     print(f"{counts.summary()}\nLists in {output}")
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .losses import gains_and_ideal_dcg, mean_discounts
 
+_RESAMPLED_AT_A_TIME = 5_000_000  # counts of prompts
+
 
 def ndcg(scores: Tensor, relevance: Tensor, mask: Tensor, k: int | None = None) -> Tensor:
     """
@@ -214,8 +216,13 @@ def bootstrap_interval(values, num_resamples: int = 1000, level: float = 0.95, s
         Lower and upper end.
     """
     values = np.asarray(values, dtype=float)
-    counts = np.random.default_rng(seed).multinomial(len(values), [1 / len(values)] * len(values), size=num_resamples)
-    low, high = np.quantile(counts @ values / len(values), [(1 - level) / 2, (1 + level) / 2])
+    rng, count = np.random.default_rng(seed), len(values)
+    at_a_time = max(1, _RESAMPLED_AT_A_TIME // count)  # in memory; the draws are the same
+    means = [
+        rng.multinomial(count, [1 / count] * count, size=min(at_a_time, num_resamples - start)) @ values / count
+        for start in range(0, num_resamples, at_a_time)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

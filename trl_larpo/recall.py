@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from trl import ModelConfig
 
-from .candidates import CandidatePool, merge_pools
+from .candidates import CandidatePool
 from .commands import prompts_of, reward_file, sample_file
 from .errors import ConfigError, DataError
 from .generation.in_process import check_sampling
@@ -27,11 +27,11 @@ from .generation.sampler import SampleKind
 from .generation.server_process import check_servers
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .options import option
+from .pools import StoredPools, merge_pools, read_pools
 from .rewards.functions import import_function, load_rewards, reward_id
 from .rewards.options import RewardOptions
 from .rewards.verifiers import boxed_answer, final_number
 from .run.candidate_files import read_candidate_pools
-from .run.context import read_pools
 from .run.negatives import NEGATIVES
 from .run.options import PromptOptions
 from .storage import exclusive_lock, keep_settings, saving_to, write_json, write_text
@@ -293,8 +293,8 @@ class _Source:
     """Scored samples under one name, and what the best-of-N reward says of each, if there is one."""
 
     name: str
-    pools: list[CandidatePool]
-    judged: list[CandidatePool] | None = None
+    pools: StoredPools
+    judged: StoredPools | None = None
 
 
 def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[_Source]:
@@ -331,17 +331,21 @@ def _read(options: RecallConfig, paths: list[str], folder: Path) -> list[_Source
     return result
 
 
-def _rewarded(options: RecallConfig, pools: list[CandidatePool], path: Path, description: str) -> list[CandidatePool]:
+def _rewarded(options: RecallConfig, pools: StoredPools, path: Path, description: str) -> StoredPools:
     """Rewards as they are kept in the file, or computed into it."""
     if not path.exists():
         return reward_file(options, pools, path, use_cpu=options.use_cpu, description=description)
     kept = read_pools(path)
-    if [[c.completion for c in x.candidates] for x in kept] != [[c.completion for c in x.candidates] for x in pools]:
+    if len(kept) != len(pools) or not all(map(_same_completions, kept, pools)):
         raise ConfigError(f"{path} holds rewards of other completions. Take another `output`.")
     return kept
 
 
-def _judged(options: RecallConfig, pools: list[CandidatePool], path: Path) -> list[CandidatePool] | None:
+def _same_completions(pool: CandidatePool, other: CandidatePool) -> bool:
+    return [c.completion for c in pool.candidates] == [c.completion for c in other.candidates]
+
+
+def _judged(options: RecallConfig, pools: StoredPools, path: Path) -> StoredPools | None:
     """All completions with what the best-of-N reward says of them."""
     if options.best_of_n_reward is None:
         return None

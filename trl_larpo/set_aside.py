@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import ConfigError, LarPOError
 from .options import CheckedOptions, option
 from .prompts import Prompt, Row
-from .storage import read_jsonl, write_jsonl
+from .storage import StoredRows, append_jsonl
 
 _SUFFIX = ".set_aside.jsonl"
 
@@ -48,7 +48,7 @@ class SetAside:
         self.path = set_aside_path(output, process)
         self.limit = max(_ALWAYS_ALLOWED, max_share * num_prompts) if max_share > 0 else 0
         self.num_prompts, self.done = num_prompts, done
-        self.rows: list[Row] = []
+        self.count = 0
         self.path.unlink(missing_ok=True)  # what failed last time gets another try
         if process == 0:  # also that of processes that there are no more
             for path in output.parent.glob(f"{glob.escape(output.stem)}.process_*{_SUFFIX}"):
@@ -59,11 +59,11 @@ class SetAside:
         Raises:
             LarPOError: If too many have failed.
         """
-        self.rows.append({"prompt_id": prompt.id, "prompt": prompt.text, "reason": reason})
-        write_jsonl(self.path, self.rows)
-        if len(self.rows) > self.limit or len(self.rows) == self.num_prompts:
+        self.count += 1
+        append_jsonl(self.path, [{"prompt_id": prompt.id, "prompt": prompt.text, "reason": reason}])
+        if self.count > self.limit or self.count == self.num_prompts:
             raise LarPOError(
-                f"{len(self.rows)} of {self.num_prompts} prompts could not be {self.done}, more than "
+                f"{self.count} of {self.num_prompts} prompts could not be {self.done}, more than "
                 f"`max_failed_share` allows; {self.path} names them. The last one, {prompt.text[:60]!r}: {reason} "
                 "What was done so far is kept: fix the cause and run the same command again."
             )
@@ -79,5 +79,5 @@ def set_aside_in(folder: Path) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
         name = re.sub(r"\.process_\d+$", "", path.name.removesuffix(_SUFFIX))
-        found.setdefault(name, []).extend(read_jsonl(path))
+        found.setdefault(name, []).extend(StoredRows([path], growing=True))
     return found

@@ -8,8 +8,10 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ _PARTIAL = ".partial"
 
 _LITTLE_SPACE = 2**18  # bytes
 
+_BLOCK = 2**16  # bytes
+
 _LONE_SURROGATES = "backslashreplace"  # makes of them the escapes that JSON has for them
 
 
@@ -43,24 +47,82 @@ def read_jsonl(path: str | Path) -> list[Row]:
     Raises:
         DataError: Names the line that cannot be read.
     """
-    rows = []
-    with open_file(path) as file:
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path: str | Path) -> Iterator[Row]:
+    """As [`read_jsonl`], one row at a time."""
+    with open_file(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number} is not JSON ({error.msg}).") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path} line {number} is {type(row).__name__}, not an object with columns.")
-            rows.append(row)
-    return rows
+            if line.strip():
+                yield _parse(line, path, number)
+
+
+def _parse(line: bytes, path: str | Path, number: int) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise DataError(f"{path} line {number} is not JSON ({getattr(error, 'msg', error)}).") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{path} line {number} is {type(row).__name__}, not an object with columns.")
+    return row
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     """Writes all rows, or nothing."""
-    write_text(path, "".join(map(_as_line, rows)))
+    _write(path, map(_as_line, rows))
+
+
+class StoredRows(Sequence[Row]):
+    """
+    Rows of files of JSON lines, each read when it is asked for. In memory are only their places and their keys.
+
+    Args:
+        paths: The files, which must stay as they are.
+        key: A column that all rows have, whose values are kept.
+        growing: Whether the files may end with a line that is not finished, which is left out.
+
+    Attributes:
+        keys: The values of the column `key` of all rows; empty without one.
+    """
+
+    def __init__(self, paths: list[Path], key: str | None = None, growing: bool = False):
+        self.keys: list[Any] = []
+        self._paths = paths
+        self._starts, self._lengths, self._files = array("q"), array("q"), array("H")  # of each row
+        self._numbers = array("q")  # of each row's line, for messages
+        # Files of ours begin each line with the key: nothing else of it is read now
+        first = re.compile(rb'\{"%b": "([^"\\]*)"[,}]' % (key or "").encode())
+        for file_number, path in enumerate(paths):
+            start = 0
+            with open_file(path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip() and not (growing and not line.endswith(b"\n")):
+                        for kept, value in ((self._starts, start), (self._lengths, len(line)),
+                                            (self._files, file_number), (self._numbers, number)):  # fmt: skip
+                            kept.append(value)
+                        if key is not None:
+                            match = first.match(line)
+                            self.keys.append(match[1].decode() if match else self._value(line, path, number, key))
+                    start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        path = self._paths[self._files[place]]
+        with open(path, "rb") as file:
+            file.seek(self._starts[place])
+            return _parse(file.read(self._lengths[place]), path, self._numbers[place])
+
+    @staticmethod
+    def _value(line: bytes, path: Path, number: int, key: str) -> Any:
+        row = _parse(line, path, number)
+        if key not in row:
+            raise DataError(f"{path} line {number} has no column `{key}`.")
+        return row[key]
 
 
 def read_json(path: Path) -> Any:
@@ -99,12 +161,24 @@ def keep_settings(path: Path, settings: dict[str, Any], output: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes all of the text, or nothing."""
+    _write(path, [text])
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
     partial = partial_path(path)
     with saving_to(path), open(partial, "w", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as file:
-        file.write(text)
+        file.writelines(texts)
         file.flush()
         os.fsync(file.fileno())
     finish(partial, path)
+
+
+def append_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a file; they are safe when this returns."""
+    with saving_to(path), open(path, "ab") as file:
+        file.write("".join(map(_as_line, rows)).encode("utf-8", _LONE_SURROGATES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def finish(partial: Path, path: Path) -> None:
@@ -133,36 +207,29 @@ class GrowingFile:
     """
     A file of JSON lines to which rows are added as they are computed, and which gets its name when it is whole.
 
-    Rows that an earlier, killed process added are read when it is opened; a line that was not finished is cut off.
+    Rows that an earlier, killed process added are found when it is opened; a line that was not finished is cut off.
 
     Args:
         path: Name of the whole file.
         share: Number of the process. Each adds to a share of its own.
+        key: A column whose values are kept in memory.
 
     Attributes:
-        rows: All rows of all shares, as they were when it was opened, and those added since.
+        rows: All rows of all shares, as they were when it was opened.
     """
 
-    def __init__(self, path: Path, share: int = 0):
+    def __init__(self, path: Path, share: int = 0, key: str | None = None):
         self.path, self.partial = path, path.with_name(f"{path.name}{_PARTIAL}-{share}")
-        self.rows: list[Row] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        for partial in self._partials():
-            data = partial.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data) and partial == self.partial:
-                os.truncate(partial, len(whole))
-            self.rows += [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+        if self.partial.exists():
+            _cut_unfinished_line(self.partial)
+        self.rows = StoredRows(self._partials(), key, growing=True)
 
     def add(self, rows: list[Row]) -> None:
         """Appends rows; they are safe when this returns."""
-        with saving_to(self.path), open(self.partial, "ab") as file:
-            file.write("".join(map(_as_line, rows)).encode("utf-8", _LONE_SURROGATES))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += rows
+        append_jsonl(self.partial, rows)
 
-    def finish(self, rows: list[Row]) -> None:
+    def finish(self, rows: Iterable[Row]) -> None:
         """Writes the whole file: all rows in their final order and form."""
         write_jsonl(self.path, rows)
         for partial in self._partials():
@@ -170,6 +237,20 @@ class GrowingFile:
 
     def _partials(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.name}{_PARTIAL}-*"))
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:  # from the end, a block at a time
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 @contextlib.contextmanager
@@ -241,10 +322,10 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         lock.close()
 
 
-def open_file(path: str | Path):
-    """Opens a text file for reading; an error says what is missing."""
+def open_file(path: str | Path, mode: str = "r"):
+    """Opens a file for reading; an error says what is missing."""
     try:
-        return open(path, encoding="utf-8")
+        return open(path, mode, encoding=None if "b" in mode else "utf-8")
     except FileNotFoundError:
         raise DataError(f"There is no file {str(path)!r}.") from None
     except IsADirectoryError:

@@ -19,9 +19,9 @@ from trl_larpo.candidates import Candidate
 from trl_larpo.commands import GenerateConfig, reward_file, sample_file
 from trl_larpo.generation.sampler import SampleKind, generation_dtype
 from trl_larpo.generation.server_process import check_servers
+from trl_larpo.pools import read_pools
 from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.options import RewardOptions
-from trl_larpo.run.context import read_pools
 from trl_larpo.storage import keep_settings
 
 PRESETS: dict[str, dict[str, Any]] = {

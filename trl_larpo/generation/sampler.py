@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ..candidates import Candidate, CandidatePool
+from ..pools import StoredPools
 from ..prompts import Prompt, completion_for
 from ..set_aside import SetAside
 from ..storage import GrowingFile
@@ -106,7 +107,7 @@ class PolicySampler:
             self._servers[1].close()
             self._servers = None
 
-    def sample(self, prompts: list[Prompt], task: SamplingTask, path: Path) -> list[CandidatePool]:
+    def sample(self, prompts: list[Prompt], task: SamplingTask, path: Path) -> StoredPools:
         """
         Samples candidates of all prompts, each process its share of them.
 
@@ -124,9 +125,9 @@ class PolicySampler:
             LarPOError: If no server answers any more, or too many prompts fail.
         """
         state = PartialState()
-        file = GrowingFile(path, share=state.process_index)
+        file = GrowingFile(path, share=state.process_index, key="prompt_id")
         state.wait_for_everyone()  # all have read what is there before any process adds to it
-        done = {row["prompt_id"] for row in file.rows}
+        done = set(file.rows.keys)
         size = len(task.kinds)
         with tqdm(
             total=len(prompts) * size,
@@ -143,11 +144,8 @@ class PolicySampler:
                 self._sample_on_servers(missing, task, file, set_aside, progress)
         state.wait_for_everyone()
         if not state.is_main_process:
-            return []
-        rows = {row["prompt_id"]: row for row in GrowingFile(path).rows}
-        pools = [CandidatePool.from_row(rows[prompt.id]) for prompt in prompts if prompt.id in rows]
-        by_id = {prompt.id: prompt for prompt in prompts}
-        return [CandidatePool(by_id[pool.prompt.id], pool.candidates) for pool in pools]
+            return StoredPools.none()
+        return _saved_pools(path, prompts)
 
     def _sample_in_process(
         self, prompts: list[Prompt], done: set[str], task: SamplingTask, file: GrowingFile, progress: tqdm
@@ -280,6 +278,19 @@ def sample_pools(
         chat_template_kwargs=options.template_kwargs,
     )
     return [_as_pool(prompt, of_prompt, task) for prompt, of_prompt in zip(prompts, samples, strict=True)]
+
+
+def _saved_pools(path: Path, prompts: list[Prompt]) -> StoredPools:
+    """What was sampled so far, in the order of the prompts."""
+    rows = GrowingFile(path, key="prompt_id").rows
+    place_of = {name: place for place, name in enumerate(rows.keys)}
+    sampled = [prompt for prompt in prompts if prompt.id in place_of]
+
+    def pool(place: int) -> CandidatePool:
+        prompt = sampled[place]
+        return CandidatePool(prompt, CandidatePool.from_row(rows[place_of[prompt.id]]).candidates)
+
+    return StoredPools([prompt.id for prompt in sampled], pool)
 
 
 def _as_pool(prompt: Prompt, samples: list[Sample], task: SamplingTask) -> CandidatePool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
@@ -160,25 +161,17 @@ def _best_of_n(axes, iterations: dict[int, Row]):
 
 
 def _reward_distribution(axes, iterations: dict[int, Row]):
-    rewards = {
-        number: [
-            candidate.reward
-            for pool in found["rewarded"]
-            for candidate in pool.candidates
-            if candidate.reward is not None and candidate.iteration == number and candidate.source == "policy"
-        ]
-        for number, found in iterations.items()
-        if "rewarded" in found
-    }
-    rewards = {number: values for number, values in rewards.items() if values}
-    if not rewards:
+    found = {n: x["statistics"]["rewards"] for n, x in iterations.items() if "rewards" in x["statistics"]}
+    if not found:
         return False
-    low, high = min(map(min, rewards.values())), max(map(max, rewards.values()))
+    low, high = min(x["low"] for x in found.values()), max(x["high"] for x in found.values())
     edges = [low + (high - low) * i / 20 for i in range(21)] if high > low else [low - 0.5, low + 0.5]
-    for color, (number, values) in zip(_cycle(), rewards.items(), strict=False):
-        weights = [1 / len(values)] * len(values)
+    for color, (number, x) in zip(_cycle(), found.items(), strict=False):
+        # Each fine bin counts where its middle is, and the outer ones at the ends, where the rewards of 0 and 1 are
+        middles = np.linspace(x["low"], x["high"], len(x["counts"]))
+        weights = np.array(x["counts"]) / sum(x["counts"])
         axes.hist(
-            values, edges, weights=weights, histtype="step", linewidth=1.8, label=f"iteration {number}", color=color
+            middles, edges, weights=weights, histtype="step", linewidth=1.8, label=f"iteration {number}", color=color
         )
     axes.set_xlabel("reward")
     axes.set_ylabel("share of samples")
@@ -191,17 +184,8 @@ def _lengths(axes, iterations: dict[int, Row]) -> None:
     axes.plot(
         numbers, [iterations[n]["evaluation"]["tokens"] for n in numbers], marker="o", color="C0", label="held out"
     )
-    trained = {
-        number: [
-            candidate.num_tokens
-            for pool in found["samples"]
-            for candidate in pool.candidates
-            if candidate.source == "policy" and candidate.num_tokens is not None
-        ]
-        for number, found in iterations.items()
-        if "samples" in found
-    }
-    means = {number: sum(values) / len(values) for number, values in trained.items() if values}
+    known = {n: found["statistics"].get("tokens") for n, found in iterations.items()}
+    means = {n: mean for n, mean in known.items() if mean is not None}
     axes.plot(list(means), list(means.values()), marker="s", color="C1", label="training samples")
     _labels(axes, list(iterations))
     axes.set_ylim(bottom=0)
@@ -232,16 +216,7 @@ def _ranking_metrics(axes, iterations: dict[int, Row]):
 
 
 def _sources(axes, iterations: dict[int, Row]):
-    counts: dict[int, Counter] = {}
-    for number, found in iterations.items():
-        if "lists" in found:
-            counts[number] = Counter(
-                f"iteration {candidate.iteration}"
-                if candidate.source == "policy"
-                else candidate.source.replace("_", " ")
-                for made in found["lists"]
-                for candidate in made.selected
-            )
+    counts = {n: Counter(x["statistics"]["sources"]) for n, x in iterations.items() if "sources" in x["statistics"]}
     if not counts:
         return False
     kinds = sorted({kind for counter in counts.values() for kind in counter})
@@ -257,11 +232,7 @@ def _sources(axes, iterations: dict[int, Row]):
 
 
 def _list_sizes(axes, iterations: dict[int, Row]):
-    sizes = {
-        number: Counter(len(made.selected) for made in found["lists"] if made.problem is None)
-        for number, found in iterations.items()
-        if "lists" in found
-    }
+    sizes = {n: dict(x["statistics"]["sizes"]) for n, x in iterations.items() if "sizes" in x["statistics"]}
     if not any(sizes.values()):
         return False
     width = 0.8 / len(sizes)

@@ -6,18 +6,18 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..candidates import Candidate, CandidateList, CandidatePool
+from ..candidates import Candidate, CandidateList
 from ..errors import DataError
-from ..prompts import Row
+from ..prompts import Content, Row
 from ..set_aside import set_aside_in
 from ..storage import read_json, read_jsonl, write_text
 from .charts import draw
+from .statistics import lists_of_prompt, shown_lists, statistics_of
 
 MAX_DATA_BYTES = 10_000_000
 """Size of the packed lists in the page. Beyond it long texts are cut, and say so."""
@@ -27,14 +27,6 @@ _TEXT_LIMITS = (None, 20_000, 8_000, 4_000, 2_000, 1_000, 500, 200)
 _TEMPLATE = Path(__file__).with_name("template.html")
 
 _MAX_SET_ASIDE = 20  # of each stage
-
-_KINDS: dict[str, Callable] = {
-    "samples": CandidatePool.from_row,
-    "rewarded": CandidatePool.from_row,
-    "lists": CandidateList.from_row,
-    "training_log": dict,
-}
-"""Files of JSON lines in the folder of an iteration, and what their rows are."""
 
 
 def write_report(run: str | Path, with_plots: bool = True) -> Path:
@@ -51,14 +43,12 @@ def write_report(run: str | Path, with_plots: bool = True) -> Path:
     Raises:
         DataError: If the folder holds no run.
     """
-    run = Path(run)
-    if not (run / "run.yaml").is_file():
-        raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
+    run = _checked(run)
     settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
     iterations = _read_iterations(run)
     pictures = draw(iterations, run / "plots" if with_plots else None)
     page = _TEMPLATE.read_text(encoding="utf-8")
-    data, cut = _pack(iterations)
+    data, cut = _pack(run, iterations)
     values = {
         "title": html.escape(f"LarPO run {run.resolve().name}"),
         "subtitle": html.escape(
@@ -79,6 +69,12 @@ def write_report(run: str | Path, with_plots: bool = True) -> Path:
     return path
 
 
+def _checked(run: str | Path) -> Path:
+    if not (Path(run) / "run.yaml").is_file():
+        raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
+    return Path(run)
+
+
 def _read_iterations(run: Path) -> dict[int, Row]:
     """What is there of each iteration, 0 being the initial model."""
     iterations: dict[int, Row] = {}
@@ -88,10 +84,10 @@ def _read_iterations(run: Path) -> dict[int, Row]:
         for name in ("evaluation", "selection", "health", "monitor"):
             if (folder / f"{name}.json").exists():
                 found[name] = read_json(folder / f"{name}.json")
-        for name, kind in _KINDS.items():
-            if (folder / f"{name}.jsonl").exists():
-                found[name] = [kind(row) for row in read_jsonl(folder / f"{name}.jsonl")]
+        if (folder / "training_log.jsonl").exists():
+            found["training_log"] = read_jsonl(folder / "training_log.jsonl")
         if "evaluation" in found:
+            found["statistics"] = statistics_of(folder, number)
             iterations[number] = found
         number += 1
     return iterations
@@ -201,20 +197,32 @@ def _number(value: float | None, form: str) -> str:
 # Candidate lists
 
 
-def _pack(iterations: dict[int, Row]) -> tuple[str, str]:
-    """All lists, packed for the page, and a sentence where texts had to be cut."""
+def _pack(run: Path, iterations: dict[int, Row]) -> tuple[str, str]:
+    """Lists, packed for the page, and sentences where there are more of them or texts had to be cut."""
+    lists = [(number, CandidateList.from_row(row)) for number, row in shown_lists(run, iterations)]
+    texts = [[made.prompt.text, *(candidate.text for candidate in made.all_candidates)] for _, made in lists]
+    longest = max((len(text) for of_list in texts for text in of_list), default=0)
+    data, limit = "", None
     for limit in _TEXT_LIMITS:
-        packed = gzip.compress(json.dumps(_list_data(iterations, limit), ensure_ascii=True).encode(), mtime=0)
+        if limit is not None and limit >= longest and data:
+            continue  # nothing would be cut
+        packed = gzip.compress(json.dumps(_list_data(lists, limit), ensure_ascii=True).encode(), 6, mtime=0)
         data = base64.b64encode(packed).decode()
         if len(data) <= MAX_DATA_BYTES:
             break
-    return (
-        data,
-        "" if limit is None else f"Texts of more than {limit} characters are cut; the run's lists.jsonl has all.",
-    )
+    said = []
+    total = sum(found["statistics"].get("num_lists", 0) for found in iterations.values())
+    if len(lists) < total:
+        said.append(
+            f"{len(lists)} of {total} prompts are shown, evenly spread over the run. Pictures and tables are of all. "
+            f"Any other: larpo report {run.resolve().name} --prompt ID (the prompt_id of lists.jsonl)."
+        )
+    if limit is not None:
+        said.append(f"Texts of more than {limit} characters are cut; the run's lists.jsonl has all.")
+    return data, " ".join(said)
 
 
-def _list_data(iterations: dict[int, Row], limit: int | None) -> Row:
+def _list_data(shown: list[tuple[int, CandidateList]], limit: int | None) -> Row:
     numbers: dict[str, int] = {}
 
     def text_number(text: str) -> int:
@@ -228,20 +236,56 @@ def _list_data(iterations: dict[int, Row], limit: int | None) -> Row:
         return {"text": text_number(candidate.text), "why": why} | about
 
     lists = []
-    for number, found in iterations.items():
-        for made in found.get("lists", []):
-            candidates = [as_candidate(candidate, None) for candidate in made.selected]
-            candidates += [as_candidate(candidate, why) for candidate, why in made.left_out]
-            candidates.sort(key=lambda c: math.inf if c["rank"] is None else c["rank"])
-            prompt = made.prompt.content
-            if not isinstance(prompt, str):
-                prompt = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
-            lists.append(
-                {
-                    "iteration": number,
-                    "prompt": text_number(prompt),
-                    "problem": made.problem,
-                    "candidates": candidates,
-                }
-            )
+    for number, made in shown:
+        candidates = [as_candidate(candidate, None) for candidate in made.selected]
+        candidates += [as_candidate(candidate, why) for candidate, why in made.left_out]
+        candidates.sort(key=lambda c: math.inf if c["rank"] is None else c["rank"])
+        lists.append(
+            {
+                "id": made.prompt.id,
+                "iteration": number,
+                "prompt": text_number(as_text(made.prompt.content)),
+                "problem": made.problem,
+                "candidates": candidates,
+            }
+        )
     return {"texts": list(numbers), "lists": lists}
+
+
+def as_text(prompt: Content) -> str:
+    """A prompt to be read by a person, with the roles of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
+
+
+def describe_prompt(run: str | Path, name: str) -> str:
+    """
+    All lists of a prompt as text.
+
+    Args:
+        run: Folder of the run.
+        name: The `prompt_id` of its rows, or how it begins.
+
+    Raises:
+        DataError: If the run has no list of it.
+    """
+    lines: list[str] = []
+    for number, row in lists_of_prompt(_checked(run), name):
+        made = CandidateList.from_row(row)
+        lines += [f"Iteration {number}, prompt {made.prompt.id}{f': {made.problem}' if made.problem else ''}"]
+        lines += [as_text(made.prompt.content), ""]
+        both = [*((candidate, "selected") for candidate in made.selected), *made.left_out]
+        for candidate, why in sorted(both, key=lambda pair: pair[0].rank or math.inf):
+            facts = [
+                "no reward" if candidate.reward is None else f"reward {candidate.reward:g}",
+                None if candidate.rank is None else f"rank {candidate.rank}",
+                candidate.source.replace("_", " "),
+                f"iteration {candidate.iteration}",
+                f"{candidate.count} times" if candidate.count > 1 else None,
+                why,
+            ]
+            lines += ["--- " + ", ".join(filter(None, facts)), candidate.text, ""]
+    if not lines:
+        raise DataError(f"{str(run)!r} has no list of a prompt {name!r}; `prompt_id` in its lists.jsonl names them.")
+    return "\n".join(lines)

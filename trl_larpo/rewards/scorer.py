@@ -1,6 +1,7 @@
 """[`RewardScorer`]: rewards all candidates of many prompts, in chunks that are saved as they are done."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..candidates import Candidate, CandidatePool
 from ..errors import DataError, LarPOError
+from ..pools import StoredPools, ids_of
 from ..prompts import Row, without_thoughts
 from ..set_aside import SetAside, set_aside_in
 from ..storage import GrowingFile
@@ -20,10 +22,6 @@ from .reward_models import RewardModel
 
 _COMPLETIONS_PER_CALL = 256  # of a reward function
 _FIRST_FAILURES = 5  # without any reward before them: then the reward is broken, and the rest is not tried
-
-
-_Failure = tuple[CandidatePool, str]
-"""Candidates of a prompt, and why a reward failed on them."""
 
 
 class RewardScorer:
@@ -72,12 +70,12 @@ class RewardScorer:
 
     def score(
         self,
-        pools: list[CandidatePool],
+        pools: Sequence[CandidatePool],
         path: Path,
         description: str = "Rewarding",
         *,
         against: Completions | None = None,
-    ) -> list[CandidatePool]:
+    ) -> StoredPools:
         """
         Rewards the candidates that these rewards have not scored, each process its share of the prompts.
 
@@ -96,73 +94,52 @@ class RewardScorer:
             DataError: If a reward fails on too many prompts; the rewards of others are kept. If a prompt occurs twice.
         """
         state = PartialState()
-        file = GrowingFile(path, share=state.process_index)
+        file = GrowingFile(path, share=state.process_index, key="prompt_id")
         set_aside = SetAside(path, len(pools), self.options.max_failed_share, "rewarded", state.process_index)
         state.wait_for_everyone()
-        done = {row["prompt_id"] for row in file.rows}
-        if len({pool.prompt.id for pool in pools}) < len(pools):
+        done, ids = set(file.rows.keys), ids_of(pools)
+        if len(set(ids)) < len(ids):
             raise DataError("A prompt occurs twice; put its candidates into one pool.")
-        pools = _with_all_columns(pools)
         if self.options.strip_thinking == "all":
-            pools = [_without_thoughts(pool) for pool in pools]
-        size = max(1, _COMPLETIONS_PER_CALL // max(1, max(len(pool.candidates) for pool in pools)))
-        chunks = [pools[start : start + size] for start in range(0, len(pools), size)]
-        failures: list[_Failure] = []
+            pools = StoredPools(ids, pools.__getitem__).map(_without_thoughts)
+        work = _Work(self, pools, file, done, against)
         with tqdm(
             total=len(pools), initial=len(done), desc=description, unit=" prompts", disable=not state.is_main_process
         ) as progress:
-            for chunk in chunks[state.process_index :: state.num_processes]:
-                missing = [pool for pool in chunk if pool.prompt.id not in done]
-                is_broken = len(failures) >= _FIRST_FAILURES and not file.rows
-                if missing and not is_broken and len(failures) <= set_aside.limit:
-                    self._score_into(file, missing, failures, against)
+            for chunk in work.chunks()[state.process_index :: state.num_processes]:
+                missing = [place for place in chunk if ids[place] not in done]
+                if missing and not work.is_broken and len(work.failures) <= set_aside.limit:
+                    work.score(missing)
                     progress.update(len(missing))
-        problem = self._try_again(file, failures, set_aside, against)
+        problem = work.try_again(set_aside)
         state.wait_for_everyone()
         if problem is not None:
-            kept = {row["prompt_id"] for row in file.rows}
             raise DataError(
-                f"{problem} Rewards of {sum(pool.prompt.id in kept for pool in pools)} of {len(pools)} prompts are "
-                "kept. Fix the reward and run the same command again."
+                f"{problem} Rewards of {len(work.done & set(ids))} of {len(pools)} prompts are kept. Fix the reward "
+                "and run the same command again."
             )
         if not state.is_main_process:
-            return []
-        scored = {row["prompt_id"]: row for row in GrowingFile(path).rows}
+            return StoredPools.none()
+        return self._saved_pools(pools, path)
+
+    def _saved_pools(self, pools: Sequence[CandidatePool], path: Path) -> StoredPools:
+        """
+        The pools with the rewards that were saved.
+
+        Raises:
+            DataError: If a prompt has neither a reward nor a reason not to have one.
+        """
+        rows, ids = GrowingFile(path, key="prompt_id").rows, ids_of(pools)
+        place_of = {name: place for place, name in enumerate(rows.keys)}
         failed = {row["prompt_id"] for row in set_aside_in(path.parent).get(path.stem, [])}
-        if any(pool.prompt.id not in scored and pool.prompt.id not in failed for pool in pools):
+        if any(name not in place_of and name not in failed for name in ids):
             raise DataError("Another process could not reward its share; see its message.")
-        pools = [pool for pool in pools if pool.prompt.id in scored]
-        return [_with_scores(pool, scored[pool.prompt.id], self.id) for pool in pools]
+        scored = [place for place, name in enumerate(ids) if name in place_of]
 
-    def _score_into(
-        self, file: GrowingFile, pools: list[CandidatePool], failures: list[_Failure], against: Completions | None
-    ) -> None:
-        """Scores a chunk; where a reward fails, prompt by prompt, so that the rewards of the others are kept."""
-        try:
-            file.add([_scores(pool) for pool in self.score_now(pools, against)])
-        except DataError as error:
-            if len(pools) == 1:
-                failures.append((pools[0], str(error)))
-                return
-            for pool in pools:
-                if len(failures) < _FIRST_FAILURES or file.rows:
-                    self._score_into(file, [pool], failures, against)
+        def pool(place: int) -> CandidatePool:
+            return _with_scores(pools[scored[place]], rows[place_of[ids[scored[place]]]], self.id)
 
-    def _try_again(
-        self, file: GrowingFile, failures: list[_Failure], set_aside: SetAside, against: Completions | None
-    ) -> str | None:
-        """Scores once more what failed: a judge behind a network may answer now. Returns what ends the stage, if so."""
-        if failures and (not file.rows or len(failures) > set_aside.limit):
-            return failures[0][1]
-        for pool, _ in failures:
-            still_failing: list[_Failure] = []
-            self._score_into(file, [pool], still_failing, against)
-            for _, reason in still_failing:
-                try:
-                    set_aside.add(pool.prompt, reason)
-                except LarPOError as error:
-                    return str(error)
-        return None
+        return StoredPools([ids[place] for place in scored], pool)
 
     def score_now(self, pools: list[CandidatePool], against: Completions | None = None) -> list[CandidatePool]:
         """As `score`, without saving anything."""
@@ -179,6 +156,74 @@ class RewardScorer:
             pool.with_candidates(_in_place_of_unscored(pool.candidates, _scored_as(mine, new), self.id))
             for pool, mine, new in zip(pools, asked, scored, strict=True)
         ]
+
+
+class _Work:
+    """
+    The scoring of some pools into a file.
+
+    Attributes:
+        failures: Places of the pools on which a reward failed, and why.
+        done: Names of the prompts whose rewards are saved.
+    """
+
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        pools: Sequence[CandidatePool],
+        file: GrowingFile,
+        done: set[str],
+        against: Completions | None,
+    ):
+        self.scorer, self.pools, self.file, self.done, self.against = scorer, pools, file, set(done), against
+        self.failures: list[tuple[int, str]] = []
+        # All prompts get the same columns, so that every call of a reward gets the same arguments
+        self.columns: dict[str, None] = {}
+        self.most_candidates = 1
+        for pool in pools:
+            self.columns.update(dict.fromkeys(pool.prompt.columns))
+            self.most_candidates = max(self.most_candidates, len(pool.candidates))
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the reward has failed a few times and never worked."""
+        return len(self.failures) >= _FIRST_FAILURES and not self.done
+
+    def chunks(self) -> list[range]:
+        """Places of the pools that are scored together."""
+        size, count = max(1, _COMPLETIONS_PER_CALL // self.most_candidates), len(self.pools)
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def score(self, places: Sequence[int]) -> None:
+        """Scores some pools; where a reward fails, one by one, so that the rewards of the others are kept."""
+        pools = []
+        for place in places:
+            pool = self.pools[place]
+            pools.append(replace(pool, prompt=replace(pool.prompt, columns=self.columns | pool.prompt.columns)))
+        try:
+            self.file.add([_scores(pool) for pool in self.scorer.score_now(pools, self.against)])
+            self.done.update(pool.prompt.id for pool in pools)
+        except DataError as error:
+            if len(places) == 1:
+                self.failures.append((places[0], str(error)))
+                return
+            for place in places:
+                if not self.is_broken:
+                    self.score([place])
+
+    def try_again(self, set_aside: SetAside) -> str | None:
+        """Scores once more what failed: a judge behind a network may answer now. Returns what ends the stage, if so."""
+        failures, self.failures = self.failures, []
+        if failures and (not self.done or len(failures) > set_aside.limit):
+            return failures[0][1]
+        for place, _ in failures:
+            self.score([place])
+        for place, reason in self.failures:
+            try:
+                set_aside.add(self.pools[place].prompt, reason)
+            except LarPOError as error:
+                return str(error)
+        return None
 
 
 def _without_thoughts(pool: CandidatePool) -> CandidatePool:
@@ -214,9 +259,3 @@ def _scores(pool: CandidatePool) -> Row:
 def _with_scores(pool: CandidatePool, row: Row, reward_id: str) -> CandidatePool:
     pairs = zip(pool.candidates, row["scores"], strict=True)
     return pool.with_candidates([replace(candidate, **score, scored_by=reward_id) for candidate, score in pairs])
-
-
-def _with_all_columns(pools: list[CandidatePool]) -> list[CandidatePool]:
-    """Prompts that all have the same columns, so that every call of a reward gets the same arguments."""
-    names = dict.fromkeys(name for pool in pools for name in pool.prompt.columns)
-    return [replace(pool, prompt=replace(pool.prompt, columns=names | pool.prompt.columns)) for pool in pools]

@@ -1,14 +1,16 @@
 """Reads files of candidates: this package's own, RLHFlow's, SimPO's and UltraFeedback's."""
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from ..candidates import Candidate, CandidatePool
 from ..errors import DataError
+from ..pools import StoredPools
 from ..prompts import Prompt, Row, completion_for, prompt_problem
-from ..storage import read_jsonl
+from ..storage import StoredRows
 from ..training.datasets import load_splits
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
@@ -22,7 +24,7 @@ _OURS = ("prompt_id", "columns", "left_out", "problem", "reward_id", "reward_par
 """Columns of this package's files that are read from, or made again. In files of others these are the user's."""
 
 
-def read_candidate_pools(path: str, as_messages: bool = False) -> list[CandidatePool]:
+def read_candidate_pools(path: str, as_messages: bool = False) -> StoredPools:
     """
     Prompts and their completions, whichever of the known shapes they come in.
 
@@ -35,24 +37,32 @@ def read_candidate_pools(path: str, as_messages: bool = False) -> list[Candidate
 
     Returns:
         One pool for each prompt, and for each of the rewards that scored its completions; other columns are the
-        prompt's.
+        prompt's. All rows are checked now, and read again when their pool is asked for.
 
     Raises:
         DataError: Names the file, the row and what is wrong with it.
     """
     if Path(path).suffix == ".jsonl" and "://" not in path:
-        raw = read_jsonl(path)  # also rows that do not all have the same columns
+        raw: Sequence[Row] = StoredRows([Path(path)])  # also rows that do not all have the same columns
     else:
-        raw = [dict(row) for row in next(iter(load_splits(path).values()))]
-    if not raw:
+        raw = next(iter(load_splits(path).values()))
+    if not len(raw):
         raise DataError(f"{path!r} is empty.")
-    pools: dict[tuple[str, str | None], CandidatePool] = {}
-    for number, row in enumerate(raw):
-        new = _pool(row, f"{path!r} row {number}", as_messages)
-        key = (new.prompt.id, new.candidates[0].scored_by)
-        earlier = pools[key].candidates if key in pools else []
-        pools[key] = pools.get(key, new).with_candidates([*earlier, *new.candidates])
-    return list(pools.values())
+
+    def pool(number: int) -> CandidatePool:
+        return _pool(dict(raw[number]), f"{path!r} row {number}", as_messages)
+
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for number in range(len(raw)):
+        new = pool(number)
+        groups.setdefault((new.prompt.id, new.candidates[0].scored_by), []).append(number)
+    rows_of = list(groups.values())
+
+    def merged(place: int) -> CandidatePool:
+        first, *others = map(pool, rows_of[place])
+        return first.with_candidates([c for each in (first, *others) for c in each.candidates])
+
+    return StoredPools([prompt_id for prompt_id, _ in groups], merged)
 
 
 def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:

@@ -1,17 +1,20 @@
 """From prompts to candidate lists: the stages `generate`, `reward` and `select`."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
-from ..candidates import CandidatePool, build_lists
+from ..candidates import CandidateList, CandidatePool, SelectionCounts, each_list
 from ..errors import LarPOError
 from ..generation.sampler import SampleKind, SamplingTask
+from ..pools import chain_pools, read_pools
+from ..prompts import Prompt
 from ..storage import GrowingFile, write_json, write_jsonl
 from .candidate_files import read_candidate_pools
-from .context import RunContext, read_pools
+from .context import RunContext
 from .memory import add_earlier_candidates, earlier_iterations, earlier_rows
 from .negatives import TEMPERATURES, add_responses_to_other_prompts, unrelated_prompts
 from .prompts import load_random_prompts
@@ -42,11 +45,13 @@ def generate(context: RunContext, iteration: int, path: Path) -> None:
         pools = add_responses_to_other_prompts(
             pools, options.negatives, options.num_negatives, seed, iteration, unrelated
         )
-        GrowingFile(path).finish([pool.to_row() for pool in pools])
+        GrowingFile(path).finish(pool.to_row() for pool in pools)
 
 
-def _responses_to_unrelated_prompts(context: RunContext, task: SamplingTask, path: Path) -> dict[str, CandidatePool]:
-    """For each prompt of the iteration, by its name, responses to one of another set."""
+def _responses_to_unrelated_prompts(
+    context: RunContext, task: SamplingTask, path: Path
+) -> Callable[[Prompt], CandidatePool]:
+    """Gives, for each prompt of the iteration, responses to one of another set."""
     options, prompts = context.options, context.folder.prompts_of(task.iteration)
     drawn = unrelated_prompts(prompts, load_random_prompts(options), context.folder.training.seed, task.iteration)
     kinds = [SampleKind("random_prompt", options.temperature_in(task.iteration))] * options.num_negatives
@@ -58,9 +63,15 @@ def _responses_to_unrelated_prompts(context: RunContext, task: SamplingTask, pat
         distinct = list({prompt.id: prompt for prompt in drawn.values()}.values())
         pools = context.sampler.sample(distinct, task, path)
         if PartialState().is_main_process:
-            GrowingFile(path).finish([pool.to_row() for pool in pools])
-    by_id = {pool.prompt.id: pool for pool in pools}
-    return {name: by_id[prompt.id] for name, prompt in drawn.items() if prompt.id in by_id}
+            GrowingFile(path).finish(pool.to_row() for pool in pools)
+            pools = read_pools(path)
+    place_of = {name: place for place, name in enumerate(pools.ids)}
+
+    def responses(prompt: Prompt) -> CandidatePool:
+        other = drawn[prompt.id]
+        return pools[place_of[other.id]] if other.id in place_of else CandidatePool(other, [])  # it was set aside
+
+    return responses
 
 
 def reward(context: RunContext, iteration: int, path: Path) -> None:
@@ -70,16 +81,16 @@ def reward(context: RunContext, iteration: int, path: Path) -> None:
         (read_pools(folder.iteration(number) / path.name), number)
         for number in earlier_iterations(options.memory, iteration)
     ]
-    earlier: list[tuple[list[CandidatePool], int | None]] = [*remembered]
+    earlier: list[tuple[Sequence[CandidatePool], int | None]] = [*remembered]
     if options.earlier_candidates and (iteration == 1 or options.memory == "all"):
         earlier += [(read_candidate_pools(name), None) for name in options.earlier_candidates]
     pools = add_earlier_candidates(read_pools(folder.iteration(iteration) / "samples.jsonl"), earlier, scorer.id)
     if scorer.is_relative:  # what is measured against the other candidates of a prompt holds in no other pool
-        pools = [pool.without_rewards() for pool in pools]
-    pools += earlier_rows(pools, remembered, options.memory, scorer.is_relative)
+        pools = pools.map(CandidatePool.without_rewards)
+    pools = chain_pools([pools, earlier_rows(pools, remembered, options.memory, scorer.is_relative)])
     scored = scorer.score(pools, path, f"Iteration {iteration}: rewarding")
     if PartialState().is_main_process:
-        GrowingFile(path).finish([pool.to_row() for pool in scored])
+        GrowingFile(path).finish(pool.to_row() for pool in scored)
 
 
 def select(context: RunContext, iteration: int, path: Path) -> None:
@@ -87,9 +98,10 @@ def select(context: RunContext, iteration: int, path: Path) -> None:
     if not PartialState().is_main_process:
         return
     selection = context.options.selection(context.folder.training.truncated_completions)
-    lists, counts = build_lists(read_pools(path.with_name("rewarded.jsonl")), selection)
+    counts = SelectionCounts()
+    lists = each_list(read_pools(path.with_name("rewarded.jsonl")), selection, counts)
+    write_jsonl(path.with_name("lists.jsonl"), map(CandidateList.to_row, lists))
     logger.info(f"Iteration {iteration}: {counts.summary()}")
-    write_jsonl(path.with_name("lists.jsonl"), [made.to_row() for made in lists])
     if counts.lists == 0:
         raise LarPOError(
             f"Iteration {iteration} has no list to train on: {counts.summary()} Change the reward, raise "

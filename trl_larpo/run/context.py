@@ -1,13 +1,11 @@
 """[`RunContext`]: what the stages of a run share."""
 
 from functools import cached_property
-from pathlib import Path
 
-from ..candidates import CandidatePool
 from ..generation.sampler import PolicySampler, SampleKind, SamplingTask
+from ..pools import read_pools
 from ..rewards.functions import Completions
 from ..rewards.scorer import RewardScorer
-from ..storage import read_jsonl
 from .folder import RunFolder
 from .options import RunConfig
 
@@ -74,8 +72,3 @@ class RunContext:
     def model(self, iteration: int) -> tuple[str, str]:
         """Path and revision of the model that an iteration ends with; for 0 those of the initial one."""
         return self.folder.model_path(iteration), self.folder.model.model_revision if iteration == 0 else "main"
-
-
-def read_pools(path: Path) -> list[CandidatePool]:
-    """The prompts and candidates in a file of a run."""
-    return [CandidatePool.from_row(row) for row in read_jsonl(path)]

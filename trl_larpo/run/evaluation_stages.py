@@ -8,8 +8,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..candidates import Candidate, CandidateList, CandidatePool
+from ..pools import read_pools
 from ..storage import GrowingFile, write_json
-from .context import RunContext, read_pools
+from .context import RunContext
 from .evaluation import evaluate as evaluate_pools
 from .training_stages import log_probabilities
 
@@ -22,22 +23,22 @@ def held_out(context: RunContext, iteration: int, path: Path) -> None:
     if not samples.exists():
         pools = context.sampler.sample(context.folder.held_out, context.held_out_task(iteration), samples)
         if PartialState().is_main_process:
-            GrowingFile(samples).finish([pool.to_row() for pool in pools])
+            GrowingFile(samples).finish(pool.to_row() for pool in pools)
     PartialState().wait_for_everyone()
     description, against = f"Iteration {iteration}: rewarding held-out", context.initial_completions()
     scored = context.scorer.score(read_pools(samples), path, description, against=against)
     if PartialState().is_main_process:
-        GrowingFile(path).finish([pool.to_row() for pool in scored])
+        GrowingFile(path).finish(pool.to_row() for pool in scored)
 
 
 def evaluate(context: RunContext, iteration: int, path: Path) -> None:
     """Compares the samples on held-out prompts with those of the initial model."""
-    pools = read_pools(path.with_name("held_out.jsonl"))
+    pools = list(read_pools(path.with_name("held_out.jsonl")))
     divergence = kl_from_initial(context, pools, iteration) if iteration else None
     if PartialState().is_main_process:
         folder = context.folder
-        start = read_pools(folder.iteration(0) / "held_out.jsonl") if iteration else pools
-        before = read_pools(folder.iteration(iteration - 1) / "held_out.jsonl") if iteration else pools
+        start = list(read_pools(folder.iteration(0) / "held_out.jsonl")) if iteration else pools
+        before = list(read_pools(folder.iteration(iteration - 1) / "held_out.jsonl")) if iteration else pools
         change = evaluate_pools(pools, before)["gain"]
         write_json(path, evaluate_pools(pools, start) | {"change": change, "kl_from_initial": divergence})
 
@@ -66,7 +67,8 @@ def kl_from_initial(
         return None
     context.close()  # the memory is needed
     policy, initial = (
-        log_probabilities(context, lists, number, context.folder.iteration(iteration)) for number in (iteration, 0)
+        log_probabilities(context, lambda: lists, number, context.folder.iteration(iteration))
+        for number in (iteration, 0)
     )
     by_prompt = []
     for made, of_list in zip(lists, counts, strict=True):

@@ -11,6 +11,7 @@ The folder of a run: which file is where, the configuration it belongs to, and i
 """
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError
 from ..prompts import Prompt
-from ..storage import read_json, read_jsonl, write_json, write_jsonl, write_text
+from ..storage import iter_jsonl, read_json, read_jsonl, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
 from .options import RunConfig
 from .prompts import choose_prompts
@@ -158,22 +159,21 @@ class RunFolder:
         """Loads, checks and orders the prompts, once for the whole run."""
         paths = [self.path / name for name in ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")]
         if all(path.exists() for path in paths):
-            rows, held_out_rows = read_jsonl(paths[0]), read_jsonl(paths[1])
-            if any("columns" not in row for row in (rows + held_out_rows)[:1]):
+            first = next(itertools.chain(iter_jsonl(paths[0]), iter_jsonl(paths[1])), None)
+            if first is not None and "columns" not in first:
                 raise ConfigError(
                     f"The run in {str(self.path)!r} was made by another version of trl-larpo. Finish it with that "
                     "version, or take a new `output_dir`."
                 )
-            self.prompts = [Prompt.from_row(row) for row in rows]
-            self.held_out = [Prompt.from_row(row) for row in held_out_rows]
+            self.prompts, self.held_out = (list(map(Prompt.from_row, iter_jsonl(path))) for path in paths[:2])
             self.prompt_counts = read_json(paths[2])
             return
         chosen = choose_prompts(self.options, tokenizer, self.training.seed, self.training.max_length)
         self.prompts, self.held_out, self.prompt_counts = chosen.prompts, chosen.held_out, chosen.counts
         if save:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_jsonl(paths[0], [prompt.to_row() for prompt in self.prompts])
-            write_jsonl(paths[1], [prompt.to_row() for prompt in self.held_out])
+            write_jsonl(paths[0], map(Prompt.to_row, self.prompts))
+            write_jsonl(paths[1], map(Prompt.to_row, self.held_out))
             write_json(paths[2], self.prompt_counts)
 
     def prompts_of(self, iteration: int) -> list[Prompt]:

@@ -1,10 +1,12 @@
 """Signs that a run goes wrong: numbers of each iteration, compared with limits."""
 
 import statistics
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..candidates import Candidate, CandidatePool
+from ..candidates import CandidatePool
 from .evaluation import fell
 
 Row = dict[str, Any]
@@ -53,7 +55,7 @@ MAX_KL = 50.0
 
 
 def check_iteration(
-    samples: list[CandidatePool],
+    samples: Iterable[CandidatePool],
     selection: Row,
     training_log: list[Row],
     start: Row,
@@ -76,17 +78,15 @@ def check_iteration(
     Returns:
         One result for each of [`CHECKS`].
     """
-    now = evaluations[-1]
+    now, sampled = evaluations[-1], SampleStatistics.of(samples)
     # Collapse shows in what training starts from and in what it ends with
-    lengths = [mean_tokens(samples), now["tokens"]]
+    lengths = [sampled.tokens, now["tokens"]]
     ratios = [length / start["tokens"] for length in lengths if length is not None and start["tokens"]]
     ratio = max(ratios, key=lambda x: max(x, 1 / x if x else float("inf")), default=None)
-    own = [[str(c.completion) for c in pool.candidates if c.source == "policy"] for pool in samples]
-    duplicates = 1 - statistics.fmean(len(set(texts)) / len(texts) for texts in own if texts)
     prompts = selection["lists"] + sum(selection[x] for x in ("prompts_too_few", "prompts_tied", "prompts_small_gap"))
     tied = selection["prompts_tied"] / prompts
     # Samples shrinking to nothing are no fewer for being finished
-    truncated = max(1 - now["finished"], 1 - finished_share(samples))
+    truncated = max(1 - now["finished"], 1 - sampled.finished)
     margins = [entry["rewards/margins"] / beta for entry in training_log if "rewards/margins" in entry and beta]
     stopped = monitor if monitor is not None and monitor["stopped_at"] is not None else None
     change = now["change"] if stopped is None else stopped["points"][-1]["change"]
@@ -101,9 +101,9 @@ def check_iteration(
         ),
         Check(
             "duplicates",
-            duplicates,
+            sampled.duplicates,
             f"at most {MAX_DUPLICATES:.0%} of the samples",
-            duplicates <= MAX_DUPLICATES,
+            sampled.duplicates <= MAX_DUPLICATES,
             "The policy repeats itself. Raise `temperature`.",
         ),
         Check(
@@ -146,16 +146,30 @@ def check_iteration(
     ]
 
 
-def mean_tokens(samples: list[CandidatePool]) -> float | None:
-    """Mean number of tokens of the policy's own samples."""
-    lengths = [candidate.num_tokens for candidate in _own_samples(samples) if candidate.num_tokens is not None]
-    return statistics.fmean(lengths) if lengths else None
+@dataclass
+class SampleStatistics:
+    """
+    What there is to say of the policy's own samples.
 
+    Attributes:
+        tokens: Their mean number of tokens; `None` where unknown.
+        finished: Share of them that ended on their own.
+        duplicates: Mean share of a prompt's samples that repeat another one.
+    """
 
-def finished_share(samples: list[CandidatePool]) -> float:
-    """Share of the policy's own samples that ended on their own."""
-    return statistics.fmean(candidate.finished for candidate in _own_samples(samples))
+    tokens: float | None
+    finished: float
+    duplicates: float
 
-
-def _own_samples(samples: list[CandidatePool]) -> list[Candidate]:
-    return [candidate for pool in samples for candidate in pool.candidates if candidate.source == "policy"]
+    @classmethod
+    def of(cls, pools: Iterable[CandidatePool]) -> "SampleStatistics":
+        """Goes through the pools once."""
+        lengths, finished, distinct = array("q"), array("b"), array("d")
+        for pool in pools:
+            own = [candidate for candidate in pool.candidates if candidate.source == "policy"]
+            lengths.extend(candidate.num_tokens for candidate in own if candidate.num_tokens is not None)
+            finished.extend(candidate.finished for candidate in own)
+            if own:
+                distinct.append(len({str(candidate.completion) for candidate in own}) / len(own))
+        mean_length = statistics.fmean(lengths) if lengths else None
+        return cls(mean_length, statistics.fmean(finished), 1 - statistics.fmean(distinct))

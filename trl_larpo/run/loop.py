@@ -21,12 +21,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from ..errors import ConfigError, LarPOError
+from ..pools import read_pools
 from ..report.page import write_report
 from ..set_aside import set_aside_in
 from ..storage import exclusive_lock, explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
-from .context import RunContext, read_pools
+from .context import RunContext
 from .evaluation import with_error
 from .folder import TIMINGS, RunFolder
 from .health import Check, check_iteration

@@ -6,12 +6,13 @@ earlier candidates join the pool of the new ones ([`add_earlier_candidates`]); r
 stay as they were ([`earlier_rows`]).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..candidates import CandidatePool
+from ..candidates import Candidate, CandidatePool
 from ..errors import ConfigError
-from ..prompts import in_form_of, prompt_id
+from ..pools import StoredPools, ids_of, places_by_id
+from ..prompts import Content, in_form_of, prompt_id
 
 MEMORIES = ("none", "previous", "all")
 
@@ -31,10 +32,10 @@ def earlier_iterations(memory: str, iteration: int) -> list[int]:
 
 
 def add_earlier_candidates(
-    pools: list[CandidatePool],
-    earlier: Iterable[tuple[list[CandidatePool], int | None]],
+    pools: Sequence[CandidatePool],
+    earlier: Iterable[tuple[Sequence[CandidatePool], int | None]],
     reward_id: str,
-) -> list[CandidatePool]:
+) -> StoredPools:
     """
     Adds earlier candidates of the same prompts.
 
@@ -43,32 +44,47 @@ def add_earlier_candidates(
         earlier: Pools to look into, and the iteration whose candidates are wanted; `None`: all of them.
         reward_id: Candidates that other rewards have scored lose their rewards: they are scored again.
     """
-    by_id = {pool.prompt.id: pool for pool in pools}
-    for pool in pools:  # files made elsewhere hold the bare text, or no system message, of what is a conversation here
-        if not isinstance(pool.prompt.content, str):
-            turns = [message for message in pool.prompt.content if message["role"] != "system"]
-            by_id.setdefault(prompt_id(turns), pool)
-            if len(turns) == 1:
-                by_id.setdefault(prompt_id(turns[0]["content"]), pool)
-    added: dict[str, list] = {pool.prompt.id: [] for pool in pools}
-    for earlier_pools, iteration in earlier:
-        for earlier_pool in earlier_pools:
-            current = by_id.get(earlier_pool.prompt.id)
-            if current is None:
-                continue
-            for candidate in earlier_pool.candidates:
-                if iteration is None or candidate.iteration == iteration:
-                    completion = in_form_of(current.prompt.content, candidate.completion)
-                    candidate = replace(candidate, completion=completion)
-                    if candidate.scored_by != reward_id:
-                        candidate = replace(candidate, reward=None, reward_parts={}, scored_by=None)
-                    added[current.prompt.id].append(candidate)
-    return [pool.with_candidates([*pool.candidates, *added[pool.prompt.id]]) for pool in pools]
+    ids = ids_of(pools)
+    current = set(ids)
+    sources = [(of_source, places_by_id(ids_of(of_source)), iteration) for of_source, iteration in earlier]
+
+    def with_earlier(place: int) -> CandidatePool:
+        pool = pools[place]
+        names = [pool.prompt.id, *sorted(_other_names(pool.prompt.content) - current)]
+        added = [
+            _to_be_compared(candidate, pool.prompt.content, reward_id)
+            for of_source, places, iteration in sources
+            for earlier_place in sorted(place for name in names for place in places.get(name, []))
+            for candidate in of_source[earlier_place].candidates
+            if iteration is None or candidate.iteration == iteration
+        ]
+        return pool.with_candidates([*pool.candidates, *added])
+
+    return StoredPools(ids, with_earlier)
+
+
+def _other_names(prompt: Content) -> set[str]:
+    """Names of a conversation in files made elsewhere, which hold its bare text or no system message."""
+    if isinstance(prompt, str):
+        return set()
+    turns = [message for message in prompt if message["role"] != "system"]
+    return {prompt_id(turns)} | ({prompt_id(turns[0]["content"])} if len(turns) == 1 else set())
+
+
+def _to_be_compared(candidate: Candidate, prompt: Content, reward_id: str) -> Candidate:
+    """A candidate in the form of the prompt, and without a reward if other rewards have scored it."""
+    candidate = replace(candidate, completion=in_form_of(prompt, candidate.completion))
+    if candidate.scored_by == reward_id:
+        return candidate
+    return replace(candidate, reward=None, reward_parts={}, scored_by=None)
 
 
 def earlier_rows(
-    pools: list[CandidatePool], earlier: Iterable[tuple[list[CandidatePool], int]], memory: str, is_relative: bool
-) -> list[CandidatePool]:
+    pools: Sequence[CandidatePool],
+    earlier: Iterable[tuple[Sequence[CandidatePool], int]],
+    memory: str,
+    is_relative: bool,
+) -> StoredPools:
     """
     Rows of earlier iterations whose prompts have not come again.
 
@@ -82,12 +98,17 @@ def earlier_rows(
     Returns:
         The latest row of each prompt, rows of the latest iteration first.
     """
-    known, rows = {pool.prompt.id for pool in pools}, []
+    known, places = set(ids_of(pools)), []
+
+    def row(earlier_pools: Sequence[CandidatePool], place: int, iteration: int) -> CandidatePool:
+        pool = earlier_pools[place]
+        kept = [each for each in pool.candidates if memory == "all" or each.iteration == iteration]
+        of_row = pool.with_candidates(kept)
+        return of_row.without_rewards() if is_relative and len(kept) < len(pool.candidates) else of_row
+
     for earlier_pools, iteration in earlier:
-        for pool in earlier_pools:
-            kept = [each for each in pool.candidates if memory == "all" or each.iteration == iteration]
-            if pool.prompt.id not in known and kept:
-                known.add(pool.prompt.id)
-                row = pool.with_candidates(kept)
-                rows.append(row.without_rewards() if is_relative and len(kept) < len(pool.candidates) else row)
-    return rows
+        for place, name in enumerate(ids_of(earlier_pools)):
+            if name not in known and row(earlier_pools, place, iteration).candidates:
+                known.add(name)
+                places.append((name, (earlier_pools, place, iteration)))
+    return StoredPools([name for name, _ in places], lambda place: row(*places[place][1]))

@@ -1,14 +1,17 @@
 """Easy negatives: responses to other prompts (paper, section 3.2)."""
 
 import hashlib
-import math
 import re
+from array import array
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-import torch
+import numpy as np
+from tqdm.auto import tqdm
 
 from ..candidates import CandidatePool
+from ..pools import StoredPools, ids_of
 from ..prompts import Prompt, in_form_of
 
 TEMPERATURES = ("low_temperature", "high_temperature")
@@ -16,17 +19,17 @@ OTHER_PROMPTS = ("related_prompt", "random_prompt")
 NEGATIVES = (*TEMPERATURES, *OTHER_PROMPTS)
 """What `negatives` may name: samples at another temperature, or responses to other prompts."""
 
-_PROMPTS_AT_A_TIME = 256
+_QUIET_SECONDS = 2  # before the progress bar is shown
 
 
 def add_responses_to_other_prompts(
-    pools: list[CandidatePool],
+    pools: Sequence[CandidatePool],
     names: list[str],
     num_negatives: int,
     seed: int,
     iteration: int,
-    unrelated: dict[str, CandidatePool] | None = None,
-) -> list[CandidatePool]:
+    unrelated: Callable[[Prompt], CandidatePool] | None = None,
+) -> StoredPools:
     """
     Adds responses to other prompts as candidates.
 
@@ -36,65 +39,100 @@ def add_responses_to_other_prompts(
         num_negatives: How many responses for each name.
         seed: Seed of the run.
         iteration: The current one.
-        unrelated: For each prompt a pool of another set, from which `"random_prompt"` takes its responses in place of
-            `pools`.
+        unrelated: Gives for each prompt a pool of another set, from which `"random_prompt"` takes its responses in
+            place of `pools`.
     """
-    added: list[list] = [[] for _ in pools]
-    for name in OTHER_PROMPTS:
-        if name in names:
-            if name == "related_prompt":
-                others = [pools[place] for place in related_prompts([pool.prompt.text for pool in pools])]
-            elif unrelated is None:
-                ids = [pool.prompt.id for pool in pools]
-                others = [pools[place] for place in random_prompts(ids, seed, iteration)]
-            else:
-                others = [unrelated.get(pool.prompt.id, pool.with_candidates([])) for pool in pools]
-            for pool, new, other in zip(pools, added, others, strict=True):
-                # Those that can be trained on first
-                usable = sorted(other.candidates, key=lambda c: not (c.finished and c.text.strip()))
-                new += [
-                    replace(
-                        candidate,
-                        completion=in_form_of(pool.prompt.content, candidate.completion),
-                        source=name,
-                        of_prompt=other.prompt.id,
-                    )
-                    for candidate in usable[:num_negatives]
-                ]
-    return [pool.with_candidates([*pool.candidates, *new]) for pool, new in zip(pools, added, strict=True)]
+    ids = ids_of(pools)
+    others: dict[str, list[int]] = {}
+    if "related_prompt" in names:
+        others["related_prompt"] = related_prompts(pool.prompt.text for pool in pools)
+    if "random_prompt" in names:
+        others["random_prompt"] = random_prompts(ids, seed, iteration) if unrelated is None else []
+
+    def with_responses(place: int) -> CandidatePool:
+        pool = pools[place]
+        added = []
+        for name, related in others.items():
+            other = pools[related[place]] if related or unrelated is None else unrelated(pool.prompt)
+            # Those that can be trained on first
+            usable = sorted(other.candidates, key=lambda c: not (c.finished and c.text.strip()))
+            added += [
+                replace(
+                    candidate,
+                    completion=in_form_of(pool.prompt.content, candidate.completion),
+                    source=name,
+                    of_prompt=other.prompt.id,
+                )
+                for candidate in usable[:num_negatives]
+            ]
+        return pool.with_candidates([*pool.candidates, *added])
+
+    return StoredPools(ids, with_responses)
 
 
-def related_prompts(texts: list[str]) -> list[int]:
+def related_prompts(texts: Iterable[str], most_compared: int = 50_000) -> list[int]:
     """
     For each prompt the one most like it, by the words they share; rarer words weigh more (TF-IDF, cosine).
 
+    Each prompt is compared with those that share its rarest words. Time and memory grow with the number of prompts,
+    and not with its square.
+
     Args:
         texts: At least two prompts.
+        most_compared: Once its words have led to so many prompts, its more frequent words are left aside. Of some
+            hundred prompts, all words count.
 
     Returns:
         Index of the related prompt for each, never its own. Of prompts equally alike the first counts.
     """
-    words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    num_with_word = Counter(word for of_text in words for word in of_text)
-    column_of = {word: column for column, word in enumerate(num_with_word)}
-    rows, columns, weights = [], [], []
-    for row, of_text in enumerate(words):
+    index = _WordIndex(texts)
+    numbers = tqdm(range(index.num_texts), desc="Related prompts", unit=" prompts", delay=_QUIET_SECONDS)
+    return [index.most_similar(number, most_compared) for number in numbers]
+
+
+class _WordIndex:
+    """Which text has which words: for each word its texts, and for each text its words, as sorted arrays."""
+
+    def __init__(self, texts: Iterable[str]):
+        columns: dict[str, int] = {}
+        rows_of, columns_of, counts_of = array("i"), array("i"), array("d")
+        starts = [0]
+        for row, text in enumerate(texts):
+            for word, count in Counter(re.findall(r"\w+", text.lower())).items():
+                rows_of.append(row)
+                columns_of.append(columns.setdefault(word, len(columns)))
+                counts_of.append(count)
+            starts.append(len(rows_of))
+        self.num_texts, self.starts = len(starts) - 1, starts
+        rows, self.words, counts = (np.array(values) for values in (rows_of, columns_of, counts_of))
+        self.num_with = np.bincount(self.words.astype(int), minlength=len(columns))
         # A little more than log(n / df), so that prompts without any rare word are not all alike
-        weight = {w: count * (math.log(len(texts) / num_with_word[w]) + 1e-3) for w, count in of_text.items()}
-        norm = math.hypot(*weight.values())
-        rows += [row] * len(weight)
-        columns += [column_of[word] for word in weight]
-        weights += [value / norm for value in weight.values()]
-    shape = (len(texts), len(column_of) + 1)  # one more, as there may be no words at all
-    entries = torch.tensor([rows, columns]), torch.tensor(weights, dtype=torch.float32)
-    vectors = torch.sparse_coo_tensor(*entries, shape, check_invariants=True).coalesce()
-    related = []
-    for places in torch.arange(len(texts)).split(_PROMPTS_AT_A_TIME):
-        similarity = torch.sparse.mm(vectors, vectors.index_select(0, places).to_dense().T).T
-        similarity[torch.arange(len(places)), places] = -torch.inf
+        weights = counts * (np.log(self.num_texts / self.num_with) + 1e-3)[self.words.astype(int)]
+        norms = np.sqrt(np.bincount(rows.astype(int), weights**2, minlength=self.num_texts))
+        self.weights = weights / norms[rows.astype(int)]
+        by_word = np.argsort(self.words, kind="stable")
+        self.texts_with, self.weights_in = rows[by_word], self.weights[by_word]
+        self.ends = np.cumsum(self.num_with)
+
+    def most_similar(self, number: int, most_compared: int) -> int:
+        """Index of the text most like a text."""
+        own = slice(self.starts[number], self.starts[number + 1])
+        words, weights = self.words[own], self.weights[own]
+        rarest_first = np.argsort(self.num_with[words], kind="stable")
+        compared = np.cumsum(self.num_with[words[rarest_first]])
+        used = rarest_first[: 1 + np.searchsorted(compared, most_compared)]
+        found = [slice(self.ends[word] - self.num_with[word], self.ends[word]) for word in words[used]]
+        similarity = np.zeros(self.num_texts)
+        if found:
+            similarity = np.bincount(
+                np.concatenate([self.texts_with[places] for places in found]),
+                np.concatenate([w * self.weights_in[places] for w, places in zip(weights[used], found, strict=True)]),
+                minlength=self.num_texts,
+            )
         # Rounding differs between machines; it must not decide between prompts that are equally similar
-        related += similarity.mul(1e5).round().argmax(dim=1).tolist()
-    return related
+        similarity = np.round(similarity * 1e5)
+        similarity[number] = -np.inf
+        return int(similarity.argmax())
 
 
 def random_prompts(ids: list[str], seed: int, iteration: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Logs what happens across the iterations of a run to W&B, trackio, TensorBoard, or wherever `report_to` says."""
 
 import importlib.util
+import itertools
 import os
 import sys
 import uuid
@@ -12,7 +13,7 @@ from accelerate.utils import LoggerType
 
 from ..candidates import CandidateList
 from ..errors import ConfigError
-from ..storage import read_json, read_jsonl, write_json
+from ..storage import iter_jsonl, read_json, write_json
 from .folder import RunFolder
 from .health import Check
 
@@ -102,13 +103,13 @@ class Tracking:
 
     def candidate_table(self, iteration: int) -> tuple[list[str], list[list[Any]]]:
         columns = ["iteration", "prompt", "completion", "reward", "rank", "source", "from_iteration"]
-        lists = (CandidateList.from_row(row) for row in read_jsonl(self.folder.iteration(iteration) / "lists.jsonl"))
-        rows = [
+        lists = map(CandidateList.from_row, iter_jsonl(self.folder.iteration(iteration) / "lists.jsonl"))
+        rows = (
             [iteration, made.prompt.text, c.text, c.reward, c.rank, c.source, c.iteration]
             for made in lists
             for c in made.selected
-        ]
-        return columns, rows[:_MAX_TABLE_ROWS]
+        )
+        return columns, list(itertools.islice(rows, _MAX_TABLE_ROWS))
 
 
 def finish_trainer_runs() -> None:

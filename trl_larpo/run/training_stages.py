@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..candidates import CandidateList, CandidatePool
 from ..errors import LarPOError
 from ..generation.sampler import sample_pools
-from ..prompts import Prompt
-from ..storage import partial_path, read_jsonl, replace_folder, write_jsonl
+from ..pools import read_pools
+from ..prompts import Prompt, Row
+from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
 from ..training.config import LarPOConfig
+from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
 from ..training.trainer import LarPOTrainer
 from ..training.trl_compat import unset_hf_deepspeed_config, whole_model, without_deepspeed_config
-from .context import RunContext, read_pools
+from .context import RunContext
 from .monitor import TrainingMonitor
 
 logger = get_logger(__name__)
@@ -42,28 +45,28 @@ def reference(context: RunContext, iteration: int, path: Path) -> None:
     logps = {}
     if not context.folder.training.reference_free:
         number = iteration - 1 if context.options.reference == "policy" else 0
-        logps = log_probabilities(context, _read_lists(path), number, path.parent)
+        logps = log_probabilities(context, lambda: _read_lists(path), number, path.parent)
     if PartialState().is_main_process:
-        write_jsonl(path, [{"prompt_id": name, "ref_logps": values} for name, values in logps.items()])
+        write_jsonl(path, ({"prompt_id": name, "ref_logps": values} for name, values in logps.items()))
 
 
 def log_probabilities(
-    context: RunContext, lists: list[CandidateList], model_of: int, folder: Path
+    context: RunContext, lists: Callable[[], Iterable[CandidateList]], model_of: int, folder: Path
 ) -> dict[str, list[float]]:
     """
     Log-probabilities of candidates under one of the run's models, by the name of their prompt.
 
     Args:
         context: The run.
-        lists: Candidates to score. Those whose prompt fills `max_length` are left out.
+        lists: Gives the candidates to score. Those whose prompt fills `max_length` are left out.
         model_of: The iteration that ends with the model; 0: the initial one.
         folder: Where the dataset is kept meanwhile.
     """
     (model_path, revision), training = context.model(model_of), context.folder.training
-    rows = [made.to_row() for made in lists]
     scratch = folder / "scoring"
-    rows = [{name: row[name] for name in _LIST_COLUMNS} for row in rows]
-    dataset = _dataset_on_disk(rows, scratch, context.options.template_kwargs)
+    dataset = _dataset_on_disk(
+        lambda: (_columns(made, _LIST_COLUMNS) for made in lists()), scratch, context.options.template_kwargs
+    )
     quantization = quantization_of(context.folder.model, training)
     quantized = {} if quantization is None else {"quantization_config": quantization}
     logps = log_probabilities_under(
@@ -108,7 +111,7 @@ class TrainingStage:
             self.model_path,
             self._arguments(),
             context.folder.model,
-            train_dataset=_dataset_on_disk(self._rows(), self.scratch / "data", context.options.template_kwargs),
+            train_dataset=_dataset_on_disk(self._rows, self.scratch / "data", context.options.template_kwargs),
             processing_class=AutoTokenizer.from_pretrained(self.model_path, revision=revision),
         )
         if self.keeps_adapter and iteration > 1:
@@ -125,20 +128,20 @@ class TrainingStage:
         os.environ["TENSORBOARD_LOGGING_DIR"] = tensorboard
         return args
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def _rows(self) -> Iterator[Row]:
         """Lists with the reference's log-probabilities, if any; those that it could not score are left out."""
         if self.context.folder.training.reference_free:
-            rows = [made.to_row() for made in _read_lists(self.path)]
-            return [{name: row[name] for name in (*_LIST_COLUMNS, "rewards")} for row in rows]
-        logps = {row["prompt_id"]: row["ref_logps"] for row in read_jsonl(self.path.with_name("ref_logps.jsonl"))}
-        rows = []
+            for made in _read_lists(self.path):
+                yield _columns(made, (*_LIST_COLUMNS, "rewards"))
+            return
+        scored = StoredRows([self.path.with_name("ref_logps.jsonl")], key="prompt_id")
+        places = {name: place for place, name in enumerate(scored.keys)}
         for made in _read_lists(self.path):
-            if made.prompt.id in logps:
-                pairs = zip(made.selected, logps[made.prompt.id], strict=True)
-                scored = replace(made, selected=[replace(candidate, ref_logp=logp) for candidate, logp in pairs])
-                row = scored.to_row()
-                rows.append({name: row[name] for name in (*_LIST_COLUMNS, "rewards", "ref_logps")})
-        return rows
+            if made.prompt.id in places:
+                logps = scored[places[made.prompt.id]]["ref_logps"]
+                pairs = zip(made.selected, logps, strict=True)
+                selected = [replace(candidate, ref_logp=logp) for candidate, logp in pairs]
+                yield _columns(replace(made, selected=selected), (*_LIST_COLUMNS, "rewards", "ref_logps"))
 
     def run(self) -> None:
         """Trains, or resumes from the last checkpoint, and saves the model and the log."""
@@ -174,7 +177,7 @@ class TrainingStage:
             found.unlink(missing_ok=True)  # of a training that starts over
         PartialState().wait_for_everyone()
         seconds = folder.seconds_of_stages()
-        start = read_pools(folder.iteration(self.iteration - 1) / "held_out.jsonl")
+        start = list(read_pools(folder.iteration(self.iteration - 1) / "held_out.jsonl"))
         return TrainingMonitor(
             self.trainer,
             self._sample,
@@ -331,21 +334,21 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _read_lists(path: Path) -> list[CandidateList]:
+def _read_lists(path: Path) -> Iterator[CandidateList]:
     """The lists to train on, from beside a stage's output."""
-    rows = read_jsonl(path.with_name("lists.jsonl"))
-    return [CandidateList.from_row(row) for row in rows if row["problem"] is None]
+    rows = iter_jsonl(path.with_name("lists.jsonl"))
+    return (CandidateList.from_row(row) for row in rows if row["problem"] is None)
 
 
-def _dataset_on_disk(rows: list[dict[str, Any]], folder: Path, chat_template_kwargs: dict[str, Any]) -> Dataset:
-    """The same dataset for all processes, with one cache."""
-    if PartialState().is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        if chat_template_kwargs:
-            rows = [row | {"chat_template_kwargs": chat_template_kwargs} for row in rows]
-        Dataset.from_list(rows).save_to_disk(folder)
-    PartialState().wait_for_everyone()
-    return Dataset.load_from_disk(str(folder))
+def _columns(made: CandidateList, names: tuple[str, ...]) -> Row:
+    row = made.to_row()
+    return {name: row[name] for name in names}
+
+
+def _dataset_on_disk(rows: Callable[[], Iterable[Row]], folder: Path, chat_template_kwargs: dict[str, Any]) -> Dataset:
+    """The rows as a dataset, with what the chat template is to be given."""
+    further = {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
+    return dataset_on_disk(lambda: (row | further for row in rows()), folder)
 
 
 def _sample_by_default(model: PreTrainedModel) -> None:

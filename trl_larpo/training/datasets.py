@@ -1,13 +1,19 @@
 """Loads datasets from files, folders, URLs and the hub."""
 
-from collections.abc import Mapping
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..errors import DataError
+
+_ROWS_IN_MEMORY = 500
 
 _FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -57,6 +63,35 @@ def _load_url(url: str, streaming: bool) -> Mapping[str, Any]:
     except Exception as error:  # of any protocol's package
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{url!r} cannot be read: {cause}") from error
+
+
+def dataset_on_disk(rows: Callable[[], Iterable[dict[str, Any]]], folder: Path) -> Dataset:
+    """
+    A dataset of rows that are never in memory together, the same for all processes, with one cache.
+
+    Args:
+        rows: Gives the rows, which have the same columns; called twice, in the main process.
+        folder: Where the dataset is kept.
+    """
+    path = folder / "rows.arrow"
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        # Of a column that is empty in the first rows Arrow does not know the type, and messages may have further keys
+        schema = pa.schema([])
+        for batch in _batches(rows()):
+            schema = pa.unify_schemas([schema, pa.Table.from_pylist(batch).schema], promote_options="permissive")
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in _batches(rows()):
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+    PartialState().wait_for_everyone()
+    return Dataset.from_file(str(path))
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    remaining = iter(rows)
+    while batch := list(itertools.islice(remaining, _ROWS_IN_MEMORY)):
+        yield batch
 
 
 def has_images(dataset: Dataset | IterableDataset) -> bool:

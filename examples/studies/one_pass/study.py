@@ -20,7 +20,8 @@ import torch
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from trl_larpo.run.context import RunContext, read_pools
+from trl_larpo.pools import read_pools
+from trl_larpo.run.context import RunContext
 from trl_larpo.run.evaluation import evaluate, mean_and_error, with_error
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
@@ -113,7 +114,7 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
             torch.manual_seed(seed)
             run_stage(context, STAGES[stage], iteration)
         context.close()
-    start, end = (read_pools(run / f"iteration_{i}" / "held_out.jsonl") for i in (0, 1))
+    start, end = (list(read_pools(run / f"iteration_{i}" / "held_out.jsonl")) for i in (0, 1))
     before, after = evaluate(start, start), evaluate(end, start)
     shutil.rmtree(run / "iteration_1" / "model")
     selection = read_json(run / "iteration_1" / "selection.json")

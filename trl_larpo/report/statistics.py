@@ -1,0 +1,127 @@
+"""
+What the page says of the samples and lists of an iteration: statistics over all of them, and where some of them are.
+
+Files of an iteration are read once, line by line. What was found is kept beside them in `statistics.json`, so that the
+page of a long run does not read all of its iterations again.
+"""
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..prompts import Row
+from ..storage import StoredRows, iter_jsonl, read_json, write_json
+
+MAX_LISTS = 3000
+"""Lists of a run in the page. Beyond it, each iteration shows some of its lists, evenly spread over its file."""
+
+_NAME = "statistics.json"
+
+_SOURCES = ("samples.jsonl", "rewarded.jsonl", "lists.jsonl")
+
+_NUM_BINS = 1000  # of the histogram of rewards; the picture has fewer
+
+_VERSION = 1
+
+
+def statistics_of(folder: Path, number: int) -> Row:
+    """
+    Statistics of an iteration.
+
+    Args:
+        folder: Its folder.
+        number: Its number.
+
+    Returns:
+        Where the files are there: `rewards`, a histogram (`low`, `high`, `counts`) of the rewards of the samples that
+        the policy made in this iteration; `tokens`, their mean number of tokens; `sources` and `sizes`, how many
+        candidates of the lists come from where, and how many lists have how many candidates; `num_lists`, with those
+        that have a problem.
+    """
+    made_of = {name: _state(folder / name) for name in _SOURCES if (folder / name).exists()}
+    made_of["version"] = [_VERSION]
+    cached = folder / _NAME
+    if cached.exists():
+        known = read_json(cached)
+        if known.get("made_of") == made_of:
+            return known
+    found: Row = {"made_of": made_of}
+    if "rewarded.jsonl" in made_of:
+        found |= _of_samples(folder / "rewarded.jsonl", number)
+    elif "samples.jsonl" in made_of:
+        found |= _of_samples(folder / "samples.jsonl", number)
+    if "lists.jsonl" in made_of:
+        found |= _of_lists(folder / "lists.jsonl")
+    write_json(cached, found)
+    return found
+
+
+def _state(path: Path) -> list[int]:
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _of_samples(path: Path, number: int) -> Row:
+    rewards, total, count = array("d"), 0, 0
+    for row in iter_jsonl(path):
+        known = row.get("rewards") or [None] * len(row["candidates"])
+        for about, reward in zip(row["candidates"], known, strict=True):
+            if about["source"] == "policy" and about["iteration"] == number:
+                if reward is not None:
+                    rewards.append(reward)
+                if about["num_tokens"] is not None:
+                    total, count = total + about["num_tokens"], count + 1
+    found: Row = {"tokens": total / count if count else None}
+    return found | ({"rewards": _histogram(np.array(rewards))} if rewards else {})
+
+
+def _histogram(values: np.ndarray) -> Row:
+    low, high = float(values.min()), float(values.max())
+    counts = np.histogram(values, _NUM_BINS, (low, high))[0] if high > low else np.array([len(values)])
+    return {"low": low, "high": high, "counts": counts.tolist()}
+
+
+def _of_lists(path: Path) -> Row:
+    sources: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()
+    num_lists = 0
+    for row in iter_jsonl(path):
+        num_lists += 1
+        if row["problem"] is None:
+            sizes[len(row["completions"])] += 1
+        for about in row["candidates"]:
+            of_policy = about["source"] == "policy"
+            sources[f"iteration {about['iteration']}" if of_policy else about["source"].replace("_", " ")] += 1
+    return {"sources": dict(sources), "sizes": sorted(sizes.items()), "num_lists": num_lists}
+
+
+def shown_lists(run: Path, iterations: dict[int, Row]) -> Iterator[tuple[int, Row]]:
+    """Rows of the lists that the page shows, with the number of their iteration."""
+    counts = {number: found["statistics"].get("num_lists", 0) for number, found in iterations.items()}
+    share = MAX_LISTS / max(1, sum(counts.values()))
+    for number, count in counts.items():
+        if count:
+            rows = StoredRows([run / f"iteration_{number}" / "lists.jsonl"])
+            shown = min(count, max(1, round(share * count)))
+            for place in range(shown):
+                yield number, rows[place * count // shown]
+
+
+def lists_of_prompt(run: Path, name: str) -> Iterator[tuple[int, Row]]:
+    """
+    Rows of the lists of a prompt, with the number of their iteration.
+
+    Args:
+        run: Folder of a run.
+        name: The `prompt_id`, or how it begins.
+    """
+    for path in sorted(run.glob("iteration_*/lists.jsonl"), key=lambda path: int(path.parent.name.split("_")[1])):
+        rows: Any = StoredRows([path], key="prompt_id")
+        for place, prompt_id in enumerate(rows.keys):
+            if prompt_id.startswith(name):
+                yield int(path.parent.name.split("_")[1]), rows[place]
