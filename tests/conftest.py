@@ -8,17 +8,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices gain nothing from more, also in the processes that tests start
 os.environ.pop("WANDB_API_KEY", None)
 
-import datasets
 import pytest
-import small_run
-import tiny
-import torch
 
-from trl_larpo import LarPOConfig, LarPOTrainer
-from trl_larpo.training import scorer
-
-torch.set_num_threads(1)
-gc.freeze()  # what the libraries made is not looked through at each of the many collections
+# Fixtures import what is heavy: pytest's main process reads this file, too, and would keep the workers waiting
 
 
 def pytest_collection_modifyitems(items):
@@ -28,9 +20,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_loaded():
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()  # what the libraries made is not looked through at each of the many collections
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """Folder of a tiny Llama with its tokenizer."""
+    import tiny
+
     return tiny.save_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
@@ -38,6 +40,8 @@ def tiny_model(tmp_path_factory) -> str:
 def _nothing_left_by_other_tests(tmp_path, monkeypatch):
     """No test reads what another one left: results of `map`, and the precision that transformers 4 keeps in the
     environment from one TrainingArguments to the next."""
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
@@ -45,12 +49,15 @@ def _nothing_left_by_other_tests(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _tiles_for_tiny_vocabularies(monkeypatch):
     """The logits of a tiny model are few; like those of a real one, they are worked out in tiles."""
+    from trl_larpo.training import scorer
+
     monkeypatch.setattr(scorer, "MAX_KEPT_LOGITS", 0)
 
 
 @pytest.fixture
 def config(tmp_path):
     """Makes a LarPOConfig (or another class) fit for a CPU: float32, quiet, deterministic."""
+    from trl_larpo import LarPOConfig
 
     def make(cls=LarPOConfig, **options):
         defaults = {
@@ -75,6 +82,7 @@ def config(tmp_path):
 @pytest.fixture
 def trained(tiny_model, config):
     """Trains on a dataset and returns the trainer. Options of the trainer are keywords, those of the config a dict."""
+    from trl_larpo import LarPOConfig, LarPOTrainer
 
     def train(dataset, options=None, cls=LarPOTrainer, config_cls=LarPOConfig, model=None, **trainer_kwargs):
         trainer = cls(
@@ -91,12 +99,16 @@ def trained(tiny_model, config):
 
 @pytest.fixture(scope="session")
 def talkative_model(tmp_path_factory) -> str:
+    import small_run
+
     return small_run.save_talkative_model(tmp_path_factory.mktemp("talkative"))
 
 
 @pytest.fixture
 def project(tmp_path, talkative_model, monkeypatch):
     """A folder with a YAML file, prompts and rewards; the current one."""
+    import small_run
+
     monkeypatch.chdir(tmp_path)
     small_run.write_project(tmp_path, talkative_model)
     yield tmp_path
@@ -106,6 +118,8 @@ def project(tmp_path, talkative_model, monkeypatch):
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, talkative_model):
     """Folder of a run that has ended. Not to be changed: make a copy."""
+    import small_run
+
     folder = tmp_path_factory.mktemp("finished")
     small_run.write_project(folder, talkative_model)
     command = [sys.executable, "-m", "trl_larpo", "run", "--config", "it.yaml"]

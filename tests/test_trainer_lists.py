@@ -714,18 +714,20 @@ def test_options_are_saved_as_they_were_given(trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"candidate_chunk_size": 2}, {"precompute_ref_log_probs": True}], ids=str)
-def test_nothing_piles_up_in_200_steps(trained, options):
+@pytest.mark.parametrize(
+    "options, steps", [({}, 200), ({"candidate_chunk_size": 2}, 60), ({"precompute_ref_log_probs": True}, 60)], ids=str
+)
+def test_nothing_piles_up_over_many_steps(trained, options, steps):
     live = {}
 
     class CountTensors(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in (100, 200):
-                gc.collect()
-                found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+            if state.global_step in (steps // 2, steps):
+                gc.collect()  # the exact types: a test before this one may have left the symbolic tensors of a compiler
+                found = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
                 live[state.global_step] = len(found), sum(each.nbytes for each in found)
 
     rows = tiny.lists(num_rows=50)
-    trained(rows, options | {"max_steps": 200, "per_device_train_batch_size": 2}, callbacks=[CountTensors()])
-    assert live[200][0] == live[100][0]
-    assert live[200][1] == pytest.approx(live[100][1], rel=0.01)  # the last batches differ in padding
+    trained(rows, options | {"max_steps": steps, "per_device_train_batch_size": 2}, callbacks=[CountTensors()])
+    assert live[steps][0] == live[steps // 2][0] > 0
+    assert live[steps][1] == pytest.approx(live[steps // 2][1], rel=0.01)  # the last batches differ in padding

@@ -49,16 +49,18 @@ class Size:
         samples: Completions sampled for each.
         held_out: Held-out prompts, the same for all seeds.
         eval_samples: Completions sampled for each of those.
+        tuning_samples: Completions sampled for each of as many other prompts, to choose a learning rate.
     """
 
     prompts: int
     samples: int
     held_out: int
     eval_samples: int
+    tuning_samples: int
 
 
-WHOLE = Size(prompts=48, samples=8, held_out=128, eval_samples=4)
-SMALL = Size(prompts=8, samples=4, held_out=8, eval_samples=2)
+WHOLE = Size(prompts=48, samples=8, held_out=128, eval_samples=4, tuning_samples=2)
+SMALL = Size(prompts=8, samples=4, held_out=8, eval_samples=2, tuning_samples=1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def prepare(task: str, seed: int, tuning: bool, setup: Setup) -> None:
         prompts = random.Random(seed).sample(_prompts(made.train), size.prompts)
         samples = _sampled(model, tokenizer, made, prompts, size.samples, f"train/{seed}", seed)
         held_out = _prompts(made.tuning if tuning else made.held_out)[: size.held_out]
-        start = _sampled(model, tokenizer, made, held_out, size.eval_samples, "held_out", seed)
+        num_samples = size.tuning_samples if tuning else size.eval_samples
+        start = _sampled(model, tokenizer, made, held_out, num_samples, "held_out", seed)
         del model
         # Those without any text teach nothing, and have no log-probability
         samples = [pool.with_candidates([c for c in pool.candidates if c.text.strip()]) for pool in samples]
