@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import difflib
 import gc
+import json
 import logging
 import os
 import sys
@@ -125,6 +126,18 @@ def report(argv: list[str]) -> None:
         print(describe_prompt(arguments.run, arguments.prompt))
     else:
         print(f"Report: {write_report(arguments.run)}")
+
+
+def status(argv: list[str]) -> None:
+    """`larpo status`: how far a run is."""
+    from .run.status import as_text, status_of
+
+    parser = _Parser(prog="larpo status", description="Show how far a run is, from its files: also while it runs.")
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    arguments = parser.parse_args(argv)
+    found = status_of(arguments.run)
+    print(json.dumps(found, ensure_ascii=False) if arguments.json else as_text(found))
 
 
 def generate(argv: list[str]) -> None:
@@ -415,7 +428,8 @@ COMMANDS = {
     "reward": (reward, "score completions"),
     "select": (select, "merge scored completions and make ranked lists of them"),
     "recall": (recall, "Recall@N of a model or a run, with greedy decoding, best-of-N and majority vote"),
-    "report": (report, "write the page of a run"),
+    "report": (report, "write the page of a run, or show the candidates of one prompt"),
+    "status": (status, "show how far a run is"),
     "stage": (stage, None),
     "launch": (launch, None),
 }

@@ -125,7 +125,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "loss and training": ("loss_weights", "lambda_weight", "listnet_temperature", "shared_prompt"),
     "evaluation": ("held_out_split", "eval_temperature", "monitor_prompts", "monitor_time_share", "num_bootstrap"),
     "machines": ("generation_processes", "reward_processes", "train_processes", "train_launcher"),
-    "run": ("mirror",),
+    "run": ("mirror", "notify_command"),
 }  # fmt: skip
 """Options of ours that only [`full_help`] shows, behind those of their group."""
 

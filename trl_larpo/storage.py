@@ -223,7 +223,7 @@ class GrowingFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.partial.exists():
             _cut_unfinished_line(self.partial)
-        self.rows = StoredRows(self._partials(), key, growing=True)
+        self.rows = StoredRows(partial_files(path), key, growing=True)
 
     def add(self, rows: list[Row]) -> None:
         """Appends rows; they are safe when this returns."""
@@ -232,11 +232,13 @@ class GrowingFile:
     def finish(self, rows: Iterable[Row]) -> None:
         """Writes the whole file: all rows in their final order and form."""
         write_jsonl(self.path, rows)
-        for partial in self._partials():
+        for partial in partial_files(self.path):
             partial.unlink()
 
-    def _partials(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}{_PARTIAL}-*"))
+
+def partial_files(path: Path) -> list[Path]:
+    """What processes have added so far to a [`GrowingFile`]."""
+    return sorted(path.parent.glob(f"{path.name}{_PARTIAL}-*"))
 
 
 def _cut_unfinished_line(path: Path) -> None:
@@ -320,6 +322,18 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is in a folder, as [`exclusive_lock`] keeps others out."""
+    if fcntl is None or not (folder / ".lock").exists():
+        return False
+    with open(folder / ".lock", "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def open_file(path: str | Path, mode: str = "r"):

@@ -29,7 +29,7 @@ from .prompts import choose_prompts
 
 # May differ when a run is continued: they change where and how it runs, not what comes out
 _MAY_CHANGE = frozenset({
-    "output_dir", "mirror", "dry_run", "server_urls", "server_command", "num_servers", "server_model",
+    "output_dir", "mirror", "notify_command", "dry_run", "server_urls", "server_command", "num_servers", "server_model",
     "server_health_route", "server_start_timeout", "server_timeout", "server_patience", "server_requests_in_flight",
     "server_api_key_variable", "stop_on", "monitor_evals", "monitor_time_share", "monitor_prompts", "monitor_stop",
     "num_processes", "generation_processes", "reward_processes",

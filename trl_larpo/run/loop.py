@@ -32,9 +32,11 @@ from .evaluation import with_error
 from .folder import TIMINGS, RunFolder
 from .health import Check, check_iteration
 from .mirror import Mirror
+from .notify import notify
 from .options import RunConfig, RunModelConfig, RunTrainingConfig
 from .plan import plan
 from .stages import STAGES, Stage, run_stage
+from .status import forget_warnings, keep_warnings, note_stage
 from .tracking import Tracking
 
 logger = get_logger(__name__)
@@ -72,7 +74,13 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         folder.prepare_prompts(tokenizer)
         folder.save_configuration()
         print(plan(folder))
-        return _run_all(folder, mirror)
+        try:
+            page = _run_all(folder, mirror)
+        except BaseException as error:
+            notify(options.notify_command, folder.path, "failed", str(error) or type(error).__name__)
+            raise
+        notify(options.notify_command, folder.path, "finished", f"The report is {page}.")
+        return page
 
 
 def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -83,7 +91,7 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
     options, started = folder.options, time.monotonic()
     context, tracking = RunContext(folder), Tracking(folder)
-    page = folder.path / "report.html"
+    page, warnings = folder.path / "report.html", keep_warnings(folder.path)
     try:
         for iteration in range(options.num_iterations + 1):
             worked = False
@@ -113,6 +121,7 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
         raise LarPOError("Interrupted. Run the same command again to resume; nothing is lost.") from None
     finally:
         context.close()
+        forget_warnings(warnings)
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")
     for line in _what_was_set_aside(folder):
@@ -159,6 +168,7 @@ def _run_stage(context: RunContext, stage: Stage, iteration: int) -> bool:
     folder, options = context.folder, context.options
     if stage.path(folder, iteration).exists():
         return False
+    note_stage(folder.path, iteration, stage)
     started = time.monotonic()
     num_processes = stage.num_processes(options)
     in_processes = num_processes > 1 or (stage.sharded and (options.train_launcher or options.accelerate_config))

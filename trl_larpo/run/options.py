@@ -190,6 +190,11 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         "Where a copy of the folder is kept, for machines that come and go: s3://bucket/run, gs://... or any URL of "
         "fsspec's. An empty `output_dir` is filled from it, and the run resumes.",
     )
+    notify_command: str | None = option(
+        None,
+        "Command for a shell that is run when the run has ended or failed. The environment variables LARPO_RUN, "
+        "LARPO_STATE ('finished' or 'failed') and LARPO_MESSAGE say what happened.",
+    )
     dry_run: bool = option(False, "Check everything, print the plan, and stop.")
 
     def check(self) -> None:

@@ -1,0 +1,113 @@
+"""`larpo status` reads from the files of a run what it is doing, and a command is told when it ends."""
+
+import json
+import logging
+import time
+
+import pytest
+import yaml
+
+from trl_larpo import cli
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
+from trl_larpo.run import loop
+from trl_larpo.run.notify import notify
+from trl_larpo.run.stages import STAGES
+from trl_larpo.run.status import PROGRESS, forget_warnings, keep_warnings, note_stage, seconds_left, status_of
+from trl_larpo.storage import GrowingFile, exclusive_lock, write_json, write_jsonl
+
+STAGES_OF_AN_ITERATION = ("generate", "reward", "select", "reference", "train", "held_out", "evaluate")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two iterations, the first done, in the second 10 of 40 prompts sampled."""
+    folder = tmp_path / "run"
+    for number in (0, 1):
+        (folder / f"iteration_{number}").mkdir(parents=True)
+        for stage in STAGES.values():
+            if number or stage.at_start:
+                write_json(folder / f"iteration_{number}" / stage.output, {})
+    (folder / "run.yaml").write_text(yaml.safe_dump({"num_iterations": 2, "server_urls": None}))
+    prompts = [Prompt.of(f"prompt {i}") for i in range(40)]
+    write_jsonl(folder / "prompts.jsonl", map(Prompt.to_row, prompts))
+    write_json(folder / "prompts.json", {})
+    timings = [{"iteration": 1, "stage": name, "seconds": 100.0} for name in STAGES_OF_AN_ITERATION]
+    write_jsonl(folder / "timings.jsonl", timings)
+    GrowingFile(folder / "iteration_2/samples.jsonl").add(
+        [CandidatePool(prompt, [Candidate("a")]).to_row() for prompt in prompts[:10]]
+    )
+    return folder
+
+
+def test_a_run_at_work(run, capsys):
+    write_json(run / PROGRESS, {"iteration": 2, "stage": "generate", "started": time.time() - 50, "done": 5})
+    row = {"prompt_id": "x", "prompt": "p", "reason": "r"}
+    write_jsonl(run / "iteration_1/samples.set_aside.jsonl", [row, row])
+    with exclusive_lock(run):
+        assert cli.main(["status", str(run), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert cli.main(["status", str(run)]) == 0
+        text = capsys.readouterr().out
+    assert [found[x] for x in ("state", "iteration", "num_iterations", "stage")] == ["running", 2, 2, "generate"]
+    assert (found["done"], found["total"], found["set_aside"]) == (10, 40, {"iteration_1/samples": 2})
+    assert found["per_second"] == pytest.approx(0.1, rel=0.2)  # 5 prompts in 50 seconds
+    assert found["seconds_left"] == pytest.approx(30 / found["per_second"] + 600, rel=0.1)
+    assert found["disk"]["used"] > 1000 and found["servers"] == found["warnings"] == []
+    assert "running: iteration 2 of 2" in text and "generate: 10 of 40, 0.1" in text and "about 15 min" in text
+    assert "set aside  2 prompts in iteration_1/samples" in text
+
+
+def test_a_run_that_stopped_and_one_that_ended(run):
+    assert status_of(run)["state"] == "stopped"
+    assert seconds_left(run) == 700  # as long as in the iteration before
+    for stage in STAGES.values():
+        write_json(run / "iteration_2" / stage.output, {})
+    found = status_of(run)
+    assert (found["state"], found["stage"], seconds_left(run)) == ("finished", None, 0)
+
+
+def test_what_is_not_known_is_not_guessed(run, capsys):
+    (run / "timings.jsonl").unlink()
+    note_stage(run, 2, STAGES["generate"])
+    assert seconds_left(run) is None and capsys.readouterr().out == ""
+
+
+def test_the_log_says_how_much_time_is_left(run, capsys):
+    note_stage(run, 2, STAGES["generate"])
+    assert "Iteration 2, generate: about 12 min left in the run, until" in capsys.readouterr().out
+    assert json.loads((run / PROGRESS).read_text())["done"] == 10
+
+
+def test_the_last_warnings_are_kept(run):
+    handler = keep_warnings(run)
+    for number in range(7):
+        logging.getLogger("trl_larpo.run").warning(f"warning {number}")
+    forget_warnings(handler)
+    logging.getLogger("trl_larpo.run").warning("later")
+    assert [line.split(" ", 2)[2] for line in status_of(run)["warnings"]] == [f"warning {i}" for i in range(2, 7)]
+
+
+def test_no_run_is_named(tmp_path, capsys):
+    assert cli.main(["status", str(tmp_path)]) == 2
+    assert "is no folder of a run" in capsys.readouterr().err
+
+
+def test_a_command_is_told_of_the_end_and_of_a_failure(project, monkeypatch, capsys):
+    command = 'echo "$LARPO_STATE: $LARPO_MESSAGE" >> told.txt'
+    flags = ["run", "--config", "it.yaml", "--notify_command", command]
+    monkeypatch.setattr(loop, "_run_all", lambda folder, mirror: folder.path / "report.html")
+    assert cli.main(flags) == 0
+
+    def fails(folder, mirror):
+        raise RuntimeError("no power")
+
+    monkeypatch.setattr(loop, "_run_all", fails)
+    with pytest.raises(RuntimeError):
+        cli.main(flags)
+    assert (project / "told.txt").read_text() == "finished: The report is out/report.html.\nfailed: no power\n"
+
+
+def test_a_command_that_fails_is_a_warning(tmp_path, caplog):
+    notify("exit 3", tmp_path, "finished", "")
+    assert "`notify_command` failed" in caplog.text

@@ -1,0 +1,31 @@
+"""Tells somebody that a run has ended or failed, by a command of the user's."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+logger = get_logger(__name__)
+
+_SECONDS = 60  # that the command may take
+
+
+def notify(command: str | None, run: Path, state: str, message: str) -> None:
+    """
+    Runs the command. Whatever goes wrong with it is a warning.
+
+    Args:
+        command: For a shell; it finds the rest in the environment variables LARPO_RUN, LARPO_STATE and LARPO_MESSAGE.
+            `None`: nobody is told.
+        run: Folder of the run.
+        state: `"finished"` or `"failed"`.
+        message: What happened.
+    """
+    if command is None:
+        return
+    told = {"LARPO_RUN": str(run.resolve()), "LARPO_STATE": state, "LARPO_MESSAGE": message}
+    try:
+        subprocess.run(command, shell=True, check=True, env=os.environ | told, timeout=_SECONDS)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning(f"`notify_command` failed: {error}")

@@ -1,0 +1,212 @@
+"""
+`larpo status`: how far a run is, from its files alone, while it runs or when it has stopped.
+
+The loop notes in `progress.json` which stage it has begun. Rates are of the time since then; the time that is left is
+estimated from what the stages of earlier iterations took.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from ..errors import DataError
+from ..set_aside import set_aside_in
+from ..storage import StoredRows, is_locked, partial_files, read_json, read_jsonl, write_json
+from .folder import TIMINGS
+from .stages import STAGES, Stage
+
+PROGRESS, WARNINGS = "progress.json", "warnings.log"
+
+_NUM_WARNINGS = 5
+
+_PACKAGE = __name__.split(".")[0]
+
+Row = dict[str, Any]
+
+
+def note_stage(run: Path, iteration: int, stage: Stage) -> None:
+    """Notes that a stage begins, and says how much time may be left."""
+    done, _ = _progress(run, iteration, stage)
+    write_json(run / PROGRESS, {"iteration": iteration, "stage": stage.name, "started": time.time(), "done": done})
+    left = seconds_left(run)
+    if left is not None:
+        until = datetime.fromtimestamp(time.time() + left)
+        print(f"Iteration {iteration}, {stage.name}: about {_duration(left)} left in the run, until {until:%a %H:%M}")
+
+
+def keep_warnings(run: Path) -> logging.Handler:
+    """Also writes warnings of the package into a file of the run, up to [`forget_warnings`]. Returns its handler."""
+    handler = logging.FileHandler(run / WARNINGS, encoding="utf-8", delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger(_PACKAGE).addHandler(handler)
+    return handler
+
+
+def forget_warnings(handler: logging.Handler) -> None:
+    """Ends what [`keep_warnings`] began."""
+    logging.getLogger(_PACKAGE).removeHandler(handler)
+    handler.close()
+
+
+def status_of(run: str | Path) -> Row:
+    """
+    What is known of a run.
+
+    Args:
+        run: Its folder.
+
+    Returns:
+        `state` (`"running"`, `"finished"` or `"stopped"`), `iteration` and `num_iterations`, `stage` (the one that is
+        done next), `done` and `total` of its prompts or steps, `per_second`, `seconds_left` of the whole run,
+        `set_aside` by stage, `servers`, `disk` (bytes used by the run, and free), `warnings`, the last ones. What is
+        not known is `None`.
+
+    Raises:
+        DataError: If the folder holds no run.
+    """
+    run = Path(run)
+    if not (run / "run.yaml").is_file():
+        raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
+    settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    position = next(_left(run, settings["num_iterations"]), None)
+    running = is_locked(run)
+    found: Row = {
+        "state": "running" if running else "finished" if position is None else "stopped",
+        "iteration": settings["num_iterations"] if position is None else position[0],
+        "num_iterations": settings["num_iterations"],
+        "stage": None if position is None else position[1].name,
+        "done": None,
+        "total": None,
+        "per_second": None,
+        "seconds_left": seconds_left(run) if running else None,
+    }
+    if position is not None:
+        found["done"], found["total"] = _progress(run, *position)
+        found["per_second"] = _rate(run, *position) if running else None
+    folders = sorted(run.glob("iteration_*"), key=lambda path: int(path.name.split("_")[1]))
+    return found | {
+        "set_aside": {f"{f.name}/{name}": len(rows) for f in folders for name, rows in set_aside_in(f).items()},
+        "servers": settings.get("server_urls") or _started_servers(run),
+        "disk": {
+            "used": sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
+            "free": shutil.disk_usage(run).free,
+        },
+        "warnings": _last_warnings(run),
+    }
+
+
+def as_text(found: Row) -> str:
+    """The status for a person."""
+    lines = [f"{found['state']}: iteration {found['iteration']} of {found['num_iterations']}"]
+    if found["stage"] is not None:
+        of_total = "" if found["total"] is None else f": {found['done']} of {found['total']}"
+        rate = "" if not found["per_second"] else f", {found['per_second']:.2f} per second"
+        lines.append(f"  stage      {found['stage']}{of_total}{rate}")
+    if found["seconds_left"] is not None:
+        until = datetime.fromtimestamp(time.time() + found["seconds_left"])
+        lines.append(f"  left       about {_duration(found['seconds_left'])}, until {until:%a %H:%M}")
+    for name, count in found["set_aside"].items():
+        lines.append(f"  set aside  {count} prompts in {name}")
+    lines += [f"  server     {server}" for server in found["servers"]]
+    lines.append(f"  disk       {found['disk']['used'] / 2**30:.2f} GiB used, {found['disk']['free'] / 2**30:.1f} free")
+    lines += [f"  warning    {line}" for line in found["warnings"]]
+    return "\n".join(lines)
+
+
+def seconds_left(run: Path) -> float | None:
+    """
+    What the rest of a run may take.
+
+    Each stage is taken to last as long as in the latest iteration that has done it; the one at work is measured by its
+    rate. `None` while a stage that is still to come has never been done.
+    """
+    settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    known: dict[str, float] = {}
+    if (run / TIMINGS).exists():
+        # Of the initial model, `evaluate` computes no divergence
+        timings = [x for x in read_jsonl(run / TIMINGS) if x["iteration"] or x["stage"] != "evaluate"]
+        known = {x["stage"]: x["seconds"] for x in timings}
+    total = 0.0
+    for place, (iteration, stage) in enumerate(_left(run, settings["num_iterations"])):
+        done, of_all = _progress(run, iteration, stage) if place == 0 else (0, None)
+        rate = _rate(run, iteration, stage) if place == 0 else None
+        if rate and of_all is not None:
+            total += (of_all - done) / rate
+        elif stage.name in known:
+            total += known[stage.name]
+        else:
+            return None
+    return total
+
+
+def _left(run: Path, num_iterations: int) -> Iterator[tuple[int, Stage]]:
+    """Iteration and stage of all that is not done, in order."""
+    for iteration in range(num_iterations + 1):
+        for stage in STAGES.values():
+            output = run / f"iteration_{iteration}" / stage.output
+            if (iteration or stage.at_start) and not output.exists():
+                yield iteration, stage
+
+
+def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]:
+    """How many prompts, or steps of a training, are done, and how many there are; `None` where nothing tells."""
+    folder = run / f"iteration_{iteration}"
+    if stage.name == "train":
+        states = sorted((folder / "trainer").glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
+        state = read_json(states[-1]) if states else {}
+        return state.get("global_step", 0), state.get("max_steps")
+    if stage.name in ("select", "reference", "evaluate"):
+        return 0, None
+    path = folder / stage.output
+    if stage.name == "held_out" and not (folder / "held_out_samples.jsonl").exists():
+        path = folder / "held_out_samples.jsonl"
+    done = sum(_num_rows(each) for each in partial_files(path))
+    if stage.name == "reward":
+        source = folder / "samples.jsonl"
+    else:
+        source = run / ("held_out_prompts.jsonl" if stage.name == "held_out" else "prompts.jsonl")
+    slices = read_json(run / "prompts.json").get("slices") if (run / "prompts.json").exists() else None
+    if stage.name == "generate" and slices:
+        return done, slices[iteration - 1]
+    return done, _num_rows(source) if source.exists() else None
+
+
+def _num_rows(path: Path) -> int:
+    return len(StoredRows([path], growing=True))
+
+
+def _rate(run: Path, iteration: int, stage: Stage) -> float | None:
+    """Prompts or steps per second since the stage began."""
+    if not (run / PROGRESS).exists():
+        return None
+    begun = read_json(run / PROGRESS)
+    done, _ = _progress(run, iteration, stage)
+    seconds = time.time() - begun["started"]
+    if (begun["iteration"], begun["stage"]) != (iteration, stage.name) or done <= begun["done"] or seconds <= 0:
+        return None
+    return (done - begun["done"]) / seconds
+
+
+def _started_servers(run: Path) -> list[str]:
+    """Servers that the run has started, and whether they are there."""
+    record = run / "servers" / "servers.json"
+    processes = read_json(record) if record.exists() else []
+    return [f"process {pid}: {'running' if psutil.pid_exists(pid) else 'gone'}" for pid, _ in processes]
+
+
+def _last_warnings(run: Path) -> list[str]:
+    path = run / WARNINGS
+    return path.read_text(encoding="utf-8").splitlines()[-_NUM_WARNINGS:] if path.exists() else []
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
