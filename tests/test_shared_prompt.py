@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError, LarPOTrainer
@@ -107,6 +107,10 @@ def test_flex_attention_over_packed_lists(model_of, config, name, monkeypatch):
     monkeypatch.setattr(
         "transformers.integrations.flex_attention.compile_friendly_flex_attention",
         lambda query, key, value, training=False, **kwargs: flex_attention(query, key, value, **kwargs),
+    )
+    monkeypatch.setattr(
+        "transformers.masking_utils.create_block_mask",
+        lambda *args, **kwargs: create_block_mask(*args, **kwargs | {"_compile": False}),
     )
     logps = []
     for implementation, options in (

@@ -23,6 +23,9 @@ VARIANTS = {
     "checkpointing": ("lambdarank", {"gradient_checkpointing": True}),
     "separate rows": ("lambdarank", {"shared_prompt": "off"}),
 }
+SECONDARY = ("ZeRO-1", "ZeRO-2 JSON", "ZeRO-3 JSON", "ZeRO-3 offload")
+"""Launchers that differ from another by how they are configured: what depends on that is tested with them."""
+
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 EXPECTED = {  # kind, stage of ZeRO, share of the weights that a process holds
@@ -48,6 +51,8 @@ def needs_deepspeed(launcher):
 def sets_for(launcher) -> dict:
     sets = {name: (name, options) for name, options in SETS.items()}
     sets |= {name: (like, SETS[like] | options) for name, (like, options) in VARIANTS.items()}
+    if launcher in SECONDARY:
+        return {name: sets[name] for name in ("lambdarank", "lora-accumulation", "precomputed")}
     if launcher in ("DDP", "ZeRO-2"):
         sets["reentrant"] = ("lambdarank", SETS["lambdarank"] | REENTRANT)
     return sets
