@@ -1,10 +1,13 @@
-.PHONY: fast test lint docs
+.PHONY: fast test coverage lint docs
 
 fast: # what shows most mistakes in a minute and a half on two cores; `make test` runs all
 	pytest -m "not slow"
 
 test:
 	pytest
+
+coverage: # takes longer than the tests alone
+	pytest --cov=trl_larpo --cov-fail-under=90
 
 lint:
 	ruff check .
