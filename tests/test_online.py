@@ -252,7 +252,9 @@ def test_rewards_know_what_ended(online):
     assert all((last == eos) is ended for last, ended in seen) and {True, False} == {ended for _, ended in seen}
 
 
-def test_tokens_of_tools_are_seen_and_not_scored(online, tiny_model):
+def test_tokens_of_tools_are_seen_and_not_scored(online, tiny_model, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # of `rollout_func`
+
     def rollout(prompts, trainer):
         tokenize = trainer._tokenizer
         ids = [tokenize(prompt)["input_ids"] for prompt in prompts]

@@ -348,13 +348,13 @@ def test_boxed_answers(text, answer):
 
 
 def test_rewards_are_found_by_name(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("def good(prompts, completions, **columns): return [1.0] * len(prompts)\n")
+    # A name of its own: other tests import modules named my_rewards
+    (tmp_path / "by_name.py").write_text("def good(prompts, completions, **columns): return [1.0] * len(prompts)\n")
     monkeypatch.chdir(tmp_path)
-    [mine, built_in] = load_rewards(["my_rewards:good", "gsm8k"], [0.5, 2.0])
+    [mine, built_in] = load_rewards(["by_name:good", "gsm8k"], [0.5, 2.0])
     assert mine.function(["p"], ["c"]) == [1.0] and mine.weight == 0.5
     assert built_in.function is gsm8k_reward
-    assert load_rewards(["pairwise:my_rewards:good"])[0].pairwise
-    monkeypatch.delitem(sys.modules, "my_rewards")
+    assert load_rewards(["pairwise:by_name:good"])[0].pairwise
 
 
 @pytest.mark.parametrize(
