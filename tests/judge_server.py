@@ -23,7 +23,7 @@ class JudgeServer(ThreadingHTTPServer):
     """
     Args:
         prefers: `"model"`, `"reference"`, or `"silent"`, whose first token is neither m nor M for instructions with the
-            word `quiet`.
+            word `quiet`; `"broken"` gives those an answer of another form, and `"down"` gives none at all.
     """
 
     daemon_threads = True
@@ -49,6 +49,8 @@ class _Handler(JsonHandler):
             self.server.requests.append(asked)
         text = asked["messages"][-1]["content"]
         form = next(form for form in _FORMS if re.search(form, text, re.DOTALL))
+        if self.server.prefers == "down" or (self.server.prefers == "broken" and "quiet" in text):
+            return self._send(500 if self.server.prefers == "down" else 200, {"error": {"message": "out of memory"}})
         first = re.search(form, text, re.DOTALL).group(1)
         reference_is_first = first.startswith(REFERENCE)
         wins_first = reference_is_first == (self.server.prefers == "reference")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import tiny
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -82,3 +83,13 @@ def larpo_run(*flags):
 
 def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def log_probability(model, tokenizer, prompt, completion, cut_off_ids):
+    """Sum of log p over the completion's tokens, by one plain forward pass."""
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+    ids = prompt_ids + [int(i) for i in cut_off_ids.split()] if cut_off_ids else whole
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(logps[place - 1, ids[place]].item() for place in range(len(prompt_ids), len(ids)))

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import larpo_run, rows_of
-from test_memory import log_probability
+from small_run import larpo_run, log_probability, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from trl_larpo.run.context import RunContext
 from trl_larpo.run.monitor import TrainingMonitor
 
 peft = pytest.importorskip("peft")
@@ -72,3 +73,14 @@ def test_a_training_that_does_harm_keeps_the_adapter_it_started_from(project, mo
     adapter = load_file(project / "out/iteration_1/model/adapter_model.safetensors")
     outputs = [value for name, value in adapter.items() if "lora_B" in name]
     assert outputs and not any(torch.any(value) for value in outputs), "as LoRA begins"
+
+
+@pytest.mark.parametrize("keeps_adapter, revision", [(True, "v2"), (False, "main")])
+def test_the_base_of_an_adapter_keeps_its_revision(keeps_adapter, revision):
+    folder = SimpleNamespace(
+        model_path=lambda number: f"model of {number}",
+        keeps_adapter=keeps_adapter,
+        model=SimpleNamespace(model_revision="v2"),
+    )
+    context = RunContext(folder)
+    assert context.model(0) == ("model of 0", "v2") and context.model(1) == ("model of 1", revision)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,9 @@ def test_internals_of_trl_are_touched_in_one_module():
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "trl":
                 private = [alias.name for alias in node.names if alias.name.startswith("_")]
                 assert not private or name == "training/trl_compat", f"{name} imports {private}"
+
+
+def test_tests_do_not_import_each_other():
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(?:from|import) test_", text, re.MULTILINE), f"{path.name} imports another test"

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_larpo import LarPOConfig, LarPOTrainer, cli, option_help
-from trl_larpo.commands import GenerateConfig, OnlineRewardConfig, RewardConfig, SelectConfig
+from trl_larpo.commands import GenerateConfig, RewardConfig, SelectConfig
 from trl_larpo.recall import RecallConfig
+from trl_larpo.rewards.options import JudgeOptions
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 
 
@@ -116,7 +117,7 @@ OPTIONS = {
 if tiny.HAS_ONLINE:
     from trl_larpo import OnlineLarPOConfig
 
-    OPTIONS["online"] = (ScriptArguments, OnlineRewardConfig, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig)
+    OPTIONS["online"] = (ScriptArguments, JudgeOptions, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig)
 
 
 NOT_IN_A_RUN = {"eval_strategy", "resume_from_checkpoint"}  # a run evaluates and resumes on its own

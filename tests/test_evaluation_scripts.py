@@ -236,6 +236,19 @@ def test_arena_hard_asks_in_both_orders_and_counts_clear_verdicts_three_times(ar
     assert found["judge"] == "my/judge" and found["environment"]["device"] == "cpu"
 
 
+def test_requests_that_fail_are_left_to_the_next_call(arena_hard, folder):
+    with JudgeServer("down") as server:
+        result = arena_hard(server)
+        assert result.returncode != 0 and "Traceback" not in result.stderr
+        assert "12 requests to" in result.stdout and "No verdict on model" in result.stderr
+    with JudgeServer("broken") as server:
+        result = arena_hard(server)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "WARNING: 2 requests to" in result.stdout and "KeyError: 'choices'" in result.stdout
+    with JudgeServer("model") as server:
+        assert arena_hard(server).returncode == 0 and len(server.requests) == 2, "only what is missing"
+
+
 def test_style_control_takes_out_what_length_explains(monkeypatch):
     """A judge that looks at length alone: a model of longer answers wins, and with style control it does not."""
     monkeypatch.syspath_prepend(str(SCRIPTS))

@@ -3,8 +3,7 @@
 import math
 
 import pytest
-import torch
-from small_run import larpo_run, rows_of
+from small_run import larpo_run, log_probability, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.candidates import Candidate, CandidatePool
@@ -45,16 +44,6 @@ DRAWN = (
     "--num_iterations", 3, "--num_samples", 2, "--num_best", 1, "--num_worst", 1, "--num_eval_samples", 1,
     "--monitor_evals", 0, "--truncated_completions", "by_reward", "--save_strategy", "no",
 )  # fmt: skip
-
-
-def log_probability(model, tokenizer, prompt, completion, cut_off_ids):
-    """Sum of log p over the completion's tokens, by one plain forward pass."""
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
-    ids = prompt_ids + [int(i) for i in cut_off_ids.split()] if cut_off_ids else whole
-    with torch.no_grad():
-        logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return sum(logps[place - 1, ids[place]].item() for place in range(len(prompt_ids), len(ids)))
 
 
 @pytest.mark.slow

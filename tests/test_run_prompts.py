@@ -130,3 +130,13 @@ def test_the_disk_a_run_needs_is_known_from_the_config_alone(tmp_path, monkeypat
         else:
             with pytest.raises(ConfigError, match=r"the disk has .* free, and the run may need"):
                 checks._check_disk(folder, config)
+
+
+def test_a_model_whose_size_is_not_known_may_run(tmp_path, caplog):
+    class NoLanguageModel(LlamaConfig):
+        model_type = "none-of-transformers"
+
+    folder = SimpleNamespace(training=RunTrainingConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False))
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        checks._check_disk(folder, NoLanguageModel())
+    assert "The disk space that the run needs is not known and was not checked" in caplog.text

@@ -10,11 +10,11 @@ import yaml
 from trl_larpo import cli
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
-from trl_larpo.run import loop
+from trl_larpo.run import loop, status
 from trl_larpo.run.notify import notify
 from trl_larpo.run.stages import STAGES
 from trl_larpo.run.status import PROGRESS, forget_warnings, keep_warnings, note_stage, seconds_left, status_of
-from trl_larpo.storage import GrowingFile, exclusive_lock, write_json, write_jsonl
+from trl_larpo.storage import GrowingFile, exclusive_lock, partial_files, write_json, write_jsonl
 
 STAGES_OF_AN_ITERATION = ("generate", "reward", "select", "reference", "train", "held_out", "evaluate")
 
@@ -65,6 +65,22 @@ def test_a_run_that_stopped_and_one_that_ended(run):
         write_json(run / "iteration_2" / stage.output, {})
     found = status_of(run)
     assert (found["state"], found["stage"], seconds_left(run)) == ("finished", None, 0)
+
+
+def test_files_may_go_while_they_are_looked_at(run, monkeypatch):
+    gone = [run / "iteration_2/samples.jsonl.partial-7", run / "iteration_2/lists.jsonl"]
+    monkeypatch.setattr(status, "partial_files", lambda path: [*partial_files(path), gone[0]])
+    monkeypatch.setattr(type(run), "rglob", lambda self, pattern: gone)
+    is_file = type(run).is_file
+    monkeypatch.setattr(type(run), "is_file", lambda self: self in gone or is_file(self))
+    found = status_of(run)
+    assert found["done"] == 10 and found["disk"]["used"] == 0
+
+
+def test_a_line_that_is_being_written_does_not_count(run):
+    with open(run / "iteration_2/samples.jsonl.partial-0", "a") as file:
+        file.write('{"prompt_id": "half')
+    assert status_of(run)["done"] == 10
 
 
 def test_what_is_not_known_is_not_guessed(run, capsys):

@@ -2,11 +2,11 @@
 The command `larpo`.
 
 `larpo run` is the whole of Algorithm 1; `larpo generate`, `reward`, `select` and `train` are its steps, with JSONL
-files between them; `larpo online` samples and trains in one. `larpo report` writes the page of a run and `larpo recall`
-measures Recall@N. Options come from a YAML file
-(`--config`) and from flags, which win. `larpo train` is the counterpart of `trl dpo`: it runs in this process, also
-under `accelerate launch -m trl_larpo train ...`; with options of `accelerate launch` (such as `--num_processes`) or
-`--accelerate_config` it launches itself through accelerate.
+files between them; `larpo online` samples and trains in one. `larpo report` writes the page of a run, `larpo status`
+says how far it is, and `larpo recall` measures Recall@N. Options come from a YAML file (`--config`) and from flags,
+which win. `larpo train` is the counterpart of `trl dpo` and `larpo online` that of `trl grpo`: they run in this
+process, also under `accelerate launch -m trl_larpo train ...`; with options of `accelerate launch` (such as
+`--num_processes`) or `--accelerate_config` they launch themselves through accelerate.
 """
 
 import argparse
@@ -241,12 +241,13 @@ def online(argv: list[str]) -> int:
     """`larpo online`: parses the options, loads prompts and rewards, trains, saves."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from .commands import OnlineRewardConfig, make_online_trainer
+    from .commands import make_online_trainer
+    from .rewards.options import JudgeOptions
     from .training.online_config import OnlineLarPOConfig
 
-    script_args, rewards, training_args, model_args, mixture_args, launch_args = _parse(
+    script_args, judges, training_args, model_args, mixture_args, launch_args = _parse(
         argv,
-        (ScriptArguments, OnlineRewardConfig, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig),
+        (ScriptArguments, JudgeOptions, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="online",
         description="Sample completions of prompts at every step, reward them, and train on the ranked lists: the "
         "counterpart of `trl grpo`.",
@@ -258,7 +259,7 @@ def online(argv: list[str]) -> int:
 
     _show_log()
     train_dataset, eval_dataset = _load_data(script_args, training_args, model_args, mixture_args)
-    _train_and_save(make_online_trainer(rewards, training_args, model_args, train_dataset, eval_dataset), script_args)
+    _train_and_save(make_online_trainer(judges, training_args, model_args, train_dataset, eval_dataset), script_args)
     return 0
 
 

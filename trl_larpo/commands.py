@@ -1,5 +1,9 @@
-"""The steps of an iteration one at a time, from file to file: `larpo generate`, `larpo reward`, `larpo select`."""
+"""
+What the commands beside `larpo run` do: the steps of an iteration one at a time, from file to file (`larpo generate`,
+`larpo reward`, `larpo select`), and the trainer of `larpo online`.
+"""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +18,11 @@ from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
 from .generation.sampler import PolicySampler, SampleKind, SamplingTask
 from .generation.server_process import check_servers
-from .options import DTYPES, CheckedOptions, option
+from .options import option
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
 from .prompts import Prompt
 from .rewards.functions import as_function, load_rewards
-from .rewards.options import RewardOptions
+from .rewards.options import JudgeOptions, RewardOptions
 from .rewards.scorer import RewardScorer
 from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
@@ -72,22 +76,6 @@ class SelectConfig(SelectionOptions):
         choices=[*TRUNCATED_COMPLETIONS],
     )
     output: str | None = option(None, "JSONL file to write, for `larpo train --dataset_name`.")
-
-
-@dataclass
-class OnlineRewardConfig(CheckedOptions):
-    """Who judges in `larpo online`. `reward_weights` are TRL's."""
-
-    reward_funcs: list[str] = option(
-        [],
-        "Rewards, summed up with `reward_weights`: as in `larpo run`, and functions of TRL's, e.g. "
-        "'trl.rewards:accuracy_reward'.",
-    )
-    reward_batch_size: int = option(16, "Completions that a reward model scores at the same time.")
-    reward_max_length: int | None = option(None, "Longest prompt plus completion for a reward model, in tokens.")
-    reward_dtype: str = option(
-        "auto", "Arithmetic of reward models. 'auto': bfloat16 on a GPU, float32 on a CPU.", choices=[*DTYPES]
-    )
 
 
 def generate(options: GenerateConfig, model: ModelConfig) -> None:
@@ -225,30 +213,18 @@ def select(options: SelectConfig) -> None:
     print(f"{counts.summary()}\nLists in {output}")
 
 
-def _path(options, name: str):
-    value = getattr(options, name)
-    if not value:
-        raise ConfigError(f"`{name}` is missing.")
-    return value
-
-
 def make_online_trainer(
-    rewards: OnlineRewardConfig,
+    judges: JudgeOptions,
     args: "OnlineLarPOConfig",
     model: ModelConfig,
     train_dataset: Dataset,
     eval_dataset: Dataset | None = None,
 ) -> "OnlineLarPOTrainer":
-    """The trainer of `larpo online`."""
+    """The trainer of `larpo online`. `reward_weights` are TRL's."""
     from .run.training_stages import model_init_kwargs
     from .training.online_trainer import OnlineLarPOTrainer
 
-    options = RewardOptions(
-        reward_funcs=rewards.reward_funcs,
-        reward_batch_size=rewards.reward_batch_size,
-        reward_max_length=rewards.reward_max_length,
-        reward_dtype=rewards.reward_dtype,
-    )
+    options = RewardOptions(**dataclasses.asdict(judges))
     options.check_rewards()
     load_rewards(options.reward_funcs, args.reward_weights)  # an error here, before a model is loaded
     loaded = RewardScorer(options, use_cpu=args.use_cpu).rewards
@@ -262,3 +238,10 @@ def make_online_trainer(
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+
+
+def _path(options, name: str):
+    value = getattr(options, name)
+    if not value:
+        raise ConfigError(f"`{name}` is missing.")
+    return value

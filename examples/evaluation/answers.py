@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument(
         "--initial_model", help="model that the training started from, measured beside it with the same judge"
     )
-    parser.add_argument("--best_of_n", type=int, default=1, help="measure the best of so many of its answers, too")
+    parser.add_argument("--best_of_n", type=int, default=1, help="also measure the best of N of its answers")
     parser.add_argument("--best_of_n_reward", help="reward that chooses it: a name as in `reward_funcs`")
 
 

@@ -2,7 +2,7 @@
 Arena-Hard v2: generates a model's answers to the public questions and has a judge compare them with a baseline's.
 
     vllm serve Qwen/Qwen3-30B-A3B-Instruct-2507 --port 8000    # the judge, in an environment of its own
-    python examples/evaluation/arena_hard.py --model_name_or_path outputs/recipes/today/qwen3_4b_8x80gb/iteration_3/model --preset qwen3 --initial_model Qwen/Qwen3-4B-Instruct-2507 --judge_url http://127.0.0.1:8000/v1 --output outputs/arena_hard/qwen3_4b
+    python examples/evaluation/arena_hard.py --model_name_or_path outputs/recipes/today/qwen3_4b_skywork_8x80gb/iteration_3/model --preset qwen3 --initial_model Qwen/Qwen3-4B-Instruct-2507 --judge_url http://127.0.0.1:8000/v1 --output outputs/arena_hard/qwen3_4b
 
 Each answer is compared with the baseline's in both orders. A verdict is one of A>>B, A>B, A=B, B>A, B>>A; clear ones
 count three times, as in the benchmark. Beside the win rate stands the one with style control: the rate that a
@@ -69,6 +69,8 @@ def main() -> None:
             print(f"Answers of {entrant.name} in {entrant.folder}. Call again with --judge_url to have them judged.")
             continue
         games = judge(arguments, entrant, questions, answers, baseline)
+        if not games:
+            raise LarPOError(f"No verdict on {entrant.name}: see the answers of {arguments.judge_url} above.")
         results.append(
             result_of(entrant, games, dict(zip([q["uid"] for q in questions], answers, strict=True)), baseline)
         )
@@ -127,7 +129,10 @@ def judge(
     answers: list[str],
     baseline: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """Verdicts of both orders on each question: `uid`, `model_first`, `verdict`. Those that are kept are not asked."""
+    """
+    Verdicts of both orders on each question: `uid`, `model_first`, `verdict`. Those that are kept are not asked for
+    again; a request that fails leaves its question to the next call.
+    """
     folder = entrant.folder / re.sub(r"[^A-Za-z0-9.]+", "_", arguments.judge_model)
     settings = {
         "judge": arguments.judge_model,
@@ -146,13 +151,22 @@ def judge(
         question, model_first = game
         pair = texts[question["uid"]], baseline[question["uid"]]
         first, second = pair if model_first else pair[::-1]
-        said = ask(arguments, QUESTION.format(question=question["prompt"], first=first, second=second))
-        return {"uid": question["uid"], "model_first": model_first, "verdict": verdict_of(said), "judgement": said}
+        about = {"uid": question["uid"], "model_first": model_first}
+        try:
+            said = ask(arguments, QUESTION.format(question=question["prompt"], first=first, second=second))
+        except (OSError, LookupError, TypeError, ValueError) as error:  # no answer, or one of another form
+            return about | {"verdict": None, "problem": f"{type(error).__name__}: {error}"}
+        return about | {"verdict": verdict_of(said), "judgement": said}
 
+    problems = []
     with ThreadPoolExecutor(arguments.requests) as pool:
         for game in tqdm(pool.map(play, games), total=len(games), desc=f"Judging {entrant.name}"):
             if game["verdict"] is not None:  # others are asked again by the next call
                 file.add([game])
+            elif "problem" in game:
+                problems.append(game["problem"])
+    if problems:
+        print(f"WARNING: {len(problems)} requests to {arguments.judge_url} failed; the last one: {problems[-1]}")
     kept = GrowingFile(folder / "games.jsonl").rows
     if len(kept) < 2 * len(questions):
         print(f"WARNING: {2 * len(questions) - len(kept)} judgements have no verdict; call again to ask once more.")
@@ -175,11 +189,8 @@ def ask(arguments: argparse.Namespace, text: str) -> str:
             "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'EMPTY')}",
         },
     )
-    try:
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.load(response)["choices"][0]["message"]["content"] or ""
-    except OSError as error:
-        raise LarPOError(f"The judge at {arguments.judge_url} failed: {error}. Verdicts so far are kept.") from error
+    with urllib.request.urlopen(request, timeout=600) as response:
+        return json.load(response)["choices"][0]["message"]["content"] or ""
 
 
 def verdict_of(text: str) -> str | None:

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from ..options import DTYPES, check_choice, option
+from ..options import DTYPES, CheckedOptions, check_choice, option
 from ..set_aside import SetAsideOptions
 
 STRIP_THINKING = ("none", "rewards", "all")
 
 
 @dataclass
-class RewardOptions(SetAsideOptions):
+class JudgeOptions(CheckedOptions):
     """Who judges completions."""
 
     reward_funcs: list[str] = option(
@@ -21,10 +21,6 @@ class RewardOptions(SetAsideOptions):
         "compares the completions of a prompt, 'pairwise:package.module:function' or PairRM, "
         "'pairwise:llm-blender/PairRM-hf'.",
     )
-    reward_weights: list[float] | None = option(None, "Factor of each reward in the sum. None: 1 each.")
-    normalize_rewards: bool = option(
-        False, "Bring each reward to mean 0 and deviation 1 over the completions of a prompt before it is weighted."
-    )
     reward_batch_size: int = option(16, "Completions that a reward model scores at the same time.")
     reward_max_length: int | None = option(
         None,
@@ -33,6 +29,22 @@ class RewardOptions(SetAsideOptions):
     )
     reward_dtype: str = option(
         "auto", "Arithmetic of reward models. 'auto': bfloat16 on a GPU, float32 on a CPU.", choices=[*DTYPES]
+    )
+
+
+@dataclass
+class RewardOptions(JudgeOptions, SetAsideOptions):
+    """Who judges completions, and what becomes of the numbers."""
+
+    reward_weights: list[float] | None = option(None, "Factor of each reward in the sum. None: 1 each.")
+    normalize_rewards: bool = option(
+        False, "Bring each reward to mean 0 and deviation 1 over the completions of a prompt before it is weighted."
+    )
+    strip_thinking: str = option(
+        "none",
+        "Thoughts of a reasoning model, which end with '</think>': 'none': they are part of the answer. 'rewards': "
+        "rewards do not see them. 'all': they are neither rewarded nor trained on.",
+        choices=[*STRIP_THINKING],
     )
 
     def check_rewards(self) -> None:
@@ -47,13 +59,6 @@ class RewardOptions(SetAsideOptions):
             raise ConfigError(f"`reward_batch_size` is {self.reward_batch_size}; it must be at least 1.")
         check_choice("reward_dtype", self.reward_dtype, DTYPES)
         check_choice("strip_thinking", self.strip_thinking, STRIP_THINKING)
-
-    strip_thinking: str = option(
-        "none",
-        "Thoughts of a reasoning model, which end with '</think>': 'none': they are part of the answer. 'rewards': "
-        "rewards do not see them. 'all': they are neither rewarded nor trained on.",
-        choices=[*STRIP_THINKING],
-    )
 
     @property
     def settings(self) -> dict[str, Any]:

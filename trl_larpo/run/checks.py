@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PretrainedConfig
 
@@ -17,6 +18,8 @@ from .folder import RunFolder
 from .health import CHECKS
 from .prompts import load_random_prompts
 from .training_stages import model_init_kwargs
+
+logger = get_logger(__name__)
 
 _REFUSED = {  # option of the trainer: (what it must be, why)
     "resume_from_checkpoint": (None, "`larpo run` resumes on its own: run the same command again."),
@@ -134,6 +137,8 @@ def _check_accelerate_config(path: str, keeps_adapter: bool) -> None:
 def _check_disk(folder: RunFolder, config: PretrainedConfig) -> None:
     """Room for the model of each iteration and, in a training, for its best weights and its checkpoints."""
     num_parameters, training = _num_parameters(config), folder.training
+    if num_parameters is None:
+        return
     dtype = model_init_kwargs(folder.model, training)["dtype"]
     own = getattr(config, "dtype", None) or torch.float32
     weights = num_parameters * (own if dtype == "auto" else getattr(torch, dtype)).itemsize
@@ -156,10 +161,14 @@ def _check_disk(folder: RunFolder, config: PretrainedConfig) -> None:
         )
 
 
-def _num_parameters(config: PretrainedConfig) -> int:
-    """Those of a model that need not be there: as of a hub id."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+def _num_parameters(config: PretrainedConfig) -> int | None:
+    """Those of a model that need not be there: as of a hub id. `None` where the configuration alone does not tell."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+    except Exception as error:  # some architectures compute with weights when they are made: no reason not to run
+        logger.warning(f"The disk space that the run needs is not known and was not checked: {error}")
+        return None
 
 
 def _bytes_of_checkpoint(accelerate_config: str | None) -> int:

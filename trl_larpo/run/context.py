@@ -70,5 +70,9 @@ class RunContext:
         )
 
     def model(self, iteration: int) -> tuple[str, str]:
-        """Path and revision of the model that an iteration ends with; for 0 those of the initial one."""
-        return self.folder.model_path(iteration), self.folder.model.model_revision if iteration == 0 else "main"
+        """
+        Path and revision of the model that an iteration ends with; for 0 those of the initial one. The revision of an
+        adapter that is kept is that of its base.
+        """
+        of_hub = iteration == 0 or self.folder.keeps_adapter
+        return self.folder.model_path(iteration), self.folder.model.model_revision if of_hub else "main"

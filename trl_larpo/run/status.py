@@ -5,20 +5,21 @@ The loop notes in `progress.json` which stage it has begun. Rates are of the tim
 estimated from what the stages of earlier iterations took.
 """
 
+import contextlib
 import logging
 import shutil
 import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
 
 from ..errors import DataError
+from ..prompts import Row
 from ..set_aside import set_aside_in
-from ..storage import StoredRows, is_locked, partial_files, read_json, read_jsonl, write_json
+from ..storage import is_locked, partial_files, read_json, read_jsonl, write_json
 from .folder import TIMINGS
 from .stages import STAGES, Stage
 
@@ -28,7 +29,7 @@ _NUM_WARNINGS = 5
 
 _PACKAGE = __name__.split(".")[0]
 
-Row = dict[str, Any]
+_BLOCK = 2**20  # bytes
 
 
 def note_stage(run: Path, iteration: int, stage: Stage) -> None:
@@ -90,13 +91,13 @@ def status_of(run: str | Path) -> Row:
     }
     if position is not None:
         found["done"], found["total"] = _progress(run, *position)
-        found["per_second"] = _rate(run, *position) if running else None
+        found["per_second"] = _rate(run, *position, found["done"]) if running else None
     folders = sorted(run.glob("iteration_*"), key=lambda path: int(path.name.split("_")[1]))
     return found | {
         "set_aside": {f"{f.name}/{name}": len(rows) for f in folders for name, rows in set_aside_in(f).items()},
         "servers": settings.get("server_urls") or _started_servers(run),
         "disk": {
-            "used": sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
+            "used": sum(map(_size, run.rglob("*"))),
             "free": shutil.disk_usage(run).free,
         },
         "warnings": _last_warnings(run),
@@ -137,7 +138,7 @@ def seconds_left(run: Path) -> float | None:
     total = 0.0
     for place, (iteration, stage) in enumerate(_left(run, settings["num_iterations"])):
         done, of_all = _progress(run, iteration, stage) if place == 0 else (0, None)
-        rate = _rate(run, iteration, stage) if place == 0 else None
+        rate = _rate(run, iteration, stage, done) if place == 0 else None
         if rate and of_all is not None:
             total += (of_all - done) / rate
         elif stage.name in known:
@@ -180,15 +181,24 @@ def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]
 
 
 def _num_rows(path: Path) -> int:
-    return len(StoredRows([path], growing=True))
+    """Lines of a file that are whole; 0 where it has just got its final name."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK), b""))
+    return 0
 
 
-def _rate(run: Path, iteration: int, stage: Stage) -> float | None:
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 of a folder, and of what is gone meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size if path.is_file() else 0
+    return 0
+
+
+def _rate(run: Path, iteration: int, stage: Stage, done: int) -> float | None:
     """Prompts or steps per second since the stage began."""
     if not (run / PROGRESS).exists():
         return None
     begun = read_json(run / PROGRESS)
-    done, _ = _progress(run, iteration, stage)
     seconds = time.time() - begun["started"]
     if (begun["iteration"], begun["stage"]) != (iteration, stage.name) or done <= begun["done"] or seconds <= 0:
         return None
