@@ -71,12 +71,12 @@ def test_a_large_run_folder_in_small(tmp_path, monkeypatch, capsys):
     def measured(words, folder, log):
         monkeypatch.chdir(folder)
         assert words[0] == "-c" or cli.main(words[2:]) == 0
-        return 1e9, 1.0
+        return 1e9, 1e9, 1.0
 
     monkeypatch.setattr(script, "measure", measured)
     output = tmp_path / "folder"
     results = script.main(["--prompts", "20", "--characters", "100", "--output", str(output)])
-    assert set(results) == {"import", "resume", "report", "select", "recall"}
+    assert set(results) == {"import", "resume", "status", "report", "select", "recall"}
     assert len(read_jsonl(output / "run/iteration_1/rewarded.jsonl")) == 20
     assert len(read_jsonl(output / "lists.jsonl")) == 20 and (output / "recall/recall.md").exists()
     assert "report.html" in capsys.readouterr().out

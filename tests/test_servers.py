@@ -156,6 +156,13 @@ def test_one_bad_prompt_is_set_aside_and_named(fake, monkeypatch, fault, chat):
     assert sum(tries) == (2 if status == 400 else 8)
 
 
+def test_what_one_server_refuses_another_one_answers(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    failures, urls = {}, [fake("refusal"), fake()]
+    results = sample(urls, num_requests=40, poison=tuple(range(1, 40, 2)), failures=failures)
+    assert len(results) == 40 and not failures
+
+
 def test_bad_answers_at_random_lose_nothing(fake, monkeypatch):
     monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
     failures = {}

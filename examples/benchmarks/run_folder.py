@@ -6,7 +6,8 @@ Memory and time of the commands that read a large run folder.
 
 Makes a folder as `larpo run` leaves it when it is killed shortly before the end of sampling (60,000 prompts, 10 samples
 of 1.5 KB each), with a tiny model. Then resumes it to the end of the iteration, and runs the other commands, each in a
-process of its own. Memory is the peak of the process beyond that of one which only imports the package.
+process of its own. Memory is the peak of the process beyond that of one which only imports the package. Where the
+system tells, it is also given without mapped files (datasets on disk), which the system drops when memory is short.
 """
 
 import argparse
@@ -40,8 +41,8 @@ NUM_UNFINISHED = 8  # prompts that are left to be sampled
 NUM_HELD_OUT = 8
 
 
-def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
-    """Returns peak memory beyond the import, in bytes, and seconds of each command."""
+def main(argv: list[str] | None = None) -> dict[str, tuple[float, float, float]]:
+    """Returns of each command peak memory beyond the import, the same without mapped files, in bytes, and seconds."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--prompts", type=int, default=60_000)
     parser.add_argument("--samples", type=int, default=10)
@@ -59,17 +60,19 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     commands = {
         "import": ["-c", "import trl_larpo.recall, trl_larpo.run.loop"],
         "resume": ["run", "--config", "run.yaml"],
+        "status": ["status", "run"],
         "report": ["report", "run"],
         "select": ["select", "--candidates", rewarded, "--output", "lists.jsonl"],
         "recall": ["recall", "--candidates", rewarded, "--threshold", "5", "--output", "recall"],
     }
-    results: dict[str, tuple[float, float]] = {}
+    results: dict[str, tuple[float, float, float]] = {}
     for name, words in commands.items():
         words = words if name == "import" else ["-m", "trl_larpo", *words]
-        peak, seconds = measure(words, output, output / f"{name}.log")
-        results[name] = (peak - results.get("import", (0.0, 0.0))[0], seconds)
-        beyond = "" if name == "import" else " beyond the import"
-        print(f"  {name:8} {results[name][0] / 1e9:6.2f} GB{beyond}, {seconds:6.1f} s", flush=True)
+        peak, own, seconds = measure(words, output, output / f"{name}.log")
+        before = results.get("import", (0.0, 0.0, 0.0))
+        results[name] = (peak - before[0], own - before[1], seconds)
+        gigabytes = f"{results[name][0] / 1e9:6.2f} GB, {results[name][1] / 1e9:6.2f} without mapped files"
+        print(f"  {name:8} {gigabytes}, {seconds:7.1f} s", flush=True)
     page = (output / "run" / "report.html").stat().st_size
     print(f"  report.html {page / 1e6:.1f} MB")
     return results
@@ -111,17 +114,30 @@ def make(output: Path, num_prompts: int, num_samples: int, num_characters: int) 
     write_jsonl(samples.partial, (pool(prompt).to_row() for prompt in folder.prompts[:-NUM_UNFINISHED]))
 
 
-def measure(words: list[str], folder: Path, log: Path) -> tuple[float, float]:
-    """Peak memory in bytes and seconds of a Python process."""
+def measure(words: list[str], folder: Path, log: Path) -> tuple[float, float, float]:
+    """Peak memory of a Python process, the same without mapped files, in bytes, and seconds."""
     started = time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen([sys.executable, *words], cwd=folder, stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
+        ended, own = 0, 0.0
+        while not ended:
+            own = max(own, _own_memory(process.pid))
+            time.sleep(0.1)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     if status:
         sys.exit(f"{' '.join(words)} failed:\n{log.read_text()[-3000:]}")
     process.returncode = 0
     unit = 1 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss * unit, time.monotonic() - started
+    return usage.ru_maxrss * unit, own, time.monotonic() - started
+
+
+def _own_memory(process: int) -> float:
+    """Bytes that a process has for itself; 0 where the system does not tell."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    return 1024.0 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Request:
         prompt_ids: Tokens of the prompt as training sees them.
         seed: Of the first completion; the others' follow.
         tries: How often servers that are well could not answer it.
+        failed_on: Addresses of these servers.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Request:
     prompt_ids: list[int]
     seed: int
     tries: int = 0
+    failed_on: set[str] = field(default_factory=set)
 
 
 def request_seed(seed: int, key: str, prompt_id: str) -> int:
@@ -255,10 +257,10 @@ class _Run:
 
     async def _work(self, endpoint: _Endpoint) -> None:
         while self.num_unanswered and not endpoint.dead:
-            if not self.waiting:  # others may still fail and give their requests back
+            request = self._next_for(endpoint)
+            if request is None:  # others may still fail and give their requests back
                 await asyncio.sleep(0.05)
                 continue
-            request = self.waiting.popleft()
             try:
                 samples = await self._all_samples(endpoint, request)
             except Exception as error:
@@ -271,6 +273,16 @@ class _Run:
                 self.num_answered += 1
                 self.num_unanswered -= 1
                 self.on_samples(request, samples)
+
+    def _next_for(self, endpoint: _Endpoint) -> Request | None:
+        """A request that has not failed on the server yet; one that has only where it has failed on all others too."""
+        others = {other.url for other in self.endpoints if not other.dead and other is not endpoint}
+        for _ in range(len(self.waiting)):
+            request = self.waiting.popleft()
+            if endpoint.url not in request.failed_on or others <= request.failed_on:
+                return request
+            self.waiting.append(request)
+        return None
 
     async def _failed(self, endpoint: _Endpoint, request: Request, kind: str, error: Exception) -> None:
         """Whose fault is it? The server's, if it is not well; else the prompt's."""
@@ -288,8 +300,9 @@ class _Run:
                 reason = self._reason(endpoint, kind, error)
                 raise LarPOError(f"The servers answered none of the first {_BAD_SERVER} requests. {reason}")
             request.tries += _TRIES_OF.get(kind, 1)
+            request.failed_on.add(endpoint.url)
             if request.tries < _MAX_TRIES:
-                self.waiting.append(request)  # behind all others, and most likely on another server
+                self.waiting.append(request)  # behind all others, and on another server
                 await asyncio.sleep(_FIRST_WAIT * random.uniform(0.5, 1.0) if kind != "refused" else 0)
             else:
                 self.set_aside.append((request, self._reason(endpoint, kind, error)))
