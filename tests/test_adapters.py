@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from small_run import larpo_run, log_probability, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from trl_larpo.generation.in_process import generate_completions
 from trl_larpo.run.context import RunContext
 from trl_larpo.run.monitor import TrainingMonitor
 
@@ -53,6 +54,14 @@ def test_one_adapter_goes_through_all_iterations(project, talkative_model, flags
         with model.disable_adapter():
             other = log_probability(model, tokenizer, row["prompt"], row["completions"][0], row["completion_ids"][0])
         assert abs(other - by_hand[0]) > 1e-4, "or the adapter does nothing, and this test shows nothing"
+    # Samples come from the very same model: of the quantized base, where that is trained on
+    rows = rows_of("out/iteration_2/samples.jsonl")
+    keys = [f"2/{row['prompt_id']}" for row in rows]
+    sampled = generate_completions(
+        model, tokenizer, [row["prompt"] for row in rows], num_samples=4, max_new_tokens=24, seed=42, keys=keys
+    )
+    texts = [[completion[-1]["content"] for completion in row["completions"]] for row in rows]
+    assert texts == [[sample.text for sample in of_prompt] for of_prompt in sampled]
     start = next(row for row in rows_of("out/iteration_2/training_log.jsonl") if "rewards/margins" in row)
     assert start["rewards/margins"] == pytest.approx(0, abs=5e-2 if flags else 1e-4)
     assert json.loads((project / "out/iteration_2/evaluation.json").read_text())["kl_from_initial"]["mean"] != 0

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import tiny
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_larpo import cli
 from trl_larpo.storage import read_jsonl
@@ -108,3 +109,13 @@ def test_the_estimate_knows_the_size_of_models(tiny_model, capsys):
     assert "Computed, not measured." in capsys.readouterr().out
     estimate.main(["--params", "13e9", "--gpus", "16"])
     assert "13.0" in capsys.readouterr().out
+
+
+def test_the_estimate_knows_the_size_of_a_base_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    folder = tiny.save_tiny_model(tmp_path, hidden_size=64, intermediate_size=128)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", quantization_config=settings)
+    scales = sum(4 * p.quant_state.absmax.numel() for p in model.parameters() if hasattr(p, "quant_state"))
+    shape = load("memory_estimate").shape_of(folder)
+    assert scales and model.get_memory_footprint() + scales == pytest.approx(shape.bytes_in_4_bits, rel=0.02)

@@ -11,7 +11,13 @@ import pytest
 import torch
 from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
-from transformers import LlamaModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+)
 
 from trl_larpo import cli
 from trl_larpo.run.small import save_small_reward_model
@@ -72,6 +78,26 @@ def calls(monkeypatch):
 
 
 # Sampling
+
+
+@pytest.mark.slow
+def test_weights_are_quantized_where_they_are_sampled(generate, talkative_model):
+    pytest.importorskip("bitsandbytes")
+    assert generate("--max_new_tokens", 24, "--load_in_4bit") == 0
+    found = [row["completions"] for row in rows_of("samples.jsonl")]
+    assert generate("--max_new_tokens", 24, "--output", "whole.jsonl") == 0
+    assert found != [row["completions"] for row in rows_of("whole.jsonl")]
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(talkative_model, dtype="float32", quantization_config=settings)
+    model.dequantize().save_pretrained("dequantized")
+    AutoTokenizer.from_pretrained(talkative_model).save_pretrained("dequantized")
+    assert generate("--max_new_tokens", 24, "--output", "like.jsonl", "--model_name_or_path", "dequantized") == 0
+    assert found == [row["completions"] for row in rows_of("like.jsonl")]
+
+
+def test_servers_are_not_told_to_quantize(generate, server, capsys):
+    assert generate("--load_in_4bit", "--server_urls", server().url) == 2
+    assert "servers have options of their own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 from trl_larpo import ConfigError
 from trl_larpo.prompts import Prompt
 from trl_larpo.run import checks
+from trl_larpo.run.loading import model_init_kwargs
 from trl_larpo.run.negatives import unrelated_prompts
 from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
 from trl_larpo.run.prompts import choose_prompts, load_prompts
-from trl_larpo.run.training_stages import model_init_kwargs
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, SelectionCounts, each_list
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
-from .generation.sampler import PolicySampler, SampleKind, SamplingTask
+from .generation.sampler import PolicySampler, SampleKind, SamplingTask, generation_dtype
 from .generation.server_process import check_servers
 from .options import option
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
@@ -129,8 +129,18 @@ def sample_file(
 
     Returns:
         The prompts with their candidates. On processes but the first nothing.
+
+    Raises:
+        ConfigError: If servers are to sample from a model that is quantized in this process.
     """
-    path = model.model_name_or_path
+    path, quantization = model.model_name_or_path, get_quantization_config(model)
+    if quantization is not None:
+        if options.uses_servers:
+            raise ConfigError(
+                "`load_in_4bit` and `load_in_8bit` are for sampling in this process. Leave them out; servers have "
+                "options of their own, e.g. `vllm serve --quantization bitsandbytes`."
+            )
+        quantization.bnb_4bit_compute_dtype = generation_dtype(options.generation_dtype)
     AutoTokenizer.from_pretrained(path, revision=model.model_revision)  # an error here, before servers start
     sampler = PolicySampler(
         options,
@@ -138,6 +148,7 @@ def sample_file(
         log_folder=output.parent / "servers",
         use_cpu=use_cpu,
         attn_implementation=model.attn_implementation,
+        quantization_config=quantization,
     )
     task = SamplingTask(kinds, path, iteration=1, key="1", revision=model.model_revision)
     try:
@@ -221,7 +232,7 @@ def make_online_trainer(
     eval_dataset: Dataset | None = None,
 ) -> "OnlineLarPOTrainer":
     """The trainer of `larpo online`. `reward_weights` are TRL's."""
-    from .run.training_stages import model_init_kwargs
+    from .run.loading import model_init_kwargs
     from .training.online_trainer import OnlineLarPOTrainer
 
     options = RewardOptions(**dataclasses.asdict(judges))

@@ -394,6 +394,8 @@ def _keep_settings(options: RecallConfig, model: ModelConfig, folder: Path) -> N
              "system_prompt", "chat_template_kwargs", "candidates",
              "num_samples", "temperature", "top_p", "max_new_tokens", "greedy", "seed",
              "reward_funcs", "best_of_n_reward")  # fmt: skip
-    now = {name: getattr(options, name) for name in names} | {"model_name_or_path": model.model_name_or_path}
+    now = {name: getattr(options, name) for name in names} | {
+        name: getattr(model, name) for name in ("model_name_or_path", "load_in_4bit", "load_in_8bit")
+    }
     now["rewards"] = reward_id(options.reward_funcs, options.reward_weights, **options.settings)
     keep_settings(folder / "settings.json", now, "`output`")

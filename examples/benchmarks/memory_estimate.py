@@ -46,9 +46,18 @@ class Shape:
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
     @property
+    def embedding_params(self) -> int:
+        """Of the embedding and the head."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+
+    @property
     def params(self) -> int:
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return embeddings + self.num_layers * self.layer_params + self.hidden_size
+        return self.embedding_params + self.num_layers * self.layer_params + self.hidden_size
+
+    @property
+    def bytes_in_4_bits(self) -> float:
+        """NF4 has a scale in float32 for 64 weights; the embedding and the head stay in bf16."""
+        return 2 * self.embedding_params + (0.5 + 4 / 64) * (self.params - self.embedding_params)
 
     def lora_params(self, rank: int) -> int:
         """Of adapters on all linear layers of the blocks."""
@@ -157,18 +166,19 @@ def stages(recipe: dict[str, Any]) -> dict[str, float]:
     shape, judge = MODELS[recipe["model_name_or_path"]], REWARD_MODELS.get(recipe["reward_funcs"], 0)
     prompt, completion = recipe["max_prompt_length"], recipe["max_new_tokens"]
     list_size, chunk = recipe["num_best"] + recipe["num_worst"], recipe.get("candidate_chunk_size")
-    moving, weights = activations(shape, prompt, completion, list_size, chunk), 2 * shape.params
+    moving, base = activations(shape, prompt, completion, list_size, chunk), 2 * shape.params
+    if recipe.get("load_in_4bit"):
+        base = shape.bytes_in_4_bits
     if recipe.get("use_peft"):
-        base = 0.6 * shape.params if recipe.get("load_in_4bit") else weights  # 4 bits, their scales, and embeddings
-        training, scoring = base + 18 * shape.lora_params(recipe["lora_r"]), base
+        training = base + 18 * shape.lora_params(recipe["lora_r"])
     else:
-        training, scoring = model_states(shape, 2, recipe["num_processes"])[0], weights
+        training = model_states(shape, 2, recipe["num_processes"])[0]
     cache = recipe["generation_batch_size"] * (prompt + completion) * shape.cache_bytes
     read = recipe.get("reward_batch_size", 16) * (prompt + completion) * 2 * 4096 * 12  # activations of one layer
     return {
-        "sampling": weights + cache + WORKSPACE,
+        "sampling": base + cache + WORKSPACE,
         "rewards": 2 * judge + read + WORKSPACE if judge else 0.0,
-        "reference": scoring + moving + WORKSPACE,
+        "reference": base + moving + WORKSPACE,
         "training": training + moving + WORKSPACE,
     }
 

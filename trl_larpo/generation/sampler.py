@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -80,6 +81,7 @@ class PolicySampler:
         log_folder: Where the output of servers is kept.
         use_cpu: Do not use a GPU.
         attn_implementation: As in `from_pretrained`.
+        quantization_config: How the model, or the base of an adapter, is quantized in this process. `None`: not.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class PolicySampler:
         log_folder: Path,
         use_cpu: bool = False,
         attn_implementation: str | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
     ):
         self.options, self.seed, self.log_folder = options, seed, log_folder
         self.use_cpu, self.attn_implementation = use_cpu, attn_implementation
+        self.quantization_config = quantization_config
         self._loaded: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._servers: tuple[str, contextlib.ExitStack, list[str]] | None = None
 
@@ -231,14 +235,19 @@ class PolicySampler:
     def _load(self, path: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None  # before the next one is loaded
+            device = torch.device("cpu") if self.use_cpu else PartialState().device
+            quantized = self.quantization_config is not None
+            # Weights are quantized where they are loaded, and such a model is not moved
+            where = {"quantization_config": self.quantization_config, "device_map": {"": device}} if quantized else {}
             model = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=generation_dtype(self.options.generation_dtype),
                 revision=revision,
                 attn_implementation=self.attn_implementation,
+                **where,
             )
-            device = "cpu" if self.use_cpu else PartialState().device
-            self._loaded = (path, model.to(device), AutoTokenizer.from_pretrained(path, revision=revision))
+            model = model if quantized else model.to(device)
+            self._loaded = (path, model, AutoTokenizer.from_pretrained(path, revision=revision))
         return self._loaded[1:]
 
 

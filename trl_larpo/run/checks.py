@@ -16,8 +16,8 @@ from ..generation.server_process import check_servers, server_command
 from ..rewards.functions import PAIRWISE, load_rewards
 from .folder import RunFolder
 from .health import CHECKS
+from .loading import model_init_kwargs
 from .prompts import load_random_prompts
-from .training_stages import model_init_kwargs
 
 logger = get_logger(__name__)
 

@@ -7,6 +7,7 @@ from ..pools import read_pools
 from ..rewards.functions import Completions
 from ..rewards.scorer import RewardScorer
 from .folder import RunFolder
+from .loading import quantization_of
 from .options import RunConfig
 
 
@@ -34,6 +35,7 @@ class RunContext:
             log_folder=folder.path / "servers",
             use_cpu=folder.training.use_cpu,
             attn_implementation=folder.model.attn_implementation,
+            quantization_config=quantization_of(folder.model, folder.training),
         )
 
     @cached_property

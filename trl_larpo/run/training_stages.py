@@ -17,8 +17,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig, get_peft_config
 
 from ..candidates import CandidateList, CandidatePool
 from ..errors import LarPOError
@@ -32,6 +32,7 @@ from ..training.log_probabilities import log_probabilities_under
 from ..training.trainer import LarPOTrainer
 from ..training.trl_compat import unset_hf_deepspeed_config, whole_model, without_deepspeed_config
 from .context import RunContext
+from .loading import model_init_kwargs, quantization_of
 from .monitor import TrainingMonitor
 
 logger = get_logger(__name__)
@@ -290,23 +291,6 @@ def make_trainer(model_path: str, args: LarPOConfig, model: ModelConfig, **kwarg
         peft_config=get_peft_config(model),
         **kwargs,
     )
-
-
-def model_init_kwargs(model: ModelConfig, args: LarPOConfig) -> dict[str, Any]:
-    """Arguments for `from_pretrained`."""
-    return {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype or ("auto" if model.use_peft else "float32"),
-    } | (args.model_init_kwargs or {})
-
-
-def quantization_of(model: ModelConfig, args: LarPOConfig) -> BitsAndBytesConfig | None:
-    """How a base is quantized; it computes in the precision of the training, unless `dtype` says otherwise."""
-    config = get_quantization_config(model)
-    if config is not None and model.load_in_4bit and model.dtype is None:
-        config.bnb_4bit_compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
-    return config
 
 
 def load_adapter(trainer: LarPOTrainer, folder: str) -> None:
