@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -19,11 +19,12 @@ from .generation.options import GenerationOptions
 from .generation.sampler import PolicySampler, SampleKind, SamplingTask, generation_dtype
 from .generation.server_process import check_servers
 from .options import option
+from .outputs import check_output, continue_output, resumable_output
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
 from .prompts import Prompt
 from .rewards.functions import as_function, load_rewards
 from .rewards.options import JudgeOptions, RewardOptions
-from .rewards.scorer import RewardScorer
+from .rewards.scorer import RewardScorer, saved_scores_of_row
 from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts
@@ -44,7 +45,10 @@ _AS_MESSAGES = (
 class GenerateConfig(PromptOptions, GenerationOptions):
     """Options of `larpo generate`."""
 
-    output: str | None = option(None, "JSONL file to write. After a kill, the same command resumes from what it saved.")
+    output: str | None = option(
+        None,
+        "JSONL file to write. The same command resumes from what it saved; one with other settings is refused.",
+    )
     seed: int = option(0, "Seed of the sampling.")
     use_cpu: bool = option(False, "Do not use a GPU.")
 
@@ -87,12 +91,27 @@ def generate(options: GenerateConfig, model: ModelConfig) -> None:
     options.check_generation()
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     kinds = [SampleKind("policy", options.temperature[0])] * options.num_samples
-    prompts = prompts_of(options)
-    pools = sample_file(options, model, prompts, kinds, output, seed=options.seed, use_cpu=options.use_cpu)
+    settings = sampling_settings(options, model)
+    with resumable_output(output, settings, paths=PATHS_OF_SAMPLING, inputs=["prompts"]):
+        prompts = prompts_of(options)
+        pools = sample_file(options, model, prompts, kinds, output, seed=options.seed, use_cpu=options.use_cpu)
     if pools:
         print(f"{sum(len(pool.candidates) for pool in pools)} completions of {len(pools)} prompts in {output}")
         if len(pools) < len(prompts):
             print(f"{len(prompts) - len(pools)} prompts were set aside; {set_aside_path(output)} says why")
+
+
+PATHS_OF_SAMPLING = ("prompts", "model_name_or_path")
+"""Those of [`sampling_settings`] that are compared by content."""
+
+
+def sampling_settings(options: Any, model: ModelConfig) -> dict[str, Any]:
+    """What samples depend on, beside speed and rounding: options by name."""
+    names = ("prompts", "prompts_config", "prompts_split", "prompt_column", "prompt_template", "prompts_as_messages",
+             "system_prompt", "chat_template_kwargs",
+             "num_samples", "temperature", "top_p", "max_new_tokens", "seed")  # fmt: skip
+    of_model = ("model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit")
+    return {name: getattr(options, name) for name in names} | {name: getattr(model, name) for name in of_model}
 
 
 def prompts_of(options: PromptOptions) -> list[Prompt]:
@@ -116,7 +135,8 @@ def sample_file(
     use_cpu: bool = False,
 ) -> StoredPools:
     """
-    Samples completions into a JSONL file. Called again after a kill, it resumes from what it saved.
+    Samples completions into a JSONL file. Called again, it resumes from what it saved: what a whole file lacks is
+    sampled.
 
     Args:
         options: How to sample; of `num_samples` and `temperature` only `kinds` counts.
@@ -141,6 +161,8 @@ def sample_file(
                 "options of their own, e.g. `vllm serve --quantization bitsandbytes`."
             )
         quantization.bnb_4bit_compute_dtype = generation_dtype(options.generation_dtype)
+    if continue_output(output, [prompt.id for prompt in prompts], lambda place: prompts[place].text):
+        return read_pools(output)
     AutoTokenizer.from_pretrained(path, revision=model.model_revision)  # an error here, before servers start
     sampler = PolicySampler(
         options,
@@ -166,8 +188,10 @@ def reward(options: RewardConfig) -> None:
     samples, output = _path(options, "samples"), Path(_path(options, "output"))
     options.check_rewards()
     load_rewards(options.reward_funcs, options.reward_weights)
-    pools = read_candidate_pools(samples, options.as_messages)
-    scored = reward_file(options, pools, output, use_cpu=options.use_cpu)
+    settings = {name: getattr(options, name) for name in ("samples", "as_messages", *REWARD_SETTINGS)}
+    with resumable_output(output, settings, paths=["samples", "reward_funcs"], inputs=["samples"]):
+        pools = read_candidate_pools(samples, options.as_messages)
+        scored = reward_file(options, pools, output, use_cpu=options.use_cpu)
     if scored:
         print(f"Rewards of {len(scored)} prompts in {output}")
         if set_aside_path(output).exists():
@@ -183,7 +207,8 @@ def reward_file(
     description: str = "Rewarding",
 ) -> StoredPools:
     """
-    Rewards completions into a JSONL file. Called again after a kill, it resumes from what it saved.
+    Rewards completions into a JSONL file. Called again, it resumes from what it saved: what a whole file lacks is
+    rewarded.
 
     Args:
         options: Who judges.
@@ -196,16 +221,35 @@ def reward_file(
         The pools with rewards. On processes but the first nothing.
     """
     unscored = merge_pools(pools).map(CandidatePool.without_rewards)
-    scored = RewardScorer(options, use_cpu=use_cpu).score(unscored, output, description)
+    scorer = RewardScorer(options, use_cpu=use_cpu)
+    if continue_output(output, unscored.ids, lambda place: unscored[place].prompt.text, saved_scores_of_row):
+        return _with_same_completions(read_pools(output), scorer.as_judged(unscored), output)
+    scored = scorer.score(unscored, output, description)
     if not scored:
         return scored
     GrowingFile(output).finish(pool.to_row() for pool in scored)
     return read_pools(output)
 
 
+REWARD_SETTINGS = (
+    "reward_funcs", "reward_weights", "normalize_rewards", "reward_max_length", "reward_dtype", "strip_thinking",
+)  # fmt: skip
+"""Options that rewards depend on, beside speed and rounding."""
+
+
+def _with_same_completions(kept: StoredPools, pools: Sequence[CandidatePool], output: Path) -> StoredPools:
+    place_of = {name: place for place, name in enumerate(kept.ids)}
+    for pool in pools:
+        found = kept[place_of[pool.prompt.id]]
+        if [c.completion for c in found.candidates] != [c.completion for c in pool.candidates]:
+            raise ConfigError(f"{output} holds rewards of other completions. Take another `output`.")
+    return kept
+
+
 def select(options: SelectConfig) -> None:
     """Makes candidate lists."""
     paths, output = _path(options, "candidates"), Path(_path(options, "output"))
+    check_output(output, "candidates", paths)
     files = [read_candidate_pools(path, options.as_messages) for path in paths]
     judges: dict[str | None, str] = {}
     for path, pools in zip(paths, files, strict=True):

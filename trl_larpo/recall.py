@@ -18,8 +18,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from trl import ModelConfig
 
-from .candidates import CandidatePool
-from .commands import prompts_of, reward_file, sample_file
+from .commands import (
+    PATHS_OF_SAMPLING,
+    REWARD_SETTINGS,
+    prompts_of,
+    reward_file,
+    sample_file,
+    sampling_settings,
+)
 from .errors import ConfigError, DataError
 from .generation.in_process import check_sampling
 from .generation.options import GenerationOptions
@@ -27,14 +33,15 @@ from .generation.sampler import SampleKind
 from .generation.server_process import check_servers
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .options import option
-from .pools import StoredPools, merge_pools, read_pools
-from .rewards.functions import import_function, load_rewards, reward_id
+from .pools import StoredPools, merge_pools
+from .rewards.functions import import_function, load_rewards
 from .rewards.options import RewardOptions
 from .rewards.verifiers import boxed_answer, final_number
 from .run.candidate_files import read_candidate_pools
 from .run.negatives import NEGATIVES
 from .run.options import PromptOptions
-from .storage import exclusive_lock, keep_settings, saving_to, write_json, write_text
+from .settings import keep_settings
+from .storage import exclusive_lock, saving_to, write_json, write_text
 
 N_VALUES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -301,11 +308,8 @@ def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[_S
     samples, rewarded = folder / "samples.jsonl", folder / "rewarded.jsonl"
     kinds = [SampleKind("policy", value) for value in options.temperature for _ in range(options.num_samples)]
     kinds += [SampleKind(GREEDY, 0.0)] if options.greedy else []
-    if samples.exists():
-        pools = read_pools(samples)
-    else:
-        prompts = prompts_of(options)
-        pools = sample_file(options, model, prompts, kinds, samples, seed=options.seed, use_cpu=options.use_cpu)
+    prompts = prompts_of(options)
+    pools = sample_file(options, model, prompts, kinds, samples, seed=options.seed, use_cpu=options.use_cpu)
     pools = _rewarded(options, pools, rewarded, "Rewarding")
     return [_Source("", pools, _judged(options, pools, folder / "judged.jsonl"))]
 
@@ -333,16 +337,7 @@ def _read(options: RecallConfig, paths: list[str], folder: Path) -> list[_Source
 
 def _rewarded(options: RecallConfig, pools: StoredPools, path: Path, description: str) -> StoredPools:
     """Rewards as they are kept in the file, or computed into it."""
-    if not path.exists():
-        return reward_file(options, pools, path, use_cpu=options.use_cpu, description=description)
-    kept = read_pools(path)
-    if len(kept) != len(pools) or not all(map(_same_completions, kept, pools)):
-        raise ConfigError(f"{path} holds rewards of other completions. Take another `output`.")
-    return kept
-
-
-def _same_completions(pool: CandidatePool, other: CandidatePool) -> bool:
-    return [c.completion for c in pool.candidates] == [c.completion for c in other.candidates]
+    return reward_file(options, pools, path, use_cpu=options.use_cpu, description=description)
 
 
 def _judged(options: RecallConfig, pools: StoredPools, path: Path) -> StoredPools | None:
@@ -390,12 +385,7 @@ def _groups(source: _Source, answer_of: Callable[[str], Any] | None, options: Re
 
 def _keep_settings(options: RecallConfig, model: ModelConfig, folder: Path) -> None:
     """Numbers of other settings must not be taken for those asked for."""
-    names = ("prompts", "prompts_config", "prompts_split", "prompt_column", "prompt_template", "prompts_as_messages",
-             "system_prompt", "chat_template_kwargs", "candidates",
-             "num_samples", "temperature", "top_p", "max_new_tokens", "greedy", "seed",
-             "reward_funcs", "best_of_n_reward")  # fmt: skip
-    now = {name: getattr(options, name) for name in names} | {
-        name: getattr(model, name) for name in ("model_name_or_path", "load_in_4bit", "load_in_8bit")
-    }
-    now["rewards"] = reward_id(options.reward_funcs, options.reward_weights, **options.settings)
-    keep_settings(folder / "settings.json", now, "`output`")
+    names = ("candidates", "greedy", "best_of_n_reward", *REWARD_SETTINGS)
+    now = sampling_settings(options, model) | {name: getattr(options, name) for name in names}
+    paths = (*PATHS_OF_SAMPLING, "reward_funcs", "best_of_n_reward")
+    keep_settings(folder / "settings.json", now, "`output`", paths)

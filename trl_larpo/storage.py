@@ -6,7 +6,9 @@ A reader finds either nothing or all of what was written. What is appended count
 
 import contextlib
 import errno
+import glob
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,9 +17,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, DataError, LarPOError
+from .errors import DataError, LarPOError
 
 Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 try:
@@ -62,10 +66,28 @@ def _parse(line: bytes, path: str | Path, number: int) -> Row:
     try:
         row = json.loads(line.decode("utf-8"))
     except ValueError as error:  # no JSON, or no text
-        raise DataError(f"{path} line {number} is not JSON ({getattr(error, 'msg', error)}).") from None
+        damage = "; it holds zero bytes, as after a loss of power" if b"\0" in line else ""
+        raise DataError(f"{path} line {number} is not JSON ({getattr(error, 'msg', error)}{damage}).") from None
     if not isinstance(row, dict):
         raise DataError(f"{path} line {number} is {type(row).__name__}, not an object with columns.")
     return row
+
+
+def whole_rows(path: Path, damaged: list[str]) -> Iterator[Row]:
+    """
+    Rows of a file of JSON lines without those that are damaged: by a kill, a full or broken disk, an interrupted copy.
+
+    Args:
+        path: The file.
+        damaged: What is wrong with each of the others is added to this.
+    """
+    with open_file(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    yield _parse(line, path, number)
+            except DataError as error:
+                damaged.append(str(error))
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -80,7 +102,7 @@ class StoredRows(Sequence[Row]):
     Args:
         paths: The files, which must stay as they are.
         key: A column that all rows have, whose values are kept.
-        growing: Whether the files may end with a line that is not finished, which is left out.
+        growing: Whether the files may end with a line that is not finished, and hold damaged ones. They are left out.
 
     Attributes:
         keys: The values of the column `key` of all rows; empty without one.
@@ -93,11 +115,12 @@ class StoredRows(Sequence[Row]):
         self._numbers = array("q")  # of each row's line, for messages
         # Files of ours begin each line with the key: nothing else of it is read now
         first = re.compile(rb'\{"%b": "([^"\\]*)"[,}]' % (key or "").encode())
+        damaged: list[str] = []
         for file_number, path in enumerate(paths):
             start = 0
             with open_file(path, "rb") as file:
                 for number, line in enumerate(file, start=1):
-                    if line.strip() and not (growing and not line.endswith(b"\n")):
+                    if line.strip() and not (growing and self._is_damaged(line, path, number, damaged)):
                         for kept, value in ((self._starts, start), (self._lengths, len(line)),
                                             (self._files, file_number), (self._numbers, number)):  # fmt: skip
                             kept.append(value)
@@ -105,6 +128,8 @@ class StoredRows(Sequence[Row]):
                             match = first.match(line)
                             self.keys.append(match[1].decode() if match else self._value(line, path, number, key))
                     start += len(line)
+        if damaged:
+            logger.warning(f"{len(damaged)} damaged lines are left out, and what they held is done again: {damaged[0]}")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -117,6 +142,16 @@ class StoredRows(Sequence[Row]):
             file.seek(self._starts[place])
             return _parse(file.read(self._lengths[place]), path, self._numbers[place])
 
+    def _is_damaged(self, line: bytes, path: Path, number: int, damaged: list[str]) -> bool:
+        if not line.endswith(b"\n"):  # it may still be written to
+            return True
+        try:
+            _parse(line, path, number)
+        except DataError as error:
+            damaged.append(str(error))
+            return True
+        return False
+
     @staticmethod
     def _value(line: bytes, path: Path, number: int, key: str) -> Any:
         row = _parse(line, path, number)
@@ -126,37 +161,21 @@ class StoredRows(Sequence[Row]):
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """
+    Raises:
+        DataError: Names the line if the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno} is not JSON ({error.msg}): the file is damaged.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}): the file is damaged.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the value as JSON that a person can read, or nothing."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
-def keep_settings(path: Path, settings: dict[str, Any], output: str) -> None:
-    """
-    Writes how the files beside `path` are made, or compares with how they were made.
-
-    Args:
-        path: A JSON file.
-        settings: By name.
-        output: The option that names the folder.
-
-    Raises:
-        ConfigError: If a setting has changed, so that what is there must not be taken for what is asked for.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-        return
-    before = read_json(path)
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ConfigError(
-                f"`{name}` is {value!r}, but {str(path.parent)!r} was made with {before.get(name)!r}. Undo the change, "
-                f"or take another {output}."
-            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -238,7 +257,19 @@ class GrowingFile:
 
 def partial_files(path: Path) -> list[Path]:
     """What processes have added so far to a [`GrowingFile`]."""
-    return sorted(path.parent.glob(f"{path.name}{_PARTIAL}-*"))
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}{_PARTIAL}-*"))
+
+
+def reopen(path: Path, rows: Iterable[Row]) -> None:
+    """
+    Makes a whole file one that grows again.
+
+    Args:
+        path: The file.
+        rows: What to keep of it.
+    """
+    write_jsonl(path.with_name(f"{path.name}{_PARTIAL}-reopened"), rows)
+    path.unlink()
 
 
 def _cut_unfinished_line(path: Path) -> None:
@@ -295,16 +326,22 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path, file: str = "", option: str = "output_dir") -> Iterator[None]:
     """
     Keeps other processes out of a folder as long as the context is open. A killed process leaves no lock behind.
+
+    Args:
+        folder: The folder, which is made if it is missing.
+        file: The one file in it that others may not write; empty for all of it.
+        option: What names the folder or file.
 
     Raises:
         LarPOError: If another process is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with saving_to(folder / ".lock"):
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below, and by the end of the process
+    path = folder / (f".{file}.lock" if file else ".lock")
+    with saving_to(path):
+        lock = open(path, "a+")  # noqa: SIM115 - closed below, and by the end of the process
     try:
         if fcntl is not None:
             try:
@@ -312,8 +349,9 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 lock.seek(0)
                 raise LarPOError(
-                    f"Another process ({lock.read().strip() or 'unknown'}) is running in {folder}. Wait for it, stop "
-                    "it, or take another `output_dir`."
+                    f"Another process ({lock.read().strip() or 'unknown'}) is "
+                    f"{f'writing {folder / file}' if file else f'running in {folder}'}. Wait for it, stop it, or take "
+                    f"another `{option}`."
                 ) from None
         lock.seek(0)
         lock.truncate()

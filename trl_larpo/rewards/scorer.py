@@ -1,6 +1,8 @@
 """[`RewardScorer`]: rewards all candidates of many prompts, in chunks that are saved as they are done."""
 
 import gc
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,15 +96,15 @@ class RewardScorer:
             DataError: If a reward fails on too many prompts; the rewards of others are kept. If a prompt occurs twice.
         """
         state = PartialState()
-        file = GrowingFile(path, share=state.process_index, key="prompt_id")
+        file = GrowingFile(path, share=state.process_index, key="digest")
         set_aside = SetAside(path, len(pools), self.options.max_failed_share, "rewarded", state.process_index)
         state.wait_for_everyone()
-        done, ids = set(file.rows.keys), ids_of(pools)
+        ids = ids_of(pools)
         if len(set(ids)) < len(ids):
             raise DataError("A prompt occurs twice; put its candidates into one pool.")
-        if self.options.strip_thinking == "all":
-            pools = StoredPools(ids, pools.__getitem__).map(_without_thoughts)
-        work = _Work(self, pools, file, done, against)
+        pools = self.as_judged(pools)
+        work = _Work(self, pools, file, against)
+        done = set(work.done)
         with tqdm(
             total=len(pools), initial=len(done), desc=description, unit=" prompts", disable=not state.is_main_process
         ) as progress:
@@ -120,24 +122,30 @@ class RewardScorer:
             )
         if not state.is_main_process:
             return StoredPools.none()
-        return self._saved_pools(pools, path)
+        return self._saved_pools(pools, work.digests, path)
 
-    def _saved_pools(self, pools: Sequence[CandidatePool], path: Path) -> StoredPools:
+    def as_judged(self, pools: Sequence[CandidatePool]) -> Sequence[CandidatePool]:
+        """The pools as they are rewarded and kept: without thoughts, if all is to be without them."""
+        if self.options.strip_thinking != "all":
+            return pools
+        return StoredPools(ids_of(pools), pools.__getitem__).map(_without_thoughts)
+
+    def _saved_pools(self, pools: Sequence[CandidatePool], digests: list[str], path: Path) -> StoredPools:
         """
         The pools with the rewards that were saved.
 
         Raises:
             DataError: If a prompt has neither a reward nor a reason not to have one.
         """
-        rows, ids = GrowingFile(path, key="prompt_id").rows, ids_of(pools)
-        place_of = {name: place for place, name in enumerate(rows.keys)}
+        rows, ids = GrowingFile(path, key="digest").rows, ids_of(pools)
+        place_of = {digest: place for place, digest in enumerate(rows.keys)}
         failed = {row["prompt_id"] for row in set_aside_in(path.parent).get(path.stem, [])}
-        if any(name not in place_of and name not in failed for name in ids):
+        if any(digest not in place_of and name not in failed for digest, name in zip(digests, ids, strict=True)):
             raise DataError("Another process could not reward its share; see its message.")
-        scored = [place for place, name in enumerate(ids) if name in place_of]
+        scored = [place for place, digest in enumerate(digests) if digest in place_of]
 
         def pool(place: int) -> CandidatePool:
-            return _with_scores(pools[scored[place]], rows[place_of[ids[scored[place]]]], self.id)
+            return _with_scores(pools[scored[place]], rows[place_of[digests[scored[place]]]], self.id)
 
         return StoredPools([ids[place] for place in scored], pool)
 
@@ -165,6 +173,7 @@ class _Work:
     Attributes:
         failures: Places of the pools on which a reward failed, and why.
         done: Names of the prompts whose rewards are saved.
+        digests: Of each pool ([`saved_scores`]).
     """
 
     def __init__(
@@ -172,10 +181,12 @@ class _Work:
         scorer: RewardScorer,
         pools: Sequence[CandidatePool],
         file: GrowingFile,
-        done: set[str],
         against: Completions | None,
     ):
-        self.scorer, self.pools, self.file, self.done, self.against = scorer, pools, file, set(done), against
+        self.scorer, self.pools, self.file, self.against = scorer, pools, file, against
+        self.done: set[str] = set()
+        self.digests: list[str] = []
+        saved = set(file.rows.keys)
         self.failures: list[tuple[int, str]] = []
         # All prompts get the same columns, so that every call of a reward gets the same arguments
         self.columns: dict[str, None] = {}
@@ -183,6 +194,9 @@ class _Work:
         for pool in pools:
             self.columns.update(dict.fromkeys(pool.prompt.columns))
             self.most_candidates = max(self.most_candidates, len(pool.candidates))
+            self.digests.append(_digest(pool))
+            if self.digests[-1] in saved:
+                self.done.add(pool.prompt.id)
 
     @property
     def is_broken(self) -> bool:
@@ -201,7 +215,9 @@ class _Work:
             pool = self.pools[place]
             pools.append(replace(pool, prompt=replace(pool.prompt, columns=self.columns | pool.prompt.columns)))
         try:
-            self.file.add([_scores(pool) for pool in self.scorer.score_now(pools, self.against)])
+            scored = self.scorer.score_now(pools, self.against)
+            of_places = zip(places, scored, strict=True)
+            self.file.add([saved_scores(pool, self.digests[place]) for place, pool in of_places])
             self.done.update(pool.prompt.id for pool in pools)
         except DataError as error:
             if len(places) == 1:
@@ -250,10 +266,23 @@ def _in_place_of_unscored(candidates: list[Candidate], scored: list[Candidate], 
     return [candidate if candidate.scored_by == reward_id else next(remaining) for candidate in candidates]
 
 
-def _scores(pool: CandidatePool) -> Row:
-    """What is saved of a pool as it is scored: its texts are in a file already."""
+def saved_scores(pool: CandidatePool, digest: str) -> Row:
+    """What is saved of a pool as it is scored: its texts are in a file already, and the digest tells whose they are."""
     scores = [{"reward": c.reward, "reward_parts": c.reward_parts} for c in pool.candidates]
-    return {"prompt_id": pool.prompt.id, "scores": scores}
+    return {"digest": digest, "prompt_id": pool.prompt.id, "scores": scores}
+
+
+def saved_scores_of_row(row: Row) -> Row:
+    """As [`saved_scores`], from a row of a file that is whole."""
+    pool = CandidatePool.from_row(row)
+    return saved_scores(pool, _digest(pool))
+
+
+def _digest(pool: CandidatePool) -> str:
+    """A name for what rewards see of a pool: 16 hexadecimal digits."""
+    candidates = [(candidate.completion, candidate.finished) for candidate in pool.candidates]
+    seen = json.dumps([pool.prompt.id, pool.prompt.columns, candidates], sort_keys=True)
+    return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
 
 def _with_scores(pool: CandidatePool, row: Row, reward_id: str) -> CandidatePool:

@@ -1,0 +1,143 @@
+"""
+What files were made with: settings are kept beside them, and compared when the same command runs again.
+
+Paths are compared by what they hold: a folder that was moved, a trailing slash or another spelling of a path changes
+nothing.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .storage import read_json, write_json
+
+_PRINTS = "fingerprints"  # among the settings: what the paths in them hold
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")  # as large as a disk allows: read in part
+
+_OF_MODELS_AND_DATA = (*_WEIGHTS, ".json", ".jsonl", ".parquet", ".csv", ".model", ".jinja", ".txt", ".arrow")
+
+_BLOCK = 2**20  # bytes
+_NUM_PARTS, _PART = 64, 2**16  # what is read of weights: parts, and bytes of each
+
+_RANKER = "pairwise:"  # in front of the path of a ranker
+
+
+def keep_settings(
+    path: Path, settings: dict[str, Any], output: str, paths: Sequence[str] = (), made: Path | None = None
+) -> None:
+    """
+    Writes how files were made, or compares with how they were made.
+
+    Args:
+        path: A JSON file.
+        settings: By name.
+        output: The option that names the files' place.
+        paths: Names of settings that hold paths, which are compared by content.
+        made: What is made with them. `None`: the folder of `path`.
+
+    Raises:
+        ConfigError: If a setting has changed, so that what is there must not be taken for what is asked for.
+    """
+    prints = fingerprints(settings, paths)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings | ({_PRINTS: prints} if paths else {}))
+        return
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise ConfigError(f"{path} does not hold settings. Delete it, and take another {output}.")
+    for name, was in changed_settings(before, settings, before.get(_PRINTS, {}), prints):
+        change = describe_change(name, was, settings[name], repr(str(made or path.parent)))
+        raise ConfigError(f"{change} Undo the change, or take another {output}.")
+
+
+def changed_settings(
+    before: dict[str, Any], now: dict[str, Any], prints_before: dict[str, str], prints_now: dict[str, str]
+) -> Iterator[tuple[str, Any]]:
+    """
+    Settings that differ, with what they were.
+
+    Args:
+        before: Settings by name.
+        now: The same; only these names are compared.
+        prints_before: What paths held then, from [`fingerprints`].
+        prints_now: What they hold now.
+    """
+    for name, value in now.items():
+        was = before.get(name)
+        if not _is_same(was, value, prints_before, prints_now):
+            yield name, was
+
+
+def describe_change(name: str, was: Any, now: Any, made: str) -> str:
+    """A sentence about a setting that has changed, or that names a file that has."""
+    if was != now:
+        return f"`{name}` is {now!r}, but {made} was made with {was!r}."
+    return f"`{name}` is {now!r}, and what it holds has changed since {made} was made."
+
+
+def fingerprints(settings: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """What the paths hold that some settings name, by path. Hub ids, URLs and functions have no entry."""
+    values = (settings.get(name) for name in names)
+    paths = (path for value in values for path in (value if isinstance(value, list) else [value]) if path)
+    found = {path: fingerprint(path) for path in paths}
+    return {path: name for path, name in found.items() if name is not None}
+
+
+def fingerprint(path: str) -> str | None:
+    """
+    A name for what a local file or folder holds, wherever it lies: 16 hexadecimal digits.
+
+    Of weights it reads the size and evenly spaced parts, so that a model of many gigabytes takes no minutes. Hidden
+    files, and those that say nothing of a model or a dataset (a README), do not count.
+
+    Returns:
+        `None` for a hub id, a URL, a function, and what is not there.
+    """
+    place = Path(os.path.expanduser(path.removeprefix(_RANKER)))
+    try:
+        if place.is_file():
+            files = [place]
+        elif place.is_dir():
+            files = sorted(x for x in place.rglob("*") if x.suffix in _OF_MODELS_AND_DATA and _is_visible(x, place))
+        else:
+            return None
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{'' if file == place else file.relative_to(place)}\0{file.stat().st_size}\0".encode())
+            _update(digest, file)
+    except OSError:  # it cannot be read: where it is needed, that is said
+        return None
+    return digest.hexdigest()[:16]
+
+
+def _is_visible(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _update(digest, file: Path) -> None:
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        if file.suffix not in _WEIGHTS or size <= _NUM_PARTS * _PART:
+            for block in iter(lambda: opened.read(_BLOCK), b""):
+                digest.update(block)
+            return
+        for number in range(_NUM_PARTS):
+            opened.seek((size - _PART) * number // (_NUM_PARTS - 1))
+            digest.update(opened.read(_PART))
+
+
+def _is_same(was: Any, now: Any, prints_before: dict[str, str], prints_now: dict[str, str]) -> bool:
+    if isinstance(was, list) and isinstance(now, list):
+        pairs = zip(was, now, strict=False)
+        return len(was) == len(now) and all(_is_same(a, b, prints_before, prints_now) for a, b in pairs)
+    if not (isinstance(was, str) and isinstance(now, str)):
+        return was == now
+    held, holds = prints_before.get(was), prints_now.get(now)
+    if held is not None and holds is not None:
+        return held == holds and was.startswith(_RANKER) == now.startswith(_RANKER)
+    return was == now or (held is holds is None and was.rstrip("/") == now.rstrip("/"))
