@@ -13,6 +13,7 @@ command to resume.
 import argparse
 import json
 import statistics
+import time
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from trl_larpo.run.options import RunConfig, RunTrainingConfig
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parents[1] / "quickstart"
 NUM_SAMPLES, TEMPERATURE = 4, 0.8
+PROMPTS_AT_ONCE = 16
+"""Held-out prompts in a batch of the evaluation."""
 TRAINING = {"learning_rate": 2e-5, "lr_scheduler_type": "constant", "gradient_checkpointing": False, "bf16": False,
             "report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True}  # fmt: skip
 ARMS = {  # options of a trainer on GRPO's engine; of `run` there are none here
@@ -50,7 +53,7 @@ def main() -> None:
     parser.add_argument("--prompts-per-step", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--reward", default="verifiable_instructions", help="as in `larpo run`")
-    parser.add_argument("--held-out", type=int, default=24, help="held-out prompts, four answers each")
+    parser.add_argument("--held-out", type=int, default=64, help="held-out prompts, four answers each")
     parser.add_argument("--output", type=Path, default=Path("outputs/online_study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
     parser.add_argument("--table", action="store_true", help="only print the results")
@@ -68,15 +71,18 @@ def main() -> None:
 def result_of(arm: str, seed: int, options: argparse.Namespace) -> dict:
     """Mean held-out reward of the model before and after the training of an arm."""
     folder = options.output / f"{arm}_seed{seed}"
+    started = time.monotonic()
     train = rows_of("prompts.jsonl", options.steps * options.prompts_per_step)
     trained = (
         train_run(folder, seed, options) if ARMS[arm] is None else train_on_grpo(arm, folder, seed, train, options)
     )
+    minutes = (time.monotonic() - started) / 60
     held_out = rows_of("held_out_prompts.jsonl", options.held_out)
     before, after = (held_out_rewards(path, held_out, seed, options) for path in (options.model, trained))
     return {"arm": arm, "seed": seed, "samples": len(train) * NUM_SAMPLES,
             "before": statistics.fmean(before), "after": statistics.fmean(after),
-            "gain": statistics.fmean(b - a for a, b in zip(before, after, strict=True))}  # fmt: skip
+            "gain": statistics.fmean(b - a for a, b in zip(before, after, strict=True)),
+            "minutes": round(minutes, 1)}  # fmt: skip
 
 
 def rows_of(name: str, count: int) -> list[dict]:
@@ -146,20 +152,24 @@ def held_out_rewards(model: str, rows: list[dict], seed: int, options: argparse.
     reward = load_rewards([options.reward])[0].function
     set_seed(seed)
     rewards: list[float] = []
-    for row in rows:
+    for start in range(0, len(rows), PROMPTS_AT_ONCE):
+        batch = rows[start : start + PROMPTS_AT_ONCE]
         inputs = tokenizer.apply_chat_template(
-            [row["prompt"]], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+            [row["prompt"] for row in batch], add_generation_prompt=True, return_dict=True, return_tensors="pt",
+            padding=True,
+        )  # fmt: skip
         outputs = policy.generate(
             **inputs, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, num_return_sequences=NUM_SAMPLES,
             max_new_tokens=options.max_tokens,
         )[:, inputs["input_ids"].size(1) :]  # fmt: skip
         finished = [bool((tokens == tokenizer.eos_token_id).any()) for tokens in outputs]
-        texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        columns = {name: [value] * NUM_SAMPLES for name, value in row.items() if name != "prompt"}
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        prompts = [row["prompt"]] * NUM_SAMPLES
-        rewards += reward(prompts, completions, finished=finished, **columns)
+        completions = [
+            [{"role": "assistant", "content": text}]
+            for text in tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        ]
+        repeated = [row for row in batch for _ in range(NUM_SAMPLES)]
+        columns = {name: [row[name] for row in repeated] for name in repeated[0] if name != "prompt"}
+        rewards += reward([row["prompt"] for row in repeated], completions, finished=finished, **columns)
     return rewards
 
 
