@@ -69,6 +69,7 @@ def test_modules_and_classes_are_short(name):
         assert text.count("\n") <= MAX_LINES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["trl_larpo", "trl_larpo.losses", "trl_larpo.cli"])
 def test_imports_are_light(module):
     heavy = {"trl", "transformers", "datasets", "matplotlib", "accelerate"}

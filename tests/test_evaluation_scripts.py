@@ -216,6 +216,7 @@ def arena_hard(folder, run):
     )
 
 
+@pytest.mark.slow
 def test_arena_hard_asks_in_both_orders_and_counts_clear_verdicts_three_times(arena_hard, folder):
     with JudgeServer("silent") as server:  # which prefers the model
         result = arena_hard(server, "--initial_model", "model")
@@ -236,6 +237,7 @@ def test_arena_hard_asks_in_both_orders_and_counts_clear_verdicts_three_times(ar
     assert found["judge"] == "my/judge" and found["environment"]["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_requests_that_fail_are_left_to_the_next_call(arena_hard, folder):
     with JudgeServer("down") as server:
         result = arena_hard(server)

@@ -59,8 +59,8 @@ def spoil(monkeypatch):
     return how
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_bad_batch_is_left_out(trained, spoil, caplog, kind, accumulation):
     spoil(kind)
     options = {
@@ -78,7 +78,7 @@ def test_one_bad_batch_is_left_out(trained, spoil, caplog, kind, accumulation):
     assert trainer.state.global_step == 6 // accumulation
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])
 def test_training_stops_after_three_in_a_row(tiny_model, config, spoil, kind):
     spoil(kind)
     args = config(per_device_train_batch_size=1, max_steps=8)

@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import lanes
 import pytest
 import tiny
 import torch
@@ -86,7 +87,9 @@ CASES = {loss: {"loss_type": [loss]} for loss in RANKING_LOSSES} | VARIANTS
 CASES |= {f"LoRA, {name}": VARIANTS[name] for name in ("accumulation", "iterations")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", lanes.some_are_fast(CASES, {"lambdarank", "chunks", "iterations", "LoRA, accumulation"})
+)
 def test_a_step_equals_one_of_larpo_trainer(online, tiny_model, config, case):
     options = CASES[case]
     peft = {"peft_config": lora()} if case.startswith("LoRA") else {}
@@ -121,7 +124,10 @@ def test_a_step_equals_one_of_larpo_trainer(online, tiny_model, config, case):
 # Groups
 
 
-@pytest.mark.parametrize("num_processes, num_iterations", [(1, 2), (2, 1), (3, 1)])
+@pytest.mark.parametrize(
+    "num_processes, num_iterations",
+    [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1), pytest.param(3, 1, marks=pytest.mark.slow)],
+)
 def test_groups_stay_whole_in_every_split(num_processes, num_iterations):
     """The way of a batch in GRPOTrainer, from its sampler to a batch of one step, for all processes."""
     for size, lists, steps in itertools.product((2, 3), (1, 2), (1, 3)):
@@ -295,7 +301,9 @@ def advantages(loss_type, worse):
     }[loss_type]
 
 
-@pytest.mark.parametrize("loss_type", ["lambdarank", "listmle", "contrastive", "pairwise"])
+@pytest.mark.parametrize(
+    "loss_type", lanes.some_are_fast(["lambdarank", "listmle", "contrastive", "pairwise"], {"lambdarank"})
+)
 def test_on_policy_the_gradient_is_a_policy_gradient_with_advantages_of_ranks(online, tiny_model, loss_type):
     gradients = Gradients()
     options = {"loss_type": [loss_type], "ref_update_steps": 1, "beta": 0.3, "max_steps": 1, "max_grad_norm": 0.0}
@@ -320,7 +328,7 @@ def test_on_policy_the_gradient_is_a_policy_gradient_with_advantages_of_ranks(on
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", lanes.some_are_fast([False, True], {True}))
 def test_the_reference_follows_the_policy(online, adapter):
     scores = {}
     for steps in (1, 2, 100):

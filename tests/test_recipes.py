@@ -9,6 +9,7 @@ import re
 import runpy
 from pathlib import Path
 
+import lanes
 import pytest
 import yaml
 from datasets import Dataset
@@ -249,7 +250,19 @@ def test_recipes_of_today_fit_their_hardware_as_their_heads_and_the_page_say(nam
     assert f"larpo run --config examples/recipes/{name}\n" in re.sub(r" +#[^\n]*", "", text)
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+# One of each kind: what differs from it in a model, a number or the loss takes the same path
+KINDS = (
+    "table2/mistral_base_listmle_pairrm",  # a ranker, an empty system turn, prompts drawn, memory of all rows
+    "table2/mistral_instruct_iterative_dpo_pairrm",  # pairs, fresh prompts
+    "table3/gemma_contrastive",  # a reward model
+    "table4/gemma_memory_previous",
+    "table4/gemma_diverse_temperature",
+    "figure4a/mathstral_easiest_negatives",  # a rule, prompts of another set
+    "today/qwen3_4b_skywork_1x24gb",  # LoRA
+)
+
+
+@pytest.mark.parametrize("name", lanes.some_are_fast(sorted(RECIPES), {f"{name}.yaml" for name in KINDS}))
 def test_its_options_and_its_plan_are_right_in_small_form(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe, out = RECIPES[name], f"{RECIPES[name]['output_dir']}-small"
@@ -261,18 +274,6 @@ def test_its_options_and_its_plan_are_right_in_small_form(name, tmp_path, monkey
     )
     assert f"loss       {recipe['loss_type']}, beta {recipe['beta']:g}, " in plan
     assert f"× {recipe['num_samples']}" in plan and f"iteration {recipe['num_iterations']}: " in plan
-
-
-# One of each kind: what differs from it in a model, a number or the loss takes the same path
-KINDS = (
-    "table2/mistral_base_listmle_pairrm",  # a ranker, an empty system turn, prompts drawn, memory of all rows
-    "table2/mistral_instruct_iterative_dpo_pairrm",  # pairs, fresh prompts
-    "table3/gemma_contrastive",  # a reward model
-    "table4/gemma_memory_previous",
-    "table4/gemma_diverse_temperature",
-    "figure4a/mathstral_easiest_negatives",  # a rule, prompts of another set
-    "today/qwen3_4b_skywork_1x24gb",  # LoRA
-)
 
 
 @pytest.mark.slow

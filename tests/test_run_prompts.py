@@ -132,6 +132,7 @@ def test_the_disk_a_run_needs_is_known_from_the_config_alone(tmp_path, monkeypat
                 checks._check_disk(folder, config)
 
 
+@pytest.mark.slow
 def test_a_model_whose_size_is_not_known_may_run(tmp_path, caplog):
     class NoLanguageModel(LlamaConfig):
         model_type = "none-of-transformers"

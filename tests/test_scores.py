@@ -2,6 +2,7 @@
 
 import math
 
+import lanes
 import pytest
 import tiny
 import torch
@@ -49,7 +50,7 @@ def test_reference_free_scores_are_simpo(trained, tiny_model, per_token, monkeyp
     assert trajectory(trainer, "loss")[0][0] == pytest.approx(expected.item(), rel=1e-4, abs=tiny.LOSS_ROUNDING or None)
 
 
-@pytest.mark.parametrize("loss_type", ["pairwise", "contrastive", "lambdarank", "listmle", "listnet", "approx_ndcg"])
+@pytest.mark.parametrize("loss_type", lanes.some_are_fast(RANKING_LOSSES, {"listmle"}))
 def test_they_combine_with_every_loss(trained, loss_type):
     options = {
         "loss_type": loss_type, "reference_free": True, "per_token_scores": True, "target_margin": 0.3,
@@ -132,6 +133,7 @@ def test_args_stay_as_they_were(trained, tiny_model, config):
     assert again.ref_model is not None
 
 
+@pytest.mark.slow
 def test_metrics_do_not_depend_on_the_batch_size(trained):
     held_out = tiny.lists(num_rows=5, seed=4)
     metrics = [

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import fake_server
+import lanes
 import psutil
 import pytest
 from fake_server import BAD_ANSWERS, FakeServer
@@ -124,6 +125,7 @@ def test_busy_servers_are_asked_again(fake, monkeypatch):
     assert len(sample([fake("busy")], num_requests=8)) == 8
 
 
+@pytest.mark.slow
 def test_servers_that_answer_nothing_are_no_fault_of_the_prompts(fake, monkeypatch):
     monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
     with pytest.raises(LarPOError, match=r"answered none of the first 6 .* refuses it \(status 400\): .*max_tokens is"):
@@ -134,6 +136,7 @@ def test_servers_that_answer_nothing_are_no_fault_of_the_prompts(fake, monkeypat
         sample([fake("no_model")], patience=0.1)
 
 
+@pytest.mark.slow
 def test_a_server_that_turns_bad_is_given_up_before_it_is_asked_everything(fake, monkeypatch):
     monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
     server, failures = fake("turns_bad"), {}
@@ -142,8 +145,8 @@ def test_a_server_that_turns_bad_is_given_up_before_it_is_asked_everything(fake,
     assert not failures and len(server.requests) < 100
 
 
-@pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
-@pytest.mark.parametrize("fault", BAD_ANSWERS)
+@pytest.mark.parametrize("chat", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["chat", "text"])
+@pytest.mark.parametrize("fault", lanes.some_are_fast(BAD_ANSWERS, {"error 500", "half an answer", "error with 200"}))
 def test_one_bad_prompt_is_set_aside_and_named(fake, monkeypatch, fault, chat):
     monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
     failures, urls = {}, [fake(fault), fake(fault)]
@@ -163,6 +166,7 @@ def test_what_one_server_refuses_another_one_answers(fake, monkeypatch):
     assert len(results) == 40 and not failures
 
 
+@pytest.mark.slow
 def test_bad_answers_at_random_lose_nothing(fake, monkeypatch):
     monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
     failures = {}

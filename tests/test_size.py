@@ -56,6 +56,7 @@ def peak_of(function, *arguments):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_lists_are_made_one_at_a_time(run, capsys):
     rewarded = run / "iteration_1/rewarded.jsonl"
     cli.main(["select", "--candidates", str(rewarded), "--output", "first.jsonl"])  # imports
@@ -82,6 +83,7 @@ def test_statistics_are_of_all_and_kept_until_a_file_changes(run, monkeypatch):
     assert statistics_of(folder, 1)["num_lists"] == 1
 
 
+@pytest.mark.slow
 def test_the_page_shows_some_of_many_lists_and_any_is_found(run, monkeypatch, capsys):
     monkeypatch.setattr(report_statistics, "MAX_LISTS", 20)
     page = write_report(run, with_plots=False).read_text()

@@ -7,6 +7,7 @@ import logging
 import math
 from pathlib import Path
 
+import lanes
 import numpy as np
 import pytest
 import tiny
@@ -34,7 +35,7 @@ def log_ratio_of(policy, reference, prompt_ids, completion_ids):
     return log_probability(policy, prompt_ids, completion_ids) - log_probability(reference, prompt_ids, completion_ids)
 
 
-@pytest.mark.parametrize("loss_type", RANKING_LOSSES)
+@pytest.mark.parametrize("loss_type", lanes.some_are_fast(RANKING_LOSSES, {"lambdarank", "listmle"}))
 @pytest.mark.parametrize("conversational", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_loss_moves_better_completions_up(trained, tiny_model, loss_type, conversational):
     # A wrong sign, or relevance given to the wrong completion, moves them down
