@@ -60,12 +60,14 @@ def run(argv: list[str]) -> None:
     """`larpo run`: all iterations, or what is left of them."""
     from .run.loop import run as run_loop
     from .run.options import RunConfig, RunModelConfig, RunTrainingConfig
+    from .run.trial import try_run, without_try
 
     if "--small" in argv:
         from .run.small import shrink_arguments
 
         argv = [word for word in argv if word != "--small"]
         argv = argv if _asks_for_help(argv) else shrink_arguments(argv)
+    argv, num_tried = without_try(argv)
     options, training, model, _ = _parse(
         argv,
         (RunConfig, RunTrainingConfig, RunModelConfig),
@@ -73,11 +75,16 @@ def run(argv: list[str]) -> None:
         description="Algorithm 1 of the LarPO paper: sample, reward, rank, train, evaluate, and again from the result. "
         "Run the same command again to resume after a stop.",
         epilog="With --small, the configuration runs with tiny stand-ins for its models and a few short prompts: to "
-        "see in a minute, without a GPU or a network, that all of it works. Other flags still win.",
+        "see in a minute, without a GPU or a network, that all of it works. Other flags still win. With --try 20, one "
+        "short iteration runs on 20 of the prompts, with the real models, rewards and servers, in the folder "
+        "OUTPUT_DIR-try; then it says what the whole run will take, and what speaks against it.",
     )
     _show_log()
     with _quick_collections():
-        run_loop(options, training, model)
+        if num_tried is None:
+            run_loop(options, training, model)
+        else:
+            try_run(options, training, model, num_tried)
 
 
 @contextlib.contextmanager

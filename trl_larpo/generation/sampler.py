@@ -20,6 +20,7 @@ from transformers import (
 
 from ..candidates import Candidate, CandidatePool
 from ..pools import StoredPools
+from ..preparation import preparing
 from ..prompts import Prompt, completion_for
 from ..set_aside import SetAside
 from ..storage import GrowingFile
@@ -163,7 +164,8 @@ class PolicySampler:
         for unit in units[state.process_index :: state.num_processes]:
             if all(prompt.id in done for prompt in unit):
                 continue
-            model, tokenizer = self._load(task.model_path, task.revision)
+            with preparing():
+                model, tokenizer = self._load(task.model_path, task.revision)
             pools = sample_pools(model, tokenizer, unit, task, options, self.seed, progress)
             file.add([pool.to_row() for pool in pools if pool.prompt.id not in done])
 
@@ -219,16 +221,16 @@ class PolicySampler:
             assert options.server_command is not None  # servers are used, and none run already
             stack = contextlib.ExitStack()
             print(f"Starting {options.num_servers} server(s) of {model_path}; their output is in servers/")
-            urls = stack.enter_context(
-                running_servers(
-                    options.server_command,
-                    model_path,
-                    options.num_servers,
-                    self.log_folder,
-                    health_route=options.server_health_route,
-                    start_timeout=options.server_start_timeout,
-                )
+            servers = running_servers(
+                options.server_command,
+                model_path,
+                options.num_servers,
+                self.log_folder,
+                health_route=options.server_health_route,
+                start_timeout=options.server_start_timeout,
             )
+            with preparing():
+                urls = stack.enter_context(servers)
             self._servers = (model_path, stack, urls)
         return self._servers[2]
 

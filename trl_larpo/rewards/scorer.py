@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..candidates import Candidate, CandidatePool
 from ..errors import DataError, LarPOError
 from ..pools import StoredPools, ids_of
+from ..preparation import preparing
 from ..prompts import Row, without_thoughts
 from ..set_aside import SetAside, set_aside_in
 from ..storage import GrowingFile
@@ -44,7 +45,8 @@ class RewardScorer:
     def rewards(self) -> list[Reward]:
         if self._rewards is None:
             options = self.options
-            self._rewards = load_rewards(options.reward_funcs, options.reward_weights, self._load_model)
+            with preparing():
+                self._rewards = load_rewards(options.reward_funcs, options.reward_weights, self._load_model)
         return self._rewards
 
     def _load_model(self, path: str, pairwise: bool) -> RewardModel | PairRM:

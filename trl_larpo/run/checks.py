@@ -135,10 +135,32 @@ def _check_accelerate_config(path: str, keeps_adapter: bool) -> None:
 
 
 def _check_disk(folder: RunFolder, config: PretrainedConfig) -> None:
-    """Room for the model of each iteration and, in a training, for its best weights and its checkpoints."""
+    """Whether the disk has room for models and checkpoints."""
+    needed = bytes_of_models(folder, config)
+    if needed is None:
+        return
+    free = shutil.disk_usage(existing_folder(folder.path)).free
+    if free < needed:
+        raise ConfigError(
+            f"`output_dir`: the disk has {size_text(free)} free, and the run may need {size_text(needed)} for models "
+            "and checkpoints. Free some space, take a folder on another disk, or keep fewer checkpoints: "
+            "`save_total_limit: 1`, or `save_strategy: 'no'`."
+        )
+
+
+def existing_folder(path: Path) -> Path:
+    """The folder, or the closest one around it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
+def bytes_of_models(folder: RunFolder, config: PretrainedConfig) -> int | None:
+    """
+    What the run still needs for the model of each iteration and, in a training, for its best weights and its
+    checkpoints; `None` where that is not known.
+    """
     num_parameters, training = _num_parameters(config), folder.training
     if num_parameters is None:
-        return
+        return None
     dtype = model_init_kwargs(folder.model, training)["dtype"]
     own = getattr(config, "dtype", None) or torch.float32
     weights = num_parameters * (own if dtype == "auto" else getattr(torch, dtype)).itemsize
@@ -149,16 +171,7 @@ def _check_disk(folder: RunFolder, config: PretrainedConfig) -> None:
         if training.save_strategy != "no":
             num_checkpoints = (training.save_total_limit or 2) + 1  # one is written before the oldest is deleted
             needed += num_checkpoints * num_parameters * _bytes_of_checkpoint(folder.options.accelerate_config)
-    existing = folder.path
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ConfigError(
-            f"`output_dir`: the disk has {_size(free)} free, and the run may need {_size(needed)} for models and "
-            "checkpoints. Free some space, take a folder on another disk, or keep fewer checkpoints: "
-            "`save_total_limit: 1`, or `save_strategy: 'no'`."
-        )
+    return needed
 
 
 def _num_parameters(config: PretrainedConfig) -> int | None:
@@ -180,5 +193,6 @@ def _bytes_of_checkpoint(accelerate_config: str | None) -> int:
     return 16 if settings.get("distributed_type") == "DEEPSPEED" else 12
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: float) -> str:
+    """A number of bytes for a person."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -14,7 +14,7 @@ from .context import RunContext
 from .evaluation import evaluate as evaluate_pools
 from .training_stages import log_probabilities
 
-_MAX_KL_PROMPTS = 64
+MAX_KL_PROMPTS = 64
 
 
 def held_out(context: RunContext, iteration: int, path: Path) -> None:
@@ -57,7 +57,7 @@ def kl_from_initial(
         iteration: The policy is the model that it ends with.
     """
     lists, counts = [], []
-    for pool in pools[:_MAX_KL_PROMPTS]:
+    for pool in pools[:MAX_KL_PROMPTS]:
         sampled = [candidate for candidate in pool.candidates if candidate.text.strip()]
         if sampled:
             distinct: dict[tuple[str, bool], Candidate] = {_key(candidate): candidate for candidate in sampled}

@@ -12,6 +12,7 @@ The folder of a run: which file is where, the configuration it belongs to, and i
 
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError
-from ..prompts import Prompt
+from ..prompts import Prompt, Row
 from ..storage import iter_jsonl, read_json, read_jsonl, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
 from .options import RunConfig
@@ -40,6 +41,9 @@ _MAY_CHANGE = frozenset({
 
 
 TIMINGS = "timings.jsonl"
+
+WORK = "work.json"
+"""Seconds of the latest stage without loading models and starting processes; `timings.jsonl` has them of all stages."""
 
 _SECRETS = ("token", "hub_token", "push_to_hub_token")
 
@@ -84,6 +88,15 @@ class RunFolder:
         """What each stage took, by iteration and name."""
         path = self.path / TIMINGS
         return {(x["iteration"], x["stage"]): x["seconds"] for x in (read_jsonl(path) if path.exists() else [])}
+
+    def note_timing(self, iteration: int, stage: str, seconds: float) -> None:
+        """Notes what a stage took, and what of it was work that grows with the number of prompts."""
+        row: Row = {"iteration": iteration, "stage": stage, "seconds": round(seconds, 2)}
+        work = read_json(self.path / WORK) if (self.path / WORK).exists() else {}
+        if (work.get("iteration"), work.get("stage")) == (iteration, stage):
+            row["work"] = round(work["seconds"], 2)
+        with open(self.path / TIMINGS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     # Configuration
 

@@ -7,7 +7,6 @@ the result.
 """
 
 import dataclasses
-import json
 import math
 import shlex
 import subprocess
@@ -29,7 +28,7 @@ from ..training.config import LarPOConfig
 from .checks import check_run
 from .context import RunContext
 from .evaluation import with_error
-from .folder import TIMINGS, RunFolder
+from .folder import RunFolder
 from .health import Check, check_iteration
 from .mirror import Mirror
 from .notify import notify
@@ -65,7 +64,7 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
             with exclusive_lock(folder.path), explain_full_disk(folder.path):
                 _fetch(mirror)
     check_run(folder)
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     if options.dry_run:
         folder.prepare_prompts(tokenizer, save=False)
         print(plan(folder))
@@ -83,7 +82,7 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         return page
 
 
-def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
     """That of the initial model."""
     return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
 
@@ -177,9 +176,7 @@ def _run_stage(context: RunContext, stage: Stage, iteration: int) -> bool:
         _launch_stage(folder, stage, iteration, num_processes)
     else:
         run_stage(context, stage, iteration)
-    with open(folder.path / TIMINGS, "a", encoding="utf-8") as file:
-        seconds = round(time.monotonic() - started, 2)
-        file.write(json.dumps({"iteration": iteration, "stage": stage.name, "seconds": seconds}) + "\n")
+    folder.note_timing(iteration, stage.name, time.monotonic() - started)
     return True
 
 
@@ -280,7 +277,7 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
 
     folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(RunModelConfig))
     folder.path = Path(path)
-    folder.prepare_prompts(_tokenizer(folder.model))
+    folder.prepare_prompts(tokenizer_of(folder.model))
     context = RunContext(folder)
     try:
         with explain_full_disk(folder.path):

@@ -47,9 +47,9 @@ def plan(folder: RunFolder) -> str:
     total_steps = total_rewards = 0
     for iteration, prompts in enumerate(counts_by_iteration, start=1):
         samples = prompts * k
-        times = _times_of_prompts(folder, iteration)
+        times = times_of_prompts(folder, iteration)
         pool, num_lists = (k + added) * max(times.values()), len(times)
-        steps = _num_steps(folder, num_lists)
+        steps = num_steps(folder, num_lists)
         lines.append(
             f"  iteration {iteration}: sample {prompts} × {k}{f' + {added} negatives' if added else ''} at temperature "
             f"{options.temperature_in(iteration):g}, reward {prompts * (k + added)}, up to {num_lists} lists of up to "
@@ -65,7 +65,7 @@ def plan(folder: RunFolder) -> str:
     return "\n".join(lines)
 
 
-def _times_of_prompts(folder: RunFolder, iteration: int) -> Counter[str]:
+def times_of_prompts(folder: RunFolder, iteration: int) -> Counter[str]:
     """How many times each prompt has been sampled, in the iterations whose rows this one trains on."""
     numbers = [iteration, *earlier_iterations(folder.options.memory, iteration)]
     return Counter(prompt.id for number in numbers for prompt in folder.prompts_of(number))
@@ -81,7 +81,8 @@ def _list_size(options: RunConfig, pool: int) -> int:
     return min(pool, options.selection().full_size or options.max_list_size or pool)
 
 
-def _num_steps(folder: RunFolder, num_lists: int) -> int:
+def num_steps(folder: RunFolder, num_lists: int) -> int:
+    """Optimizer steps of an iteration."""
     training = folder.training
     if training.max_steps > 0:
         return training.max_steps

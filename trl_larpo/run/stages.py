@@ -6,6 +6,7 @@ a stage resumes from what it has saved, and its output is identical. With severa
 does its share, and the first one puts the shares together.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..errors import LarPOError
+from ..preparation import seconds_of_preparation
+from ..storage import write_json
 from .candidate_stages import generate, reward, select
 from .context import RunContext
 from .evaluation_stages import evaluate, held_out
-from .folder import RunFolder
+from .folder import WORK, RunFolder
 from .options import RunConfig
 from .training_stages import reference, train
 
@@ -85,5 +88,9 @@ def run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
         for name in stage.inputs:
             if not (needed := STAGES[name].path(context.folder, iteration)).exists():
                 raise LarPOError(f"The stage {stage.name!r} needs {needed}, which the stage {name!r} makes.")
+        started, prepared = time.monotonic(), seconds_of_preparation()
         stage.function(context, iteration, path)
         PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            seconds = time.monotonic() - started - (seconds_of_preparation() - prepared)
+            write_json(context.folder.path / WORK, {"iteration": iteration, "stage": stage.name, "seconds": seconds})

@@ -39,7 +39,7 @@ def note_stage(run: Path, iteration: int, stage: Stage) -> None:
     left = seconds_left(run)
     if left is not None:
         until = datetime.fromtimestamp(time.time() + left)
-        print(f"Iteration {iteration}, {stage.name}: about {_duration(left)} left in the run, until {until:%a %H:%M}")
+        print(f"Iteration {iteration}, {stage.name}: about {duration(left)} left in the run, until {until:%a %H:%M}")
 
 
 def keep_warnings(run: Path) -> logging.Handler:
@@ -113,7 +113,7 @@ def as_text(found: Row) -> str:
         lines.append(f"  stage      {found['stage']}{of_total}{rate}")
     if found["seconds_left"] is not None:
         until = datetime.fromtimestamp(time.time() + found["seconds_left"])
-        lines.append(f"  left       about {_duration(found['seconds_left'])}, until {until:%a %H:%M}")
+        lines.append(f"  left       about {duration(found['seconds_left'])}, until {until:%a %H:%M}")
     for name, count in found["set_aside"].items():
         lines.append(f"  set aside  {count} prompts in {name}")
     lines += [f"  server     {server}" for server in found["servers"]]
@@ -217,6 +217,9 @@ def _last_warnings(run: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()[-_NUM_WARNINGS:] if path.exists() else []
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for a person."""
+    if seconds < 60:
+        return f"{round(seconds)} s"
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -24,6 +24,7 @@ from ..candidates import CandidateList, CandidatePool
 from ..errors import LarPOError
 from ..generation.sampler import sample_pools
 from ..pools import read_pools
+from ..preparation import preparing
 from ..prompts import Prompt, Row
 from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
 from ..training.config import LarPOConfig
@@ -88,7 +89,9 @@ def log_probabilities(
 def train(context: RunContext, iteration: int, path: Path) -> None:
     """Trains on the lists of the iteration."""
     context.close()
-    TrainingStage(context, iteration, path).run()
+    with preparing():
+        stage = TrainingStage(context, iteration, path)
+    stage.run()
     _free_memory()
 
 
@@ -159,7 +162,8 @@ class TrainingStage:
         ]
         if monitor is not None and monitor.kept_step is not None and PartialState().is_main_process:
             print(f"Iteration {self.iteration}: {monitor.explanation()}")
-        self._save_model(None if monitor is None else monitor.kept_step)
+        with preparing():
+            self._save_model(None if monitor is None else monitor.kept_step)
         if PartialState().is_main_process:
             write_jsonl(self.path.with_name("training_log.jsonl"), log)
             replace_folder(partial_path(self.path), self.path)

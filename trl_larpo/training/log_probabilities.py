@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..preparation import preparing
 from .collator import DataCollatorForCandidateLists
 from .config import LarPOConfig
 from .scorer import CandidateScorer
@@ -127,7 +128,8 @@ def log_probabilities_under(
     launched = args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED")
     device_map = {"device_map": None} if launched else {}
     defaults = {"trust_remote_code": args.trust_remote_code}
-    model = load_with_adapter(model_path, **defaults | model_init_kwargs | device_map)
+    with preparing():
+        model = load_with_adapter(model_path, **defaults | model_init_kwargs | device_map)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(model)
