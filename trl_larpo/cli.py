@@ -299,7 +299,8 @@ def _load_data(script_args, training_args, model_args, mixture_args):
 
 def _train_and_save(trainer, script_args) -> None:
     import torch
-    from transformers.trainer_utils import get_last_checkpoint
+
+    from .training.checkpoints import last_whole_checkpoint
 
     args = trainer.args
     if script_args.ignore_bias_buffers:  # as in TRL's scripts: a work-around for boolean buffers under DDP
@@ -309,7 +310,7 @@ def _train_and_save(trainer, script_args) -> None:
 
     checkpoint = args.resume_from_checkpoint
     if isinstance(checkpoint, str) and checkpoint.lower() in _LAST_CHECKPOINT:
-        checkpoint = get_last_checkpoint(args.output_dir)  # None, a fresh start, where there is none yet
+        checkpoint = last_whole_checkpoint(args.output_dir)  # None, a fresh start, where there is none yet
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=_hub_name(script_args.dataset_name))

@@ -44,9 +44,9 @@ class StoredPools(Sequence[CandidatePool]):
         return cls([], nothing.__getitem__)
 
 
-def read_pools(path: Path) -> StoredPools:
-    """The prompts and candidates in a file of a run."""
-    rows = StoredRows([path], key="prompt_id")
+def read_pools(path: Path, skip_damaged: bool = False) -> StoredPools:
+    """The prompts and candidates in a file of a run, also without those of damaged lines."""
+    rows = StoredRows([path], key="prompt_id", growing=skip_damaged)
     return StoredPools(rows.keys, lambda place: CandidatePool.from_row(rows[place]))
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import DataError, LarPOError
 
 Row = dict[str, Any]
@@ -171,6 +173,23 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} line {error.lineno} is not JSON ({error.msg}): the file is damaged.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): the file is damaged.") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    Names and values of a YAML file.
+
+    Raises:
+        DataError: Names the line that cannot be read.
+    """
+    with open_file(path, "rb") as file:
+        try:
+            found = yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} line 1: there are no names and values; the file is empty or damaged.")
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,13 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..candidates import Candidate, CandidateList
 from ..errors import DataError
 from ..prompts import Content, Row
 from ..set_aside import set_aside_in
-from ..storage import read_json, read_jsonl, write_text
+from ..storage import read_json, read_jsonl, read_yaml, write_text
 from .charts import draw
 from .statistics import lists_of_prompt, shown_lists, statistics_of
 
@@ -44,7 +42,7 @@ def write_report(run: str | Path, with_plots: bool = True) -> Path:
         DataError: If the folder holds no run.
     """
     run = _checked(run)
-    settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    settings = read_yaml(run / "run.yaml")
     iterations = _read_iterations(run)
     pictures = draw(iterations, run / "plots" if with_plots else None)
     page = _TEMPLATE.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ Files of an iteration are read once, line by line. What was found is kept beside
 page of a long run does not read all of its iterations again.
 """
 
+import contextlib
 import os
 from array import array
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DataError
 from ..prompts import Row
 from ..storage import StoredRows, iter_jsonl, read_json, write_json
 
@@ -46,7 +48,7 @@ def statistics_of(folder: Path, number: int) -> Row:
     made_of = {name: _state(folder / name) for name in _SOURCES if (folder / name).exists()}
     made_of["version"] = [_VERSION]
     cached = folder / _NAME
-    if cached.exists():
+    with contextlib.suppress(FileNotFoundError, DataError):  # damaged: made again
         known = read_json(cached)
         if known.get("made_of") == made_of:
             return known

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..prompts import Prompt, Row
-from ..storage import iter_jsonl, read_json, read_jsonl, write_json, write_jsonl, write_text
+from ..storage import iter_jsonl, read_json, read_yaml, whole_rows, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
 from .options import RunConfig
 from .prompts import choose_prompts
@@ -44,6 +45,9 @@ TIMINGS = "timings.jsonl"
 
 WORK = "work.json"
 """Seconds of the latest stage without loading models and starting processes; `timings.jsonl` has them of all stages."""
+_NUM_SAVED = "saved"  # in prompts.json: how many prompts of training and evaluation the other files have
+
+logger = get_logger(__name__)
 
 _SECRETS = ("token", "hub_token", "push_to_hub_token")
 
@@ -87,7 +91,8 @@ class RunFolder:
     def seconds_of_stages(self) -> dict[tuple[int, str], float]:
         """What each stage took, by iteration and name."""
         path = self.path / TIMINGS
-        return {(x["iteration"], x["stage"]): x["seconds"] for x in (read_jsonl(path) if path.exists() else [])}
+        rows = whole_rows(path, []) if path.exists() else ()
+        return {(x["iteration"], x["stage"]): x["seconds"] for x in rows}
 
     def note_timing(self, iteration: int, stage: str, seconds: float) -> None:
         """Notes what a stage took, and what of it was work that grows with the number of prompts."""
@@ -125,7 +130,7 @@ class RunFolder:
                     "Take a new `output_dir`."
                 )
             return
-        before, now = yaml.safe_load(stored.read_text(encoding="utf-8")), self.configuration()
+        before, now = read_yaml(stored), self.configuration()
         parts = (type(self.options), type(self.training))
         own = {option.name for part in parts for option in dataclasses.fields(part)} - set(
             DPOConfig.__dataclass_fields__
@@ -171,23 +176,46 @@ class RunFolder:
     def prepare_prompts(self, tokenizer: PreTrainedTokenizerBase, save: bool = True) -> None:
         """Loads, checks and orders the prompts, once for the whole run."""
         paths = [self.path / name for name in ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")]
+        known: set[str] = set()
         if all(path.exists() for path in paths):
-            first = next(itertools.chain(iter_jsonl(paths[0]), iter_jsonl(paths[1])), None)
-            if first is not None and "columns" not in first:
-                raise ConfigError(
-                    f"The run in {str(self.path)!r} was made by another version of trl-larpo. Finish it with that "
-                    "version, or take a new `output_dir`."
-                )
-            self.prompts, self.held_out = (list(map(Prompt.from_row, iter_jsonl(path))) for path in paths[:2])
-            self.prompt_counts = read_json(paths[2])
-            return
+            try:
+                self._read_prompts(*paths)
+                return
+            except DataError as error:
+                logger.warning(f"{error} The prompts are chosen again.")
+                known = {row["prompt_id"] for path in paths[:2] for row in whole_rows(path, [])}
         chosen = choose_prompts(self.options, tokenizer, self.training.seed, self.training.max_length)
         self.prompts, self.held_out, self.prompt_counts = chosen.prompts, chosen.held_out, chosen.counts
+        if known - {prompt.id for prompt in (*self.prompts, *self.held_out)}:
+            raise DataError(
+                f"The prompts in {str(self.path)!r} are damaged, and `prompts` does not give the same ones again. Put "
+                "the files back that they came from, or take a new `output_dir`."
+            )
         if save:
             self.path.mkdir(parents=True, exist_ok=True)
             write_jsonl(paths[0], map(Prompt.to_row, self.prompts))
             write_jsonl(paths[1], map(Prompt.to_row, self.held_out))
-            write_json(paths[2], self.prompt_counts)
+            write_json(paths[2], self.prompt_counts | {_NUM_SAVED: [len(self.prompts), len(self.held_out)]})
+
+    def _read_prompts(self, of_training: Path, of_evaluation: Path, counts: Path) -> None:
+        """
+        Raises:
+            DataError: If a file is damaged, or lacks prompts.
+        """
+        paths = (of_training, of_evaluation)
+        first = next(itertools.chain(iter_jsonl(paths[0]), iter_jsonl(paths[1])), None)
+        if first is not None and "columns" not in first:
+            raise ConfigError(
+                f"The run in {str(self.path)!r} was made by another version of trl-larpo. Finish it with that "
+                "version, or take a new `output_dir`."
+            )
+        self.prompts, self.held_out = (list(map(Prompt.from_row, iter_jsonl(path))) for path in paths)
+        self.prompt_counts = read_json(counts)
+        found = [len(self.prompts), len(self.held_out)]
+        expected = self.prompt_counts.pop(_NUM_SAVED, found)
+        for path, number, wanted in zip(paths, found, expected, strict=True):
+            if number != wanted:
+                raise DataError(f"{path} has {number} of {wanted} prompts.")
 
     def prompts_of(self, iteration: int) -> list[Prompt]:
         """Prompts of an iteration, from 1 on, in their order."""

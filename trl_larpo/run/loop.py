@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -23,7 +22,7 @@ from ..errors import ConfigError, LarPOError
 from ..pools import read_pools
 from ..report.page import write_report
 from ..set_aside import set_aside_in
-from ..storage import exclusive_lock, explain_full_disk, read_json, read_jsonl, write_json
+from ..storage import exclusive_lock, explain_full_disk, read_json, read_jsonl, read_yaml, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
 from .context import RunContext
@@ -34,6 +33,7 @@ from .mirror import Mirror
 from .notify import notify
 from .options import RunConfig, RunModelConfig, RunTrainingConfig
 from .plan import plan
+from .repair import repair
 from .stages import STAGES, Stage, run_stage
 from .status import forget_warnings, keep_warnings, note_stage
 from .tracking import Tracking
@@ -72,6 +72,7 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
     with exclusive_lock(folder.path), explain_full_disk(folder.path):
         folder.prepare_prompts(tokenizer)
         folder.save_configuration()
+        repair(folder)
         print(plan(folder))
         try:
             page = _run_all(folder, mirror)
@@ -100,7 +101,7 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
                     _push(mirror)
             checks = []
             if iteration:
-                checks = _check_health(folder, iteration)
+                checks = _check_health(folder, iteration, worked)
                 _announce(folder, iteration, checks)
                 _track(tracking, iteration, checks)
             bad = [c for c in checks if not c.ok]
@@ -204,10 +205,12 @@ def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes
         )
 
 
-def _check_health(folder: RunFolder, iteration: int) -> list[Check]:
+def _check_health(folder: RunFolder, iteration: int, has_changed: bool) -> list[Check]:
     path = folder.iteration(iteration)
+    if not has_changed and (path / "health.json").exists():
+        return [Check(**check) for check in read_json(path / "health.json")]
     checks = check_iteration(
-        samples=read_pools(path / "samples.jsonl"),
+        samples=read_pools(path / "samples.jsonl", skip_damaged=True),
         selection=read_json(path / "selection.json"),
         training_log=read_jsonl(path / "training_log.jsonl"),
         start=read_json(folder.iteration(0) / "evaluation.json"),
@@ -269,7 +272,7 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
         stage: One of [`STAGES`].
         iteration: From 0 on.
     """
-    values = yaml.safe_load((Path(path) / "run.yaml").read_text(encoding="utf-8"))
+    values = read_yaml(Path(path) / "run.yaml")
 
     def restore(options_class):
         names = {option.name for option in dataclasses.fields(options_class) if option.init}

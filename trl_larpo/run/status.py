@@ -14,12 +14,11 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
-import yaml
 
 from ..errors import DataError
 from ..prompts import Row
 from ..set_aside import set_aside_in
-from ..storage import is_locked, partial_files, read_json, read_jsonl, write_json
+from ..storage import is_locked, partial_files, read_json, read_yaml, whole_rows, write_json
 from .folder import TIMINGS
 from .stages import STAGES, Stage
 
@@ -76,7 +75,7 @@ def status_of(run: str | Path) -> Row:
     run = Path(run)
     if not (run / "run.yaml").is_file():
         raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
-    settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    settings = read_yaml(run / "run.yaml")
     position = next(_left(run, settings["num_iterations"]), None)
     running = is_locked(run)
     found: Row = {
@@ -129,11 +128,11 @@ def seconds_left(run: Path) -> float | None:
     Each stage is taken to last as long as in the latest iteration that has done it; the one at work is measured by its
     rate. `None` while a stage that is still to come has never been done.
     """
-    settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    settings = read_yaml(run / "run.yaml")
     known: dict[str, float] = {}
     if (run / TIMINGS).exists():
         # Of the initial model, `evaluate` computes no divergence
-        timings = [x for x in read_jsonl(run / TIMINGS) if x["iteration"] or x["stage"] != "evaluate"]
+        timings = [x for x in whole_rows(run / TIMINGS, []) if x["iteration"] or x["stage"] != "evaluate"]
         known = {x["stage"]: x["seconds"] for x in timings}
     total = 0.0
     for place, (iteration, stage) in enumerate(_left(run, settings["num_iterations"])):

@@ -1,9 +1,7 @@
 """From candidate lists to the next policy: the stages `reference` and `train`."""
 
-import contextlib
 import copy
 import gc
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +25,7 @@ from ..pools import read_pools
 from ..preparation import preparing
 from ..prompts import Prompt, Row
 from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
+from ..training.checkpoints import last_whole_checkpoint
 from ..training.config import LarPOConfig
 from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
@@ -49,7 +48,8 @@ def reference(context: RunContext, iteration: int, path: Path) -> None:
         number = iteration - 1 if context.options.reference == "policy" else 0
         logps = log_probabilities(context, lambda: _read_lists(path), number, path.parent)
     if PartialState().is_main_process:
-        write_jsonl(path, ({"prompt_id": name, "ref_logps": values} for name, values in logps.items()))
+        names = (made.prompt.id for made in _read_lists(path)) if logps else ()
+        write_jsonl(path, ({"prompt_id": name, "ref_logps": logps.get(name)} for name in names))
 
 
 def log_probabilities(
@@ -141,8 +141,8 @@ class TrainingStage:
         scored = StoredRows([self.path.with_name("ref_logps.jsonl")], key="prompt_id")
         places = {name: place for place, name in enumerate(scored.keys)}
         for made in _read_lists(self.path):
-            if made.prompt.id in places:
-                logps = scored[places[made.prompt.id]]["ref_logps"]
+            logps = scored[places[made.prompt.id]]["ref_logps"]
+            if logps is not None:
                 pairs = zip(made.selected, logps, strict=True)
                 selected = [replace(candidate, ref_logp=logp) for candidate, logp in pairs]
                 yield _columns(replace(made, selected=selected), (*_LIST_COLUMNS, "rewards", "ref_logps"))
@@ -307,19 +307,6 @@ def load_adapter(trainer: LarPOTrainer, folder: str) -> None:
             f"The adapter in {folder!r} has weights that this one lacks: {', '.join(result.unexpected_keys[:3])}. Was "
             "`lora_target_modules` changed?"
         )
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """
-    The latest checkpoint that was written to its end. A kill in the midst of one leaves it without its last file.
-    """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for path in checkpoints:
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(path)
-        shutil.rmtree(path)
-    return None
 
 
 def _read_lists(path: Path) -> Iterator[CandidateList]:

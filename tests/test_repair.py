@@ -1,0 +1,248 @@
+"""What is damaged or incomplete in the folder of a run is found and done again, and not taken for whole."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from small_run import larpo_run, rows_of
+from trl import ModelConfig
+
+from trl_larpo import DataError
+from trl_larpo.candidates import Candidate, CandidateList, CandidatePool
+from trl_larpo.prompts import Prompt
+from trl_larpo.run.folder import TIMINGS, RunFolder
+from trl_larpo.run.options import RunConfig, RunTrainingConfig
+from trl_larpo.run.repair import repair
+from trl_larpo.storage import partial_files, write_json, write_jsonl
+from trl_larpo.training.checkpoints import last_whole_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path, config):
+    """A run of one iteration up to its training, of four prompts and three held-out ones, as files."""
+    PartialState()
+    options = RunConfig(prompts=["prompts.jsonl"], reward_funcs=["gsm8k"], num_iterations=1, max_failed_share=0.3)
+    folder = RunFolder(options, config(RunTrainingConfig, output_dir=str(tmp_path / "out")), ModelConfig("model"))
+    folder.prompts = [Prompt.of(f"prompt {i}", {}) for i in range(4)]
+    folder.held_out = [Prompt.of(f"held out {i}", {}) for i in range(3)]
+    start, first = folder.iteration(0), folder.iteration(1)
+    for path, name, prompts in ((first, "samples", folder.prompts), (start, "held_out_samples", folder.held_out)):
+        path.mkdir(parents=True)
+        write_jsonl(path / f"{name}.jsonl", [pool_of(prompt).to_row() for prompt in prompts])
+    for path, name, prompts in ((first, "rewarded", folder.prompts), (start, "held_out", folder.held_out)):
+        write_jsonl(path / f"{name}.jsonl", [pool_of(prompt, [1.0, 0.0]).to_row() for prompt in prompts])
+    lists = [CandidateList(prompt, pool_of(prompt, [1.0, 0.0]).candidates) for prompt in folder.prompts]
+    write_jsonl(first / "lists.jsonl", [made.to_row() for made in lists])
+    write_json(first / "selection.json", {"lists": 4})
+    write_jsonl(first / "ref_logps.jsonl", [{"prompt_id": p.id, "ref_logps": [-1.0, -2.0]} for p in folder.prompts])
+    write_json(start / "evaluation.json", {})
+    return folder
+
+
+def pool_of(prompt, rewards=None):
+    rewards = rewards or [None, None]
+    scored_by = None if rewards[0] is None else "judge"
+    return CandidatePool(
+        prompt, [Candidate(text, reward, scored_by=scored_by) for text, reward in zip("ab", rewards, strict=True)]
+    )
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
+
+
+AFTER_REWARDS = {f"iteration_1/{name}" for name in ("lists.jsonl", "selection.json", "ref_logps.jsonl")}
+
+
+def test_a_whole_folder_stays_as_it_is(run):
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    repair(run)
+    assert before == {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+
+
+def test_samples_shorter_than_the_prompts_are_sampled_and_what_was_made_of_them_is_made_again(run, caplog):
+    path = run.iteration(1) / "samples.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    repair(run)
+    assert "samples.jsonl lacks 1 of 4 prompts: 'prompt 3'. What is missing is done again" in caplog.text
+    assert not path.exists() and [row["prompt"] for row in rows_of(partial_files(path)[0])] == [
+        "prompt 0", "prompt 1", "prompt 2"
+    ]  # fmt: skip
+    assert not AFTER_REWARDS & files_of(run) and (run.iteration(1) / "rewarded.jsonl").exists()
+
+
+def test_prompts_that_were_set_aside_are_not_missing(run):
+    first = run.iteration(1)
+    for name in ("samples.jsonl", "rewarded.jsonl", "lists.jsonl", "ref_logps.jsonl"):
+        (first / name).write_bytes(b"".join((first / name).read_bytes().splitlines(keepends=True)[:3]))
+    row = {"prompt_id": run.prompts[3].id, "prompt": "prompt 3", "reason": "too long"}
+    write_jsonl(first / "samples.set_aside.jsonl", [row])
+    before = files_of(run)
+    repair(run)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: [lines[0], b"\0" * 4096 + b"\n", *lines[2:]],
+    lambda lines: [lines[0], lines[1][:40] + lines[2], lines[3]],
+    lambda lines: [lines[0], b'{"prompt": "\xff\xfe"}\n', *lines[1:]],
+], ids=["zeros", "half a line", "no UTF-8"])  # fmt: skip
+@pytest.mark.parametrize("name, gone", [
+    ("samples.jsonl", AFTER_REWARDS), ("rewarded.jsonl", AFTER_REWARDS), ("lists.jsonl", AFTER_REWARDS),
+    ("ref_logps.jsonl", {"iteration_1/ref_logps.jsonl"}),
+])  # fmt: skip
+def test_damaged_lines_are_dropped_and_done_again(run, caplog, damage, name, gone):
+    path, before = run.iteration(1) / name, files_of(run)
+    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
+    repair(run)
+    assert f"{path} line 2 is not JSON" in caplog.text
+    grows = {str(each.relative_to(run.path)) for each in partial_files(path)}
+    assert files_of(run) == (before - gone - {f"iteration_1/{name}"}) | grows
+    assert bool(grows) == (name in ("samples.jsonl", "rewarded.jsonl"))
+
+
+def test_negatives_of_other_prompts_are_added_again(run):
+    path = run.iteration(1) / "samples.jsonl"
+    pools = [pool_of(prompt) for prompt in run.prompts]
+    negative = Candidate("of another prompt", source="random_prompt", of_prompt=run.prompts[0].id)
+    write_jsonl(path, [pool.with_candidates([*pool.candidates, negative]).to_row() for pool in pools[:3]])
+    repair(run)
+    assert {len(row["completions"]) for row in rows_of(partial_files(path)[0])} == {2}
+
+
+def test_held_out_samples_are_completed_and_evaluated_again(run):
+    path = run.iteration(0) / "held_out.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    repair(run)
+    assert not path.exists() and not (run.iteration(0) / "evaluation.json").exists()
+    rows = rows_of(partial_files(path)[0])
+    assert [row["scores"][0]["reward"] for row in rows] == [1.0, 1.0]
+
+
+def test_damaged_results_are_made_again(run, caplog):
+    (run.iteration(1) / "selection.json").write_text("")
+    (run.iteration(0) / "evaluation.json").write_text('{"reward": ')
+    (run.path / TIMINGS).write_text('{"iteration": 0, "stage": "held_out", "seconds": 1}\n{"iterat\n')
+    repair(run)
+    assert not (run.iteration(1) / "selection.json").exists() and not (run.iteration(0) / "evaluation.json").exists()
+    assert "selection.json line 1 is not JSON" in caplog.text
+    assert run.seconds_of_stages() == {(0, "held_out"): 1}
+
+
+def test_a_model_that_is_cut_off_is_trained_again(run):
+    model = run.iteration(1) / "model"
+    save_model(model)
+    repair(run)
+    assert model.exists()
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:200])
+    repair(run)
+    assert not model.exists() and (run.iteration(1) / "ref_logps.jsonl").exists()
+
+
+def save_model(folder):
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")
+    write_json(folder / "config.json", {})
+
+
+def save_checkpoint(folder: Path, step):
+    path = folder / f"checkpoint-{step}"
+    save_model(path)
+    torch.save({"state": torch.zeros(100)}, path / "optimizer.pt")
+    write_json(path / "trainer_state.json", {"global_step": step})
+    return path
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("optimizer.pt", lambda data: data[: len(data) // 2]), ("model.safetensors", lambda data: data[:-50]),
+    ("model.safetensors", lambda data: b""), ("trainer_state.json", lambda data: data[:5]), ("config.json", None),
+    ("trainer_state.json", None),
+])  # fmt: skip
+def test_a_training_resumes_from_the_last_whole_checkpoint(tmp_path, run, name, damage, caplog):
+    trainer = run.iteration(1) / "trainer"
+    first, second = (save_checkpoint(trainer, step) for step in (9, 10))
+    save_checkpoint(trainer, "of-mine")
+    assert last_whole_checkpoint(trainer) == str(second)
+    if damage is None:
+        (second / name).unlink()
+    else:
+        (second / name).write_bytes(damage((second / name).read_bytes()))
+    if name == "config.json":  # a trainer saves what it likes: only what is there is checked
+        assert last_whole_checkpoint(trainer) == str(second)
+        return
+    assert last_whole_checkpoint(trainer) == str(first)
+    assert f"{second} is not whole (" in caplog.text and second.exists(), "any process may ask; none deletes"
+    repair(run)
+    assert first.exists() and not second.exists()
+    assert last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_weights_that_an_index_names_must_be_there(tmp_path):
+    PartialState()
+    path = save_checkpoint(tmp_path, 1)
+    write_json(path / "model.safetensors.index.json", {"weight_map": {"a": "model.safetensors", "b": "2.safetensors"}})
+    assert last_whole_checkpoint(tmp_path) is None
+    save_file({"b": torch.zeros(1)}, path / "2.safetensors")
+    assert last_whole_checkpoint(tmp_path) == str(path)
+
+
+def test_damaged_prompts_are_chosen_again_if_they_are_the_same(project, config, talkative_model, caplog):
+    from transformers import AutoTokenizer
+
+    options = RunConfig(prompts=["prompts.jsonl"], reward_funcs=["gsm8k"], num_held_out=4)
+    training, tokenizer = config(RunTrainingConfig), AutoTokenizer.from_pretrained(talkative_model)
+
+    def prepared():
+        folder = RunFolder(options, training, ModelConfig(talkative_model))
+        folder.prepare_prompts(tokenizer)
+        return folder
+
+    before = prepared()
+    files = [before.path / name for name in ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")]
+    contents = [path.read_bytes() for path in files]
+    for path, kept in zip(files, (-1, 3, 0), strict=True):  # the last line, the last one of four, all
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:kept]))
+        again = prepared()
+        assert (again.prompts, again.held_out, again.prompt_counts) == (
+            before.prompts, before.held_out, before.prompt_counts
+        )  # fmt: skip
+        assert [each.read_bytes() for each in files] == contents
+    assert "prompts.jsonl has 5 of 6 prompts. The prompts are chosen again" in caplog.text
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "another"}\n' * 2 + "".join(f'{{"prompt": "{i}"}}\n' for i in range(9))
+    )
+    files[0].write_bytes(contents[0][:-30])
+    with pytest.raises(DataError, match="does not give the same ones again"):
+        prepared()
+
+
+@pytest.mark.parametrize("text", ["", "\0" * 100, "a: [1"])
+def test_a_damaged_configuration_is_one_line(project, capsys, text):
+    (project / "out").mkdir()
+    (project / "out/run.yaml").write_text(text)
+    assert larpo_run() == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("larpo: error: ")]
+    assert (len(errors) == 1 and "out/run.yaml" in errors[0] and "line 1" in errors[0]) or "special char" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_damaged_run_ends_with_the_files_of_an_undamaged_one(finished_run, project):
+    whole = {path.relative_to(finished_run): path.read_bytes() for path in finished_run.rglob("*.jsonl")}
+    shutil.copytree(finished_run, project / "out")
+    second = project / "out/iteration_2"
+    for name in ("model", "training_log.jsonl", "held_out_samples.jsonl", "held_out.jsonl", "evaluation.json"):
+        shutil.rmtree(second / name) if (second / name).is_dir() else (second / name).unlink()
+    for name in ("samples.jsonl", "rewarded.jsonl"):
+        lines = (second / name).read_bytes().splitlines(keepends=True)
+        (second / name).write_bytes(b"".join([lines[0], lines[1][:50], b"\0" * 100 + b"\n", *lines[3:-1]]))
+    (second / "selection.json").write_text("")
+    (project / "out/iteration_1/evaluation.json").write_text("{")
+    assert larpo_run() == 0
+    for path, data in whole.items():  # what is computed in another process may differ in its last digits
+        if path.name in ("samples.jsonl", "rewarded.jsonl", "lists.jsonl") or path.parent.name == "iteration_1":
+            assert (project / "out" / path).read_bytes() == data, path
+    assert all((project / "out" / path).exists() for path in whole)

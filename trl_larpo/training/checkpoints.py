@@ -1,0 +1,74 @@
+"""Which checkpoint of a training is whole: a kill, a full disk or an interrupted copy leaves folders that are not."""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from safetensors import SafetensorError, safe_open
+
+logger = get_logger(__name__)
+
+_STATE = "trainer_state.json"  # which the trainer writes last
+
+_ARCHIVES = (".pt", ".pth", ".bin")  # what torch saves is a ZIP archive, whose directory stands at its end
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """
+    The latest checkpoint in a folder that was written to its end; `None` if there is none. A later one that was not is
+    named in a warning.
+    """
+    for path in checkpoints(Path(folder)):
+        problem = damage_of(path, _STATE)
+        if problem is None:
+            return str(path)
+        logger.warning(f"{path} is not whole ({problem}); an earlier checkpoint is taken, if there is one.")
+    return None
+
+
+def checkpoints(folder: Path) -> Iterator[Path]:
+    """All checkpoints, the latest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    yield from sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+
+
+def damage_of(folder: Path, *needed: str) -> str | None:
+    """
+    What is missing or damaged in a saved model or checkpoint; `None` if nothing is. Weights are not read: a file that
+    was cut off is known by its ends.
+
+    Args:
+        folder: The model or checkpoint.
+        needed: Names of JSON files that it must have.
+    """
+    missing = next((name for name in needed if not (folder / name).is_file()), None)
+    if missing is not None:
+        return f"it has no {missing}"
+    for path in sorted(folder.rglob("*")):
+        problem = _damage_of_file(path) if path.is_file() else None
+        if problem is not None:
+            return f"{path.relative_to(folder)} {problem}"
+    return None
+
+
+def _damage_of_file(path: Path) -> str | None:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                return None
+        except (SafetensorError, OSError) as error:
+            return f"cannot be read: {error}"
+    if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path):
+        return "is cut off"
+    if path.suffix == ".json":
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"is not JSON: {error}"
+        if path.name.endswith(".index.json"):
+            absent = sorted({name for name in found["weight_map"].values() if not path.with_name(name).is_file()})
+            return f"names {absent[0]}, which is missing" if absent else None
+    return None
