@@ -1,7 +1,7 @@
 """
 The folder of a run: which file is where, the configuration it belongs to, and its prompts.
 
-    run.yaml                     the configuration, without secrets
+    run.yaml                     the configuration, without secrets; changes.jsonl: options that were changed later
     prompts.jsonl                prompts in the order they are used
     held_out_prompts.jsonl       prompts to evaluate on
     iteration_0/                 the initial model: evaluation.json, held_out.jsonl
@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError, DataError
 from ..prompts import Prompt, Row
-from ..storage import iter_jsonl, read_json, read_yaml, whole_rows, write_json, write_jsonl, write_text
+from ..settings import changed_settings, describe_change, fingerprints
+from ..storage import append_jsonl, iter_jsonl, read_json, read_yaml, whole_rows, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
 from .options import RunConfig
 from .prompts import choose_prompts
 
-# May differ when a run is continued: they change where and how it runs, not what comes out
+# May differ when a run is continued: they change where and how it runs, not what comes out but for rounding
 _MAY_CHANGE = frozenset({
     "output_dir", "mirror", "notify_command", "dry_run", "server_urls", "server_command", "num_servers", "server_model",
     "server_health_route", "server_start_timeout", "server_timeout", "server_patience", "server_requests_in_flight",
@@ -38,13 +40,34 @@ _MAY_CHANGE = frozenset({
     "train_processes", "accelerate_config", "train_launcher", "report_to", "run_name", "logging_dir", "logging_steps",
     "logging_strategy", "logging_first_step", "disable_tqdm", "log_level", "save_steps",
     "save_strategy", "save_total_limit", "dataloader_num_workers", "project", "trackio_space_id",
+    # Speed and memory
+    "generation_batch_size", "reward_batch_size", "candidate_chunk_size", "shared_prompt", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "activation_offloading", "torch_empty_cache_steps", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc", "padding_free",
+    "pad_to_multiple_of", "per_device_eval_batch_size", "precompute_ref_batch_size", "eval_accumulation_steps",
+    "skip_memory_metrics", "deepspeed", "fsdp", "fsdp_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank", "max_failed_share",
+    # Rounding, too. What is trained and saved in another type is refused: `dtype`, `bf16`, `reward_dtype`
+    "generation_dtype", "attn_implementation", "use_cpu", "tf32", "torch_compile", "torch_compile_backend",
+    "torch_compile_mode", "use_liger_kernel", "liger_kernel_config",
 })  # fmt: skip
+
+_NOT_RECORDED = ("output_dir", "dry_run", "local_rank")
+
+# Compared by what is there: a moved file or model is the same one
+_PATHS = ("prompts", "held_out_prompts", "random_prompts", "earlier_candidates", "model_name_or_path", "reward_funcs")
+
+_PRINTS = "fingerprints"  # among the options in run.yaml: what the paths in them hold
+
+CHANGES = "changes.jsonl"
 
 
 TIMINGS = "timings.jsonl"
 
 WORK = "work.json"
 """Seconds of the latest stage without loading models and starting processes; `timings.jsonl` has them of all stages."""
+
 _NUM_SAVED = "saved"  # in prompts.json: how many prompts of training and evaluation the other files have
 
 logger = get_logger(__name__)
@@ -68,6 +91,7 @@ class RunFolder:
         self.prompts: list[Prompt] = []
         self.held_out: list[Prompt] = []
         self.prompt_counts: dict[str, Any] = {}
+        self._changes: dict[str, tuple[Any, Any]] = {}  # accepted options: what they were, and what they are
 
     def iteration(self, number: int) -> Path:
         return self.path / f"iteration_{number}"
@@ -140,7 +164,11 @@ class RunFolder:
                 f"The run in {str(self.path)!r} was made by another version of trl-larpo, which had no option "
                 f"`{unknown[0]}`. Finish it with that version, or take a new `output_dir`."
             )
-        changed = [x for x in now if x not in _MAY_CHANGE and x in before and before[x] != now[x]]
+        prints = before.get(_PRINTS, {}), fingerprints(now, _PATHS)
+        common = {name: now[name] for name in now.keys() & before.keys() - set(_NOT_RECORDED)}
+        differ = dict(sorted(changed_settings(before, common, *prints)))
+        self._changes = {name: (was, now[name]) for name, was in differ.items()}
+        changed = [name for name in differ if name not in _MAY_CHANGE]
         longer = now["num_iterations"] > before["num_iterations"] and self.options.prompt_schedule == "same"
         batch_options = {"per_device_train_batch_size", "gradient_accumulation_steps"}
         processes = before.get("train_processes") or before["num_processes"]
@@ -159,16 +187,18 @@ class RunFolder:
             added = {"num_iterations"} | ({"temperature"} if kept and len(before["temperature"]) > 1 else set())
             changed = [name for name in changed if name not in added]
         if changed:
-            name = changed[0]
+            change = describe_change(changed[0], before[changed[0]], now[changed[0]], f"the run in {str(self.path)!r}")
             more = f" Changed too: {', '.join(changed[1:])}." if changed[1:] else ""
-            raise ConfigError(
-                f"`{name}` is {now[name]!r}, but the run in {str(self.path)!r} was made with {before[name]!r}.{more} "
-                "Undo "
-                "the change, or take a new `output_dir`."
-            )
+            raise ConfigError(f"{change}{more} Undo the change, or take a new `output_dir`.")
 
     def save_configuration(self) -> None:
-        text = yaml.safe_dump(self.configuration(), allow_unicode=True, sort_keys=True)
+        """Also records the options that changed since the last start, in changes.jsonl."""
+        if self._changes:
+            print("\n".join(f"Changed: `{name}` from {was!r} to {now!r}" for name, (was, now) in self._changes.items()))
+            record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": self._changes}
+            append_jsonl(self.path / CHANGES, [record])
+        options = self.configuration()
+        text = yaml.safe_dump(options | {_PRINTS: fingerprints(options, _PATHS)}, allow_unicode=True, sort_keys=True)
         write_text(self.path / "run.yaml", text)
 
     # Prompts

@@ -1,0 +1,79 @@
+"""What may change when a run is continued: speed, memory, rounding and the places of files, but not what comes out."""
+
+import shutil
+
+import pytest
+from small_run import rows_of
+from trl import ModelConfig
+
+from trl_larpo import ConfigError
+from trl_larpo.run.folder import CHANGES, RunFolder
+from trl_larpo.run.options import RunConfig, RunTrainingConfig
+from trl_larpo.storage import read_yaml
+
+OPTIONS = {"prompts": ["prompts.jsonl"], "reward_funcs": ["./judge"], "num_samples": 4}
+
+
+@pytest.fixture
+def start(tmp_path, config, monkeypatch):
+    """Starts a run, or continues it, as far as its configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "p"}\n')
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    shutil.copytree("judge", "model")
+
+    def begin(training=None, model="model", attn_implementation=None, **options):
+        arguments = config(RunTrainingConfig, **{"output_dir": "out", "save_strategy": "steps"} | (training or {}))
+        folder = RunFolder(
+            RunConfig(**OPTIONS | options), arguments, ModelConfig(model, attn_implementation=attn_implementation)
+        )
+        folder.check_configuration()
+        folder.path.mkdir(exist_ok=True)
+        folder.save_configuration()
+        return folder
+
+    begin()
+    return begin
+
+
+SPEED = [
+    ({"candidate_chunk_size": 2}, {}),
+    ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}),
+    ({"shared_prompt": False, "ddp_timeout": 7200}, {}),
+    ({}, {"generation_batch_size": 3, "generation_dtype": "float32", "reward_batch_size": 2}),
+    ({}, {"max_failed_share": 0.5, "attn_implementation": "eager"}),
+]
+
+
+@pytest.mark.parametrize("training, options", SPEED)
+def test_what_changes_speed_memory_or_rounding_is_accepted_and_recorded(start, capsys, training, options):
+    start(training, **options)
+    [row] = rows_of(f"out/{CHANGES}")
+    assert row["changed"].keys() >= (training | options).keys() and row["time"]
+    name = next(iter(training | options))
+    was, now = row["changed"][name]
+    assert f"Changed: `{name}` from {was!r} to {now!r}" in capsys.readouterr().out
+    assert read_yaml("out/run.yaml")[name] == now
+    start(training, **options)
+    assert len(rows_of(f"out/{CHANGES}")) == 1, "the last start had the same options"
+
+
+@pytest.mark.parametrize("training, options, name", [
+    ({"bf16": True}, {}, "bf16"), ({"learning_rate": 1.0}, {}, "learning_rate"),
+    ({}, {"reward_dtype": "float32"}, "reward_dtype"), ({}, {"max_new_tokens": 3}, "max_new_tokens"),
+])  # fmt: skip
+def test_what_changes_results_is_refused(start, training, options, name):
+    with pytest.raises(ConfigError, match=rf"`{name}` is .*, but the run in 'out' was made with .* Undo the change"):
+        start(training, **options)
+
+
+def test_moved_files_are_the_same_and_changed_ones_are_not(start, tmp_path):
+    for name in ("prompts.jsonl", "model", "judge"):
+        (tmp_path / name).rename(f"new-{name}")
+    moved = {"prompts": ["new-prompts.jsonl"], "reward_funcs": ["new-judge/"]}
+    start(model=f"{tmp_path}/new-model/", **moved)
+    assert not (tmp_path / "out" / CHANGES).exists()
+    (tmp_path / "new-prompts.jsonl").write_text('{"prompt": "another"}\n')
+    with pytest.raises(ConfigError, match=r"`prompts` is \['new-prompts.jsonl'\], and what it holds has changed since"):
+        start(model=f"{tmp_path}/new-model/", **moved)
