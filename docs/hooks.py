@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE_DOCS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/**/*.md", "examples/**/*.png",
-                "examples/**/*.yaml")  # fmt: skip
+                "examples/**/*.yaml", "examples/**/*.ipynb")  # fmt: skip
 """Files of the site that are not in docs/: pages, and what they show or link to."""
 
 

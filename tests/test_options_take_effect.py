@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from trl_larpo import cli
+from trl_larpo.generation.sampler import generation_dtype
 from trl_larpo.run.small import save_small_reward_model
 
 FAKE_SERVER = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
@@ -104,6 +105,12 @@ def test_servers_are_not_told_to_quantize(generate, server, capsys):
 def test_generation_dtype(generate, calls, dtype):
     assert generate("--generation_dtype", dtype) == 0
     assert {kind for _, kind in calls} == {getattr(torch, dtype)}
+
+
+def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert generation_dtype() == torch.float16
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ class GenerationOptions(SetAsideOptions):
     generation_batch_size: int = option(64, "Completions sampled at the same time by each process.")
     generation_dtype: str = option(
         "auto",
-        "Arithmetic of sampling. 'auto': bfloat16 where the hardware has it, else float32.",
+        "Arithmetic of sampling. 'auto': bfloat16 where the hardware has it, else float16 on a GPU, float32 on a CPU.",
         choices=[*DTYPES],
     )
     chat_template_kwargs: dict | str | None = option(

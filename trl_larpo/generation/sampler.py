@@ -328,12 +328,13 @@ def generation_dtype(name: str = "auto") -> torch.dtype:
     The arithmetic to sample in.
 
     Args:
-        name: Of a dtype; `"auto"`: bfloat16 where this machine multiplies such matrices in hardware, else float32.
+        name: Of a dtype; `"auto"`: bfloat16 where this machine multiplies such matrices in hardware, else float16
+            on a GPU and float32 on a CPU.
     """
     if name != "auto":
         return getattr(torch, name)
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if fast else torch.float32
 
