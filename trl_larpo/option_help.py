@@ -116,7 +116,8 @@ FURTHER: dict[str, tuple[str, ...]] = {
         "server_api_key_variable", "server_health_route", "server_start_timeout", "server_timeout", "server_patience",
     ),
     "rewards": (
-        "normalize_rewards", "strip_thinking", "reward_batch_size", "reward_max_length", "reward_dtype", "answer_func",
+        "normalize_rewards", "strip_thinking", "reward_batch_size", "reward_max_length", "reward_dtype",
+        "reward_calls_in_flight", "answer_func",
     ),
     "lists": (
         "num_negatives", "low_temperature", "high_temperature", "random_prompts", "random_prompts_column",

@@ -6,7 +6,7 @@ with one entry per completion, and the user's other columns in the same order; `
 pairwise ranker is a callable `ranker(prompt, completions) -> matrix` of preferences, as probabilities or as logits, of
 which the mean over the other completions is the reward. [`load_rewards`] finds them by
 name, [`score_pools`] calls them, checks what comes back and adds it up. They get copies: what a reward does to its
-arguments changes neither candidates nor prompts.
+arguments changes neither candidates nor prompts. Both may be asynchronous (`async def`).
 """
 
 import copy
@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 from ..candidates import CandidatePool
 from ..errors import ConfigError, DataError, LarPOError
 from ..prompts import Content, Prompt
+from .asynchronous import is_asynchronous, result_of, start_call
 from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward, verifiable_instructions_reward
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -124,6 +126,7 @@ def score_pools(
     normalize: bool = False,
     scored_by: str | None = None,
     against: Completions | None = None,
+    calls: dict[str, Future] | None = None,
 ) -> list[CandidatePool]:
     """
     Rewards all candidates of some prompts.
@@ -136,6 +139,7 @@ def score_pools(
         scored_by: Name of these rewards and settings, e.g. from [`reward_id`].
         against: Completions of the same prompts, with which rankers compare the candidates instead of with each other.
             So the rewards of different models can be compared. Nothing is normalized then.
+        calls: Calls of asynchronous rewards that [`start_calls`] has begun for these pools.
 
     Returns:
         The pools, each candidate with its `reward` (`None` where no reward applies) and `reward_parts`.
@@ -145,7 +149,10 @@ def score_pools(
             the reward, the prompt and the completion.
     """
     by_reward = [
-        _rank_pools(reward, pools, against) if reward.pairwise else _score_flat(reward, pools) for reward in rewards
+        _rank_pools(reward, pools, against)
+        if reward.pairwise
+        else _score_flat(reward, pools, (calls or {}).get(reward.name))
+        for reward in rewards
     ]
     normalize = normalize and against is None
     scored = []
@@ -205,30 +212,46 @@ def as_function(reward: Reward) -> RewardFunction:
     return function
 
 
-def _score_flat(reward: Reward, pools: list[CandidatePool]) -> list[list[float | None]]:
-    """One call for all candidates of all prompts."""
+def start_calls(rewards: list[Reward], pools: list[CandidatePool]) -> dict[str, Future]:
+    """Starts the calls of the asynchronous rewards for some pools, for [`score_pools`]. Returns them by reward."""
+    if not any(pool.candidates for pool in pools):
+        return {}
+    arguments = _arguments(pools)
+    asynchronous = [reward for reward in rewards if is_asynchronous(reward.function) and not reward.pairwise]
+    return {reward.name: start_call(reward.function, **copy.deepcopy(arguments)) for reward in asynchronous}
+
+
+def _arguments(pools: list[CandidatePool]) -> dict[str, list[Any]]:
+    """Of a reward function, for all candidates of some pools."""
     each = [(pool.prompt, candidate) for pool in pools for candidate in pool.candidates]
-    if not each:
-        return [[] for _ in pools]
     names = dict.fromkeys(name for pool in pools for name in pool.prompt.columns)  # in the order of the file
     columns = [name for name in names if name not in OWN_ARGUMENTS]
+    return {
+        "prompts": [copy.deepcopy(prompt.content) for prompt, _ in each],
+        "completions": [copy.deepcopy(candidate.completion) for _, candidate in each],
+        "finished": [candidate.finished for _, candidate in each],
+        **{name: [copy.deepcopy(prompt.columns.get(name)) for prompt, _ in each] for name in columns},
+    }
+
+
+def _score_flat(reward: Reward, pools: list[CandidatePool], call: Future | None = None) -> list[list[float | None]]:
+    """One call for all candidates of all prompts, or one that has begun."""
+    count = sum(len(pool.candidates) for pool in pools)
+    if not count:
+        return [[] for _ in pools]
     try:
-        values = reward.function(
-            prompts=[copy.deepcopy(prompt.content) for prompt, _ in each],
-            completions=[copy.deepcopy(candidate.completion) for _, candidate in each],
-            finished=[candidate.finished for _, candidate in each],
-            **{name: [copy.deepcopy(prompt.columns.get(name)) for prompt, _ in each] for name in columns},
-        )
+        values = result_of(reward.function, **_arguments(pools)) if call is None else call.result()
     except LarPOError:
         raise
     except (Exception, SystemExit) as error:  # whatever a function of the user's raises
+        columns = [name for name in _arguments(pools) if name not in OWN_ARGUMENTS]
         raise DataError(
             f"The reward {reward.name} failed: {_describe(error)}{_missing_column(error, columns)}"
         ) from error
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple) or len(values) != len(each):
+    if not isinstance(values, list | tuple) or len(values) != count:
         got = f"{len(values)} values" if isinstance(values, list | tuple) else type(values).__name__
-        raise DataError(f"The reward {reward.name} returned {got} for {len(each)} completions; return one for each.")
+        raise DataError(f"The reward {reward.name} returned {got} for {count} completions; return one for each.")
     remaining, result = iter(values), []
     for pool in pools:
         where = f"of the prompt {_shorten(pool.prompt)!r}"
@@ -252,7 +275,7 @@ def _rank_pools(reward: Reward, pools: list[CandidatePool], against: Completions
         count, where = size + len(others), f"for the prompt {_shorten(pool.prompt)!r}"
         completions = [*(copy.deepcopy(candidate.completion) for candidate in pool.candidates), *copy.deepcopy(others)]
         try:
-            matrix = reward.function(copy.deepcopy(pool.prompt.content), completions)
+            matrix = result_of(reward.function, copy.deepcopy(pool.prompt.content), completions)
         except LarPOError:
             raise
         except (Exception, SystemExit) as error:  # whatever a function of the user's raises

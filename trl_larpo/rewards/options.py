@@ -40,6 +40,11 @@ class RewardOptions(JudgeOptions, SetAsideOptions):
     normalize_rewards: bool = option(
         False, "Bring each reward to mean 0 and deviation 1 over the completions of a prompt before it is weighted."
     )
+    reward_calls_in_flight: int = option(
+        32,
+        "Calls of an asynchronous reward function (`async def`) at the same time, each for the completions of one "
+        "prompt: for judges behind an API.",
+    )
     strip_thinking: str = option(
         "none",
         "Thoughts of a reasoning model, which end with '</think>': 'none': they are part of the answer. 'rewards': "
@@ -57,6 +62,8 @@ class RewardOptions(JudgeOptions, SetAsideOptions):
             raise ConfigError("`reward_funcs` names a reward twice; give it a weight in `reward_weights` instead.")
         if self.reward_batch_size < 1:
             raise ConfigError(f"`reward_batch_size` is {self.reward_batch_size}; it must be at least 1.")
+        if self.reward_calls_in_flight < 1:
+            raise ConfigError(f"`reward_calls_in_flight` is {self.reward_calls_in_flight}; it must be at least 1.")
         check_choice("reward_dtype", self.reward_dtype, DTYPES)
         check_choice("strip_thinking", self.strip_thinking, STRIP_THINKING)
 

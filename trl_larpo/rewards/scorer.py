@@ -3,7 +3,9 @@
 import gc
 import hashlib
 import json
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from ..preparation import preparing
 from ..prompts import Row, without_thoughts
 from ..set_aside import SetAside, set_aside_in
 from ..storage import GrowingFile
-from .functions import Completions, Reward, load_rewards, reward_id, score_pools
+from .asynchronous import is_asynchronous
+from .functions import Completions, Reward, load_rewards, reward_id, score_pools, start_calls
 from .options import RewardOptions
 from .pairrm import PairRM
 from .reward_models import RewardModel
@@ -110,11 +113,11 @@ class RewardScorer:
         with tqdm(
             total=len(pools), initial=len(done), desc=description, unit=" prompts", disable=not state.is_main_process
         ) as progress:
-            for chunk in work.chunks()[state.process_index :: state.num_processes]:
-                missing = [place for place in chunk if ids[place] not in done]
-                if missing and not work.is_broken and len(work.failures) <= set_aside.limit:
-                    work.score(missing)
-                    progress.update(len(missing))
+            chunks = [
+                [place for place in chunk if ids[place] not in done]
+                for chunk in work.chunks()[state.process_index :: state.num_processes]
+            ]
+            work.score_all(chunks, set_aside.limit, progress)
         problem = work.try_again(set_aside)
         state.wait_for_everyone()
         if problem is not None:
@@ -151,21 +154,33 @@ class RewardScorer:
 
         return StoredPools([ids[place] for place in scored], pool)
 
-    def score_now(self, pools: list[CandidatePool], against: Completions | None = None) -> list[CandidatePool]:
-        """As `score`, without saving anything."""
-        if self.options.strip_thinking == "all":
-            pools = [_without_thoughts(pool) for pool in pools]
-        asked = [pool.with_candidates([c for c in pool.candidates if c.scored_by != self.id]) for pool in pools]
-        judged = asked
-        if self.options.strip_thinking == "rewards":
-            judged = [_without_thoughts(pool) for pool in asked]
+    def score_now(
+        self,
+        pools: list[CandidatePool],
+        against: Completions | None = None,
+        calls: dict[str, Future] | None = None,
+    ) -> list[CandidatePool]:
+        """As `score`, without saving anything. `calls`: those that [`RewardScorer.start`] has begun for the pools."""
+        pools, asked, judged = self._seen_by_rewards(pools)
         if against is not None and self.options.strip_thinking != "none":
             against = {name: [without_thoughts(each) for each in of_prompt] for name, of_prompt in against.items()}
-        scored = score_pools(self.rewards, judged, self.options.normalize_rewards, self.id, against)
+        scored = score_pools(self.rewards, judged, self.options.normalize_rewards, self.id, against, calls)
         return [
             pool.with_candidates(_in_place_of_unscored(pool.candidates, _scored_as(mine, new), self.id))
             for pool, mine, new in zip(pools, asked, scored, strict=True)
         ]
+
+    def start(self, pools: list[CandidatePool]) -> dict[str, Future]:
+        """Starts the calls of asynchronous rewards for some pools, and returns them by reward."""
+        return start_calls(self.rewards, self._seen_by_rewards(pools)[-1])
+
+    def _seen_by_rewards(self, pools: list[CandidatePool]) -> tuple[list[CandidatePool], ...]:
+        """The pools as they are kept, with the candidates alone that have no reward, and as rewards see these."""
+        if self.options.strip_thinking == "all":
+            pools = [_without_thoughts(pool) for pool in pools]
+        asked = [pool.with_candidates([c for c in pool.candidates if c.scored_by != self.id]) for pool in pools]
+        stripped = self.options.strip_thinking == "rewards"
+        return pools, asked, [_without_thoughts(pool) for pool in asked] if stripped else asked
 
 
 class _Work:
@@ -210,14 +225,52 @@ class _Work:
         size, count = max(1, _COMPLETIONS_PER_CALL // self.most_candidates), len(self.pools)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def score(self, places: Sequence[int]) -> None:
-        """Scores some pools; where a reward fails, one by one, so that the rewards of the others are kept."""
-        pools = []
-        for place in places:
-            pool = self.pools[place]
-            pools.append(replace(pool, prompt=replace(pool.prompt, columns=self.columns | pool.prompt.columns)))
+    def score_all(self, chunks: list[list[int]], limit: float, progress: tqdm) -> None:
+        """
+        Scores all chunks, until a reward has failed on more prompts than `limit`.
+
+        With an asynchronous reward, the prompts of all chunks are scored as its answers come.
+        """
+        if any(is_asynchronous(reward.function) for reward in self.scorer.rewards):
+            self._score_with_calls_in_flight(deque(place for chunk in chunks for place in chunk), limit, progress)
+            return
+        for chunk in chunks:
+            if chunk and not self.is_broken and len(self.failures) <= limit:
+                self.score(chunk)
+                progress.update(len(chunk))
+
+    def _score_with_calls_in_flight(self, waiting: deque[int], limit: float, progress: tqdm) -> None:
+        calls_of: dict[int, dict[str, Future]] = {}
         try:
-            scored = self.scorer.score_now(pools, self.against)
+            while True:
+                while waiting and len(calls_of) < self.scorer.options.reward_calls_in_flight:
+                    if self.is_broken or len(self.failures) > limit:
+                        break
+                    place = waiting.popleft()
+                    calls_of[place] = self.scorer.start([self._pool(place)])
+                if not calls_of:
+                    return
+                pending = [x for calls in calls_of.values() for x in calls.values() if not x.done()]
+                ready = [place for place, calls in calls_of.items() if all(x.done() for x in calls.values())]
+                for place in ready:
+                    self.score([place], calls_of.pop(place))
+                    progress.update()
+                if not ready:
+                    wait(pending, return_when=FIRST_COMPLETED)
+        finally:
+            for calls in calls_of.values():
+                for call in calls.values():
+                    call.cancel()
+
+    def _pool(self, place: int) -> CandidatePool:
+        pool = self.pools[place]
+        return replace(pool, prompt=replace(pool.prompt, columns=self.columns | pool.prompt.columns))
+
+    def score(self, places: Sequence[int], calls: dict[str, Future] | None = None) -> None:
+        """Scores some pools; where a reward fails, one by one, so that the rewards of the others are kept."""
+        pools = [self._pool(place) for place in places]
+        try:
+            scored = self.scorer.score_now(pools, self.against, calls)
             of_places = zip(places, scored, strict=True)
             self.file.add([saved_scores(pool, self.digests[place]) for place, pool in of_places])
             self.done.update(pool.prompt.id for pool in pools)

@@ -1,0 +1,144 @@
+"""Rewards that are `async def` functions: many calls in flight, and otherwise as all rewards are."""
+
+import asyncio
+import threading
+
+import pytest
+from small_run import rows_of
+
+from trl_larpo import ConfigError, DataError
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
+from trl_larpo.rewards.functions import Reward, score_pools
+from trl_larpo.rewards.options import RewardOptions
+from trl_larpo.rewards.scorer import RewardScorer
+from trl_larpo.set_aside import set_aside_in
+
+POOLS = [
+    CandidatePool(Prompt.of(f"prompt {i}", {"bonus": i}), [Candidate("a" * i), Candidate("b"), Candidate("cc")])
+    for i in range(1, 13)
+]
+
+
+def length(prompts, completions, bonus, **columns):
+    return [len(completion) + number for completion, number in zip(completions, bonus, strict=True)]
+
+
+async def slow_length(prompts, completions, **columns):
+    await asyncio.sleep(0.001 * (hash(prompts[0]) % 5))  # answers come in another order
+    return length(prompts, completions, **columns)
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch):
+    """Rewards the pools with functions, into a file of that name."""
+
+    def run(output, *functions, **options):
+        names = [f"judge{i}" for i in range(len(functions))]
+        scorer = RewardScorer(RewardOptions(reward_funcs=names, **options), use_cpu=True)
+        monkeypatch.setattr(scorer, "_rewards", [Reward(*each) for each in zip(names, functions, strict=True)])
+        return [pool.to_row() for pool in scorer.score(POOLS, tmp_path / f"{output}.jsonl")]
+
+    run.folder = tmp_path
+    return run
+
+
+@pytest.mark.parametrize("also", [(), (length,), (slow_length,)], ids=["alone", "with a function", "two"])
+def test_results_are_those_of_a_function(score, also):
+    assert score("async", slow_length, *also) == score("sync", length, *(length for _ in also))
+
+
+def test_many_calls_are_in_flight_and_no_more_than_asked_for(score):
+    barrier, running, most = asyncio.Barrier(4), 0, 0
+
+    async def judge(prompts, completions, **columns):
+        nonlocal running, most
+        assert len(set(prompts)) == 1 and len(completions) == 3  # one prompt for each call
+        running += 1
+        most = max(most, running)
+        await asyncio.wait_for(barrier.wait(), timeout=60)  # up to when four are there
+        running -= 1
+        return length(prompts, completions, **columns)
+
+    assert score("async", judge, reward_calls_in_flight=4) == score("sync", length)
+    assert most == 4
+
+
+def test_a_client_keeps_its_event_loop_and_functions_their_thread(score):
+    loops, threads = set(), set()
+
+    class Client:
+        async def __call__(self, prompts, completions, **columns):
+            loops.add(asyncio.get_running_loop())
+            return length(prompts, completions, **columns)
+
+    def function(prompts, completions, **columns):  # which may set alarms, as only the main thread can
+        threads.add(threading.current_thread())
+        return length(prompts, completions, **columns)
+
+    score("first", Client(), function)
+    score("second", Client(), function)
+    score_pools([Reward("now", Client())], POOLS)
+    assert len(loops) == 1 and threads == {threading.current_thread()}
+
+
+def test_what_fails_is_tried_again_and_set_aside(score):
+    calls = []
+
+    async def judge(prompts, completions, **columns):
+        calls.append(prompts[0])
+        if prompts[0] == "prompt 7" or (prompts[0] == "prompt 3" and calls.count("prompt 3") == 1):
+            raise TimeoutError("no answer")
+        return length(prompts, completions, **columns)
+
+    rows = score("async", judge)
+    assert rows == [row for row in score("sync", length) if row["prompt"] != "prompt 7"]
+    [[row]] = set_aside_in(score.folder).values()
+    assert row["prompt"] == "prompt 7" and row["reason"].endswith("TimeoutError: no answer")
+
+
+def test_a_judge_that_never_works_is_not_asked_for_all(score):
+    calls = []
+
+    async def judge(prompts, completions, **columns):
+        calls.append(prompts[0])
+        raise PermissionError("no key")
+
+    with pytest.raises(DataError, match="no key"):
+        score("async", judge, reward_calls_in_flight=2)
+    assert len(calls) <= 7
+
+
+def test_stopped_in_the_middle_it_resumes_with_what_was_saved(score):
+    expected, asked = score("sync", length), []
+
+    async def judge(prompts, completions, **columns):
+        asked.append(prompts[0])
+        return length(prompts, completions, **columns)
+
+    def stops(prompts, completions, **columns):
+        if prompts[0] == "prompt 6":
+            raise KeyboardInterrupt
+        return length(prompts, completions, **columns)
+
+    with pytest.raises(KeyboardInterrupt):
+        score("async", judge, stops, reward_calls_in_flight=1)
+    assert len(rows_of(score.folder / "async.jsonl.partial-0")) == 5
+    asked.clear()
+    rows = score("async", judge, length, reward_calls_in_flight=3)
+    assert sorted(asked) == sorted(f"prompt {i}" for i in range(6, 13))
+    assert [row["completions"] for row in rows] == [row["completions"] for row in expected]
+    assert rows == score("both", length, length)
+
+
+def test_a_ranker_may_be_asynchronous():
+    async def ranker(prompt, completions):
+        return [[float(len(a) > len(b)) for b in completions] for a in completions]
+
+    [pool] = score_pools([Reward("ranker", ranker, pairwise=True)], POOLS[4:5])
+    assert [candidate.reward for candidate in pool.candidates] == [1.0, 0.0, 0.5]
+
+
+def test_there_is_at_least_one_call():
+    with pytest.raises(ConfigError, match="`reward_calls_in_flight` is 0; it must be at least 1"):
+        RewardOptions(reward_funcs=["gsm8k"], reward_calls_in_flight=0).check_rewards()

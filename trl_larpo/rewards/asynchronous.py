@@ -1,0 +1,46 @@
+"""
+Asynchronous rewards: many calls in flight, for judges behind an API.
+
+A reward that is an `async def` function runs in an event loop of its own thread. The loop stays for the whole process:
+clients that a reward keeps from one call to the next belong to it.
+"""
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+def is_asynchronous(function: Callable[..., Any]) -> bool:
+    """Whether calls of the function, or of the object, are to be awaited."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def start_call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Future:
+    """Starts a call of an asynchronous function. Cancelling the result cancels the call."""
+
+    async def call() -> Any:
+        return await function(*arguments, **named)
+
+    return asyncio.run_coroutine_threadsafe(call(), _event_loop())
+
+
+def result_of(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a function returns, awaited if it is asynchronous."""
+    if not is_asynchronous(function):
+        return function(*arguments, **named)
+    call = start_call(function, *arguments, **named)
+    try:
+        return call.result()
+    finally:
+        call.cancel()  # if the wait was interrupted
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="larpo-rewards", daemon=True).start()
+    return loop
