@@ -117,7 +117,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
     ),
     "rewards": (
         "normalize_rewards", "strip_thinking", "reward_batch_size", "reward_max_length", "reward_dtype",
-        "reward_calls_in_flight", "answer_func",
+        "reward_calls_in_flight", "reward_while_sampling", "answer_func",
     ),
     "lists": (
         "num_negatives", "low_temperature", "high_temperature", "random_prompts", "random_prompts_column",

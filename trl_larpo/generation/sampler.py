@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,13 @@ class PolicySampler:
             self._servers[1].close()
             self._servers = None
 
-    def sample(self, prompts: list[Prompt], task: SamplingTask, path: Path) -> StoredPools:
+    def sample(
+        self,
+        prompts: list[Prompt],
+        task: SamplingTask,
+        path: Path,
+        on_pools: Callable[[list[CandidatePool]], None] = lambda pools: None,
+    ) -> StoredPools:
         """
         Samples candidates of all prompts, each process its share of them.
 
@@ -121,6 +128,7 @@ class PolicySampler:
             task: What to sample.
             path: Where the whole file will be. What is sampled is saved beside it ([`GrowingFile`]); called again after
                 a kill, the rest is sampled.
+            on_pools: Called with what this process has sampled and saved, a few prompts at a time.
 
         Returns:
             The prompts with their candidates, in their order, without those that were set aside ([`SetAside`]). In
@@ -142,18 +150,24 @@ class PolicySampler:
             disable=not state.is_main_process,
         ) as progress:
             if not self.options.uses_servers:
-                self._sample_in_process(prompts, done, task, file, progress)
+                self._sample_in_process(prompts, done, task, file, progress, on_pools)
             elif state.is_main_process:
                 set_aside = SetAside(path, len(prompts), self.options.max_failed_share, "sampled")
                 missing = [prompt for prompt in prompts if prompt.id not in done]
-                self._sample_on_servers(missing, task, file, set_aside, progress)
+                self._sample_on_servers(missing, task, file, set_aside, progress, on_pools)
         state.wait_for_everyone()
         if not state.is_main_process:
             return StoredPools.none()
         return _saved_pools(path, prompts)
 
     def _sample_in_process(
-        self, prompts: list[Prompt], done: set[str], task: SamplingTask, file: GrowingFile, progress: tqdm
+        self,
+        prompts: list[Prompt],
+        done: set[str],
+        task: SamplingTask,
+        file: GrowingFile,
+        progress: tqdm,
+        on_pools: Callable[[list[CandidatePool]], None],
     ) -> None:
         # What is in a batch can change a result in its last digits: so a unit is sampled in whole or not at all, always
         # with the same prompts in it, whichever process does it
@@ -167,10 +181,18 @@ class PolicySampler:
             with preparing():
                 model, tokenizer = self._load(task.model_path, task.revision)
             pools = sample_pools(model, tokenizer, unit, task, options, self.seed, progress)
-            file.add([pool.to_row() for pool in pools if pool.prompt.id not in done])
+            new = [pool for pool in pools if pool.prompt.id not in done]
+            file.add([pool.to_row() for pool in new])
+            on_pools(new)
 
     def _sample_on_servers(
-        self, prompts: list[Prompt], task: SamplingTask, file: GrowingFile, set_aside: SetAside, progress: tqdm
+        self,
+        prompts: list[Prompt],
+        task: SamplingTask,
+        file: GrowingFile,
+        set_aside: SetAside,
+        progress: tqdm,
+        on_pools: Callable[[list[CandidatePool]], None],
     ) -> None:
         if not prompts:
             return
@@ -181,7 +203,9 @@ class PolicySampler:
 
         def save(request: Request, samples: list[Sample]) -> None:
             nonlocal num_tokens
-            file.add([_as_pool(by_id[request.key], samples, task).to_row()])
+            pool = _as_pool(by_id[request.key], samples, task)
+            file.add([pool.to_row()])
+            on_pools([pool])
             num_tokens += sum(sample.num_tokens for sample in samples)
             progress.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             progress.update(len(samples))

@@ -10,8 +10,10 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
 
 
 def is_asynchronous(function: Callable[..., Any]) -> bool:
@@ -44,3 +46,31 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="larpo-rewards", daemon=True).start()
     return loop
+
+
+class CallsInFlight(Generic[Item]):
+    """Calls that have begun, by what they are for. An item without calls is ready at once."""
+
+    def __init__(self) -> None:
+        self._calls_of: list[tuple[Item, dict[str, Future]]] = []
+
+    def __len__(self) -> int:
+        return len(self._calls_of)
+
+    def add(self, item: Item, calls: dict[str, Future]) -> None:
+        self._calls_of.append((item, calls))
+
+    def take_ready(self, timeout: float | None = None) -> list[tuple[Item, dict[str, Future]]]:
+        """Takes out the items whose calls have all ended; if there are none, waits for a call, up to some seconds."""
+        pending = [call for _, calls in self._calls_of for call in calls.values() if not call.done()]
+        ready = [each for each in self._calls_of if all(call.done() for call in each[1].values())]
+        self._calls_of = [each for each in self._calls_of if not any(each is taken for taken in ready)]
+        if not ready:
+            wait(pending, timeout, FIRST_COMPLETED)
+        return ready
+
+    def cancel(self) -> None:
+        """Cancels all calls."""
+        for _, calls in self._calls_of:
+            for call in calls.values():
+                call.cancel()

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..preparation import preparing
 from ..prompts import Row, without_thoughts
 from ..set_aside import SetAside, set_aside_in
 from ..storage import GrowingFile
-from .asynchronous import is_asynchronous
+from .asynchronous import CallsInFlight, is_asynchronous
 from .functions import Completions, Reward, load_rewards, reward_id, score_pools, start_calls
 from .options import RewardOptions
 from .pairrm import PairRM
@@ -150,7 +150,7 @@ class RewardScorer:
         scored = [place for place, digest in enumerate(digests) if digest in place_of]
 
         def pool(place: int) -> CandidatePool:
-            return _with_scores(pools[scored[place]], rows[place_of[digests[scored[place]]]], self.id)
+            return with_scores(pools[scored[place]], rows[place_of[digests[scored[place]]]], self.id)
 
         return StoredPools([ids[place] for place in scored], pool)
 
@@ -211,7 +211,7 @@ class _Work:
         for pool in pools:
             self.columns.update(dict.fromkeys(pool.prompt.columns))
             self.most_candidates = max(self.most_candidates, len(pool.candidates))
-            self.digests.append(_digest(pool))
+            self.digests.append(pool_digest(pool))
             if self.digests[-1] in saved:
                 self.done.add(pool.prompt.id)
 
@@ -240,27 +240,19 @@ class _Work:
                 progress.update(len(chunk))
 
     def _score_with_calls_in_flight(self, waiting: deque[int], limit: float, progress: tqdm) -> None:
-        calls_of: dict[int, dict[str, Future]] = {}
+        in_flight: CallsInFlight[int] = CallsInFlight()
         try:
-            while True:
-                while waiting and len(calls_of) < self.scorer.options.reward_calls_in_flight:
-                    if self.is_broken or len(self.failures) > limit:
-                        break
+            while waiting or len(in_flight):
+                if self.is_broken or len(self.failures) > limit:
+                    waiting.clear()
+                while waiting and len(in_flight) < self.scorer.options.reward_calls_in_flight:
                     place = waiting.popleft()
-                    calls_of[place] = self.scorer.start([self._pool(place)])
-                if not calls_of:
-                    return
-                pending = [x for calls in calls_of.values() for x in calls.values() if not x.done()]
-                ready = [place for place, calls in calls_of.items() if all(x.done() for x in calls.values())]
-                for place in ready:
-                    self.score([place], calls_of.pop(place))
+                    in_flight.add(place, self.scorer.start([self._pool(place)]))
+                for place, calls in in_flight.take_ready():
+                    self.score([place], calls)
                     progress.update()
-                if not ready:
-                    wait(pending, return_when=FIRST_COMPLETED)
         finally:
-            for calls in calls_of.values():
-                for call in calls.values():
-                    call.cancel()
+            in_flight.cancel()
 
     def _pool(self, place: int) -> CandidatePool:
         pool = self.pools[place]
@@ -330,16 +322,17 @@ def saved_scores(pool: CandidatePool, digest: str) -> Row:
 def saved_scores_of_row(row: Row) -> Row:
     """As [`saved_scores`], from a row of a file that is whole."""
     pool = CandidatePool.from_row(row)
-    return saved_scores(pool, _digest(pool))
+    return saved_scores(pool, pool_digest(pool))
 
 
-def _digest(pool: CandidatePool) -> str:
+def pool_digest(pool: CandidatePool) -> str:
     """A name for what rewards see of a pool: 16 hexadecimal digits."""
     candidates = [(candidate.completion, candidate.finished) for candidate in pool.candidates]
     seen = json.dumps([pool.prompt.id, pool.prompt.columns, candidates], sort_keys=True)
     return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
 
-def _with_scores(pool: CandidatePool, row: Row, reward_id: str) -> CandidatePool:
+def with_scores(pool: CandidatePool, row: Row, reward_id: str) -> CandidatePool:
+    """A pool with what [`saved_scores`] has of it."""
     pairs = zip(pool.candidates, row["scores"], strict=True)
     return pool.with_candidates([replace(candidate, **score, scored_by=reward_id) for candidate, score in pairs])

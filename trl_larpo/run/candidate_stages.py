@@ -1,6 +1,7 @@
 """From prompts to candidate lists: the stages `generate`, `reward` and `select`."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..errors import LarPOError
 from ..generation.sampler import SampleKind, SamplingTask
 from ..pools import chain_pools, read_pools
 from ..prompts import Prompt
+from ..rewards.early import EarlyRewards, can_reward_early, forget_early_rewards, with_early_rewards
 from ..storage import GrowingFile, write_json, write_jsonl
 from .candidate_files import read_candidate_pools
 from .context import RunContext
@@ -38,7 +40,8 @@ def generate(context: RunContext, iteration: int, path: Path) -> None:
         revision=revision,
         description=f"Iteration {iteration}: sampling",
     )
-    pools = context.sampler.sample(context.folder.prompts_of(iteration), task, path)
+    with _early_rewards(context, iteration, path.with_name("rewarded.jsonl")) as on_pools:
+        pools = context.sampler.sample(context.folder.prompts_of(iteration), task, path, on_pools)
     unrelated = _responses_to_unrelated_prompts(context, task, path) if options.random_prompts else None
     if PartialState().is_main_process:
         seed = context.folder.training.seed
@@ -46,6 +49,20 @@ def generate(context: RunContext, iteration: int, path: Path) -> None:
             pools, options.negatives, options.num_negatives, seed, iteration, unrelated
         )
         GrowingFile(path).finish(pool.to_row() for pool in pools)
+
+
+@contextlib.contextmanager
+def _early_rewards(
+    context: RunContext, iteration: int, output: Path
+) -> Iterator[Callable[[list[CandidatePool]], None]]:
+    """Gives what rewards prompts as they are sampled; it does nothing where rewards have to wait."""
+    if not context.options.reward_while_sampling or not can_reward_early(context.scorer):
+        yield lambda pools: None
+        return
+    numbers = [iteration, *earlier_iterations(context.options.memory, iteration)]  # all that the stage will reward
+    prompts = (prompt for number in numbers for prompt in context.folder.prompts_of(number))
+    with EarlyRewards(context.scorer, output, (name for prompt in prompts for name in prompt.columns)) as early:
+        yield early.add
 
 
 def _responses_to_unrelated_prompts(
@@ -84,7 +101,8 @@ def reward(context: RunContext, iteration: int, path: Path) -> None:
     earlier: list[tuple[Sequence[CandidatePool], int | None]] = [*remembered]
     if options.earlier_candidates and (iteration == 1 or options.memory == "all"):
         earlier += [(read_candidate_pools(name), None) for name in options.earlier_candidates]
-    pools = add_earlier_candidates(read_pools(folder.iteration(iteration) / "samples.jsonl"), earlier, scorer.id)
+    sampled = with_early_rewards(read_pools(folder.iteration(iteration) / "samples.jsonl"), path, scorer)
+    pools = add_earlier_candidates(sampled, earlier, scorer.id)
     if scorer.is_relative:  # what is measured against the other candidates of a prompt holds in no other pool
         pools = pools.map(CandidatePool.without_rewards)
     pools = chain_pools([pools, earlier_rows(pools, remembered, options.memory, scorer.is_relative)])
@@ -97,6 +115,7 @@ def select(context: RunContext, iteration: int, path: Path) -> None:
     """Ranks the candidates and makes lists of them."""
     if not PartialState().is_main_process:
         return
+    forget_early_rewards(path.with_name("rewarded.jsonl"))
     selection = context.options.selection(context.folder.training.truncated_completions)
     counts = SelectionCounts()
     lists = each_list(read_pools(path.with_name("rewarded.jsonl")), selection, counts)

@@ -166,6 +166,11 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         "Health checks that stop the run after an iteration, by name, 'any' or 'none'. The others warn. See `larpo "
         "report`.",
     )
+    reward_while_sampling: bool = option(
+        True,
+        "Reward prompts as they are sampled, where all rewards are functions. false: when all are sampled, e.g. for a "
+        "function that holds a model on the GPU, or that only works in the main thread.",
+    )
     num_processes: int = option(
         1,
         "Processes of the stages that run a model: by torchrun, one for each GPU, or on a CPU.",
