@@ -3,6 +3,7 @@ Every architecture of causal language models in transformers, small, with random
 
     python tests/architectures.py             # prints a table, a line for each model type
     python tests/architectures.py gpt2 llama  # of some of them
+    python tests/architectures.py --flash     # on FlashAttention, with a stand-in in plain torch for its kernels
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from flash_stand_in import FLASH, flash_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -93,7 +95,7 @@ def tiny_config(model_type: str, **options):
     return AutoConfig.for_model(model_type, **{name: value for name, value in chosen.items() if value is not _ABSENT})
 
 
-def tiny_model(model_type: str, **options) -> PreTrainedModel:
+def tiny_model(model_type: str, attn_implementation: str | None = None, **options) -> PreTrainedModel:
     """
     A model in float32 on the CPU, in evaluation mode.
 
@@ -107,7 +109,8 @@ def tiny_model(model_type: str, **options) -> PreTrainedModel:
         raise ValueError(f"{model_type} has {size} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen).eval()
 
 
 def lists_of_tokens():
@@ -164,7 +167,7 @@ class Outcome:
     gradients: float  # norm of the difference, as a share of the norm
 
 
-def sweep(model_type: str, output_dir: str) -> Outcome:
+def sweep(model_type: str, output_dir: str, attn_implementation: str | None = None) -> Outcome:
     """
     Scores two lists with a tiny model of some architecture, in each chunk setting, and in plain rows.
 
@@ -174,7 +177,7 @@ def sweep(model_type: str, output_dir: str) -> Outcome:
     """
     batch, layouts, worst = lists_of_tokens(), {}, [0.0, 0.0]
     try:
-        model = tiny_model(model_type)
+        model = tiny_model(model_type, attn_implementation)
         expected = plain_logps(model, batch)
         alone = torch.cat([plain_logps(model, {name: x[i : i + 1] for name, x in batch.items()}) for i in range(2)])
         expected_gradients = gradients_of(model, expected)
@@ -183,7 +186,7 @@ def sweep(model_type: str, output_dir: str) -> Outcome:
     if not (alone - expected).abs().max() < 1e-3:
         raise CannotBeTried("what padding stands beside a row changes its log-probabilities")
     for chunk_size in (None, 2):
-        model = tiny_model(model_type)
+        model = tiny_model(model_type, attn_implementation)
         scorer = make_scorer(model, output_dir, candidate_chunk_size=chunk_size)
         logps = scorer(model, batch).logps
         gradients = gradients_of(model, logps)
@@ -214,7 +217,7 @@ def time_limit(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
-def main(model_types: list[str]) -> None:
+def main(model_types: list[str], attn_implementation: str | None = None) -> None:
     print("| model type | a list at once | in chunks | log-probabilities off by | gradients off by |")
     print("|---|---|---|---|---|")
     names = {Layout.SPLIT: "shared", Layout.SHARED: "shared", Layout.PROMPT_FIRST: "shared, prompt first"}
@@ -222,7 +225,7 @@ def main(model_types: list[str]) -> None:
     for model_type in model_types or MODEL_TYPES:
         try:
             with time_limit(60):
-                outcome = sweep(model_type, "/tmp")
+                outcome = sweep(model_type, "/tmp", attn_implementation)
         except (CannotBeTried, TimeoutError) as error:
             print(f"| {model_type} | not tried: {error} | | | |", flush=True)
             continue
@@ -235,4 +238,8 @@ def main(model_types: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if "--flash" in sys.argv:
+        with flash_attention():
+            main([name for name in sys.argv[1:] if name != "--flash"], FLASH)
+    else:
+        main(sys.argv[1:])

@@ -5,6 +5,7 @@ import math
 import architectures
 import pytest
 import torch
+from flash_stand_in import FLASH, flash_attention
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from trl_larpo.training.token_rows import separate_rows
@@ -49,8 +50,9 @@ LENGTH_DEPENDENT = {
 
 
 @pytest.mark.parametrize("kind", LENGTH_DEPENDENT)
-@pytest.mark.parametrize("shared_prompt", ["on", "off"])
-def test_position_embeddings_that_depend_on_the_length(kind, shared_prompt, tmp_path):
+@pytest.mark.parametrize("shared_prompt, attn_implementation", [("on", None), ("off", None), ("on", FLASH)])
+@flash_attention()
+def test_position_embeddings_that_depend_on_the_length(kind, shared_prompt, attn_implementation, tmp_path):
     # The longest sequence is beyond what the embeddings were made for, and single chunks are not
     model_type, rope = LENGTH_DEPENDENT[kind]
     options = {"rope_parameters": rope, "max_position_embeddings": 24, "head_dim": 8, "sliding_window": None}
@@ -63,7 +65,7 @@ def test_position_embeddings_that_depend_on_the_length(kind, shared_prompt, tmp_
     assert (alone - expected[1:]).abs().max() > 1e-3  # the length does matter
     for chunk_size in (None, 1, 2):
         scorer = architectures.make_scorer(
-            architectures.tiny_model(model_type, **options),
+            architectures.tiny_model(model_type, attn_implementation, **options),
             str(tmp_path),
             candidate_chunk_size=chunk_size,
             shared_prompt=shared_prompt,

@@ -3,16 +3,22 @@
 import pytest
 import tiny
 import torch
+import torch._dynamo
+from flash_stand_in import FLASH, flash_attention
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM
 
-from trl_larpo import ConfigError, LarPOTrainer
+from trl_larpo import ConfigError, DataCollatorForCandidateLists, LarPOTrainer
 from trl_larpo.training.attention import sharing_obstacle
+from trl_larpo.training.passes import Layout, whole_pass
 
 WINDOW = {"sliding_window": 5}
 SHARING = {
     "llama": {},
     "llama-eager": {"attn_implementation": "eager"},
+    "llama-flash": {"attn_implementation": FLASH},
+    "mistral-window-flash": WINDOW | {"attn_implementation": FLASH},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": None},
@@ -56,6 +62,7 @@ def model_of(tmp_path_factory):
 def first_step(model_of, config):
     """Loss, scores and gradients of a model on one batch of lists, with some options."""
 
+    @flash_attention()
     def run(name, dataset=LISTS, reference=None, **options):
         implementation = (SHARING | FALLING_BACK)[name].get("attn_implementation")
         kwargs = {"attn_implementation": implementation} if implementation else {}
@@ -130,6 +137,29 @@ def test_flex_attention_over_packed_lists(model_of, config, name, monkeypatch):
 
 
 @pytest.mark.slow
+def test_flex_attention_is_not_compiled_for_each_length(model_of, monkeypatch):
+    compiled = torch.compile(flex_attention, backend="eager")  # as transformers compiles it, but for the machine code
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda query, key, value, training=False, **kwargs: compiled(query, key, value, **kwargs),
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    model = AutoModelForCausalLM.from_pretrained(model_of("llama"), attn_implementation="flex_attention")
+    graphs = []
+    for lengths in ([40, 30], [100, 100], [150, 120, 99], [300, 10], [700, 50, 50]):  # packed: 128 to 896 tokens
+        prompt, *completions = lengths
+        example = {"prompt_ids": [5] * prompt, "completion_ids": [[6] * n for n in completions]}
+        batch = DataCollatorForCandidateLists(pad_token_id=0)([example | {"relevance": [0.0] * len(completions)}])
+        [of_pass] = whole_pass(model, batch, Layout.SHARED)
+        [call] = of_pass.calls
+        with torch.no_grad():
+            model(call.rows.input_ids, attention_mask=call.mask, position_ids=call.rows.positions, use_cache=False)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 1 and graphs[-1] == graphs[1], graphs
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FALLING_BACK)
 def test_other_models_fall_back_and_stay_right(first_step, name, caplog):
     with caplog.at_level("INFO", logger="trl_larpo"):
@@ -164,7 +194,9 @@ def test_what_a_mask_cannot_do_is_not_shared(model_of):
     model = AutoModelForCausalLM.from_pretrained(model_of("llama"))
     assert sharing_obstacle(model) is None
     model.config._attn_implementation = "flash_attention_2"
-    assert "takes no mask" in sharing_obstacle(model)
+    assert sharing_obstacle(model) is None  # variable lengths in place of a mask
+    model.config._attn_implementation = "paged|eager"
+    assert "takes neither a mask nor variable lengths" in sharing_obstacle(model)
     model.config._attn_implementation = "sdpa"
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert "linear_attention" in sharing_obstacle(model)

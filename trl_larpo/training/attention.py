@@ -13,10 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..layers import state_obstacle
-from .token_rows import Rows
-
-KeysAndValues = dict[int, tuple[Tensor, Tensor]]
-"""Layer number → keys and values of prompts, each `(lists, heads, prompt_length, head_size)`."""
+from .token_rows import KeysAndValues, Rows
+from .variable_length import enable_variable_lengths, uses_variable_lengths
 
 _PREFIX = "larpo_"  # of the attention implementations registered here
 
@@ -27,9 +25,9 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
     """
     Why the candidates of a list cannot share a row with their prompt in this model, as far as that is known in advance.
 
-    Sharing needs attention layers alone, a mask that may be any relation between tokens, and positions that may be
-    given. Whether the model then computes the same is measured on itself, by [`trl_larpo.training.proof`]; here stands
-    what two short lists would not show.
+    Sharing needs attention layers alone, a mask that may be any relation between tokens or sequences with more keys
+    than queries, and positions that may be given. Whether the model then computes the same is measured on itself, by
+    [`trl_larpo.training.proof`]; here stands what two short lists would not show.
 
     Args:
         model: The model, bare or as a `PeftModel`.
@@ -43,8 +41,8 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         model = model.get_base_model()
     config = model.config.get_text_config()
     implementation = (config._attn_implementation or "eager").removeprefix(_PREFIX)
-    if implementation not in _MASKABLE:
-        return f"attn_implementation={implementation!r} takes no mask of its own; 'sdpa' does"
+    if implementation not in _MASKABLE and not uses_variable_lengths(model):
+        return f"attn_implementation={implementation!r} takes neither a mask nor variable lengths; 'sdpa' does"
     if (obstacle := state_obstacle(model)) is not None:
         return obstacle
     if sliding_window(model) is None and not getattr(config, "layer_types", None):
@@ -130,6 +128,11 @@ class SplitRows:
     columns: Tensor
     places: Tensor
     mask: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those whose sizes change from batch to batch."""
+        return [self.columns, self.places, self.mask]
 
     @property
     def prompt_length(self) -> int:
@@ -237,7 +240,8 @@ def enable_sharing(model: PreTrainedModel) -> None:
     Gives `model` an attention that knows shared prompts. Without the arguments below it computes what it did before.
     FlexAttention stays as it is; its block masks say all.
 
-    - `split`: [`SplitRows`], for rows whose attention is worked out in parts.
+    - `split`: [`SplitRows`], for rows whose attention is worked out in parts; for FlashAttention,
+      [`VariableLengths`][trl_larpo.training.variable_length.VariableLengths].
     - `record`: an empty dictionary, which keeps the keys and values of this pass.
     - `recorded`: the dictionary after that pass; they stand in front of this pass's own, and the mask has room for
       them.
@@ -245,6 +249,9 @@ def enable_sharing(model: PreTrainedModel) -> None:
     Args:
         model: The model, bare or as a `PeftModel`, without [`sharing_obstacle`].
     """
+    if uses_variable_lengths(model):
+        enable_variable_lengths(model)
+        return
     config = model.config.get_text_config()
     if _PREFIX + config._attn_implementation in _KNOWING_SHARED_PROMPTS:
         config._attn_implementation = _PREFIX + config._attn_implementation

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .attention import KeysAndValues, SplitRows
 from .head import OutputHead, TokenValues, score_logits, score_tokens
 from .passes import Call, Pass
+from .token_rows import KeysAndValues
 
 
 def enable_passes(model: PreTrainedModel) -> None:
@@ -125,9 +125,8 @@ def _in_rows(values: TokenValues, scored: Tensor) -> TokenValues:
 @torch.compiler.disable
 def _expect_other_sizes(arguments: dict[str, Any]) -> None:
     """Tells the compiler that the next batch is of another size, so that it compiles once for all."""
-    split: SplitRows | None = arguments.get("split")
     tensors = [arguments[name] for name in ("input_ids", "attention_mask", "position_ids") if name in arguments]
-    tensors += [] if split is None else [split.columns, split.places, split.mask]
+    tensors += arguments["split"].tensors if "split" in arguments else []
     for tensor in tensors:
         if isinstance(tensor, Tensor):
             for dimension in range(tensor.dim()):

@@ -17,6 +17,10 @@ from transformers import PreTrainedModel
 
 from .attention import SplitRows, attention_masks, split_rows, uses_blocks
 from .token_rows import Batch, Rows, candidate_rows, extend, pack, prompt_rows, separate_rows, shared_prompt_rows
+from .variable_length import VariableLengths, uses_variable_lengths, variable_lengths
+
+_BLOCK = 128
+"""Tokens of a block of FlexAttention's masks. Its code is compiled for the second length, and then for all others."""
 
 
 class Layout(Enum):
@@ -39,15 +43,15 @@ class Call:
 
     Attributes:
         rows: The rows it is given.
-        mask: What they see, as `attention_mask`.
+        mask: What they see, as `attention_mask`. `None` where `split` says it.
         with_positions: Whether to tell the model the positions of the tokens, which it works out itself in plain rows.
         split: How attention takes the rows apart, `None` where it does not.
     """
 
     rows: Rows
-    mask: "Tensor | BlockMask | dict[str, Tensor | BlockMask]"
+    mask: "Tensor | BlockMask | dict[str, Tensor | BlockMask] | None"
     with_positions: bool
-    split: SplitRows | None = None
+    split: SplitRows | VariableLengths | None = None
 
 
 @dataclass
@@ -97,7 +101,8 @@ def whole_pass(
         pad_to_multiple_of: The length of the rows is padded to a multiple of this.
     """
     lay_out = shared_prompt_rows if layout.shares_prompt else separate_rows
-    return [Pass([_call(model, lay_out(batch, pad_to_multiple_of), layout)], recompute=False)]
+    rows = lay_out(batch, pad_to_multiple_of)
+    return [Pass([_call(model, rows, layout, multiple=pad_to_multiple_of)], recompute=False)]
 
 
 def passes_in_chunks(
@@ -115,7 +120,7 @@ def passes_in_chunks(
     Args:
         model: Model the passes are for, bare or as a `PeftModel`.
         batch: As [`DataCollatorForCandidateLists`] makes it.
-        layout: `PROMPT_FIRST`, `SHARED` (the prompt in the rows of each chunk) or `SEPARATE`.
+        layout: `PROMPT_FIRST`, `SHARED` or `SPLIT` (the prompt in the rows of each chunk) or `SEPARATE`.
         chunk_size: Most candidates in a chunk.
         list_size: What lists are taken to hold, at least `batch`'s own. Processes that work together must agree on it,
             because all take part in every pass.
@@ -142,6 +147,7 @@ def passes_in_chunks(
         lay_out = {
             Layout.PROMPT_FIRST: candidate_rows,
             Layout.SHARED: shared_prompt_rows,
+            Layout.SPLIT: shared_prompt_rows,
             Layout.SEPARATE: separate_rows,
         }[layout]
         prompts = None
@@ -152,21 +158,33 @@ def passes_in_chunks(
 
 
 def _call(
-    model: PreTrainedModel, rows: Rows, layout: Layout, prompts: Prompts | None = None, longest: int | None = None
+    model: PreTrainedModel,
+    rows: Rows,
+    layout: Layout,
+    prompts: Prompts | None = None,
+    longest: int | None = None,
+    multiple: int | None = None,
 ) -> Call:
-    if longest is not None:
-        if layout is Layout.SEPARATE:  # where sequences are cut at the start, these begin at 0 again
-            rows.positions = torch.arange(rows.real.size(1), device=rows.real.device).expand(len(rows.real), -1)
-        rows = extend(rows, longest - 1)
     if layout is Layout.SEPARATE:
+        if longest is not None:  # where sequences are cut at the start, these begin at 0 again
+            rows.positions = torch.arange(rows.real.size(1), device=rows.real.device).expand(len(rows.real), -1)
+            rows = extend(rows, longest - 1)
         # A row that is all padding must see something, or its softmax is over nothing
         seen = rows.real | (torch.arange(rows.real.size(1), device=rows.real.device) == 0)
         return Call(rows, seen.long(), with_positions=longest is not None)
-    if uses_blocks(model):
-        rows = pack(rows)
+    has_variable_lengths = uses_variable_lengths(model)
+    if has_variable_lengths:
+        rows = pack(rows, multiple or 1)
+    elif uses_blocks(model):
+        rows = pack(rows, _BLOCK)
+    if longest is not None:
+        rows = extend(rows, longest - 1)
+    prompt_real = None if prompts is None else prompts.real
+    if has_variable_lengths:
+        return Call(rows, None, True, variable_lengths(rows, prompt_real))
     if layout is Layout.SPLIT and (split := split_rows(rows)) is not None:
         return Call(rows, split.mask, True, split)
-    return Call(rows, attention_masks(model, rows, None if prompts is None else prompts.real), True)
+    return Call(rows, attention_masks(model, rows, prompt_real), True)
 
 
 def _prompts(batch: Batch, num_candidates: Tensor, longest: int | None) -> Prompts:

@@ -27,6 +27,7 @@ from .passes import Layout, Pass, passes_in_chunks, whole_pass
 from .proof import Proof
 from .token_rows import Batch, Rows, sequence_lengths
 from .trl_compat import forget_order_of_modules
+from .variable_length import uses_variable_lengths
 
 logger = get_logger(__name__)
 
@@ -184,12 +185,14 @@ class CandidateScorer:
 
     def _sharing_layouts(self) -> list[Layout]:
         """Those that the model may be able to do, the best first."""
+        # Kernels without masks take rows apart in any case
+        in_rows = Layout.SPLIT if uses_variable_lengths(self.model) else Layout.SHARED
         if self.chunk_size is None:
-            return [Layout.SPLIT, Layout.SHARED] if splits_rows(self.model) else [Layout.SHARED]
+            return [Layout.SPLIT, in_rows] if splits_rows(self.model) else [in_rows]
         # FSDP brings back the weights of a layer for the backward pass when the layer's output gets a gradient, and of
         # a prompt that runs first only keys and values do. Block masks hold whole rows.
         is_fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
-        return [Layout.SHARED] if is_fsdp or uses_blocks(self.model) else [Layout.PROMPT_FIRST, Layout.SHARED]
+        return [in_rows] if is_fsdp or uses_blocks(self.model) else [Layout.PROMPT_FIRST, in_rows]
 
     def _logps(self, head: OutputHead, layout: Layout, batch: Batch) -> Tensor:
         logps = self._run(self.model, head, self._passes(batch, layout)).logps

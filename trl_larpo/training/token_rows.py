@@ -10,6 +10,9 @@ Batch = dict[str, Tensor]
 """As [`DataCollatorForCandidateLists`] makes it; and perhaps `scored_mask`, bool and of the shape of `completion_mask`,
 `False` for tokens of a completion that the model did not write, such as the answer of a tool: seen, and not scored."""
 
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]
+"""Layer number → keys and values of prompts, each `(lists, heads, prompt_length, head_size)`."""
+
 
 @dataclass
 class Rows:
@@ -96,16 +99,19 @@ def shared_prompt_rows(batch: Batch, pad_to_multiple_of: int | None = None) -> R
     return _shared_rows(batch, pad_to_multiple_of or 1, with_prompt=True)
 
 
-def pack(rows: Rows) -> Rows:
+def pack(rows: Rows, multiple: int) -> Rows:
     """
     All rows behind one another in one, without the padding between them.
 
-    Worth it where attention leaves out what is masked. The length is rounded up so that few lengths occur, because
-    attention of that kind is compiled for each.
+    Worth it where attention leaves out what is masked.
+
+    Args:
+        rows: The rows.
+        multiple: The length is padded to a multiple of this.
     """
     order = rows.real.flatten().nonzero()[:, 0]
     length = rows.input_ids.size(1)
-    padding = _round_up(len(order)) - len(order)
+    padding = -(-max(2, len(order)) // multiple) * multiple - len(order)  # 2: something to predict, and from what
 
     def packed(values: Tensor, fill: int = 0) -> Tensor:
         return F.pad(values.flatten()[order], (0, padding), value=fill)[None]
@@ -127,12 +133,6 @@ def pack(rows: Rows) -> Rows:
         weights=packed(rows.weights),
         lists=packed(torch.arange(len(rows.real), device=order.device)[:, None].expand_as(rows.real)),
     )
-
-
-def _round_up(length: int) -> int:
-    """To a multiple of 128, and of more for long rows, so that at most an eighth is added."""
-    step = max(128, 2 ** (length.bit_length() - 4))
-    return -(-length // step) * step
 
 
 def candidate_rows(batch: Batch) -> Rows:
