@@ -27,6 +27,7 @@ FAULTS = (
     "stalls",  # answers the first request after ten seconds
     "no_model",  # offers no model
     "turns_bad",  # returns no choice from the eleventh request on
+    "strict",  # refuses settings that OpenAI's protocol does not have
     "wild",  # answers one request in three badly, each time in another of the ways below
 )
 
@@ -54,9 +55,10 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0, fault: str | None = None, prompt_tokens: int | None = None):
+    def __init__(self, port: int = 0, fault: str | None = None, prompt_tokens: int | None = None, token_ids=None):
         super().__init__(("127.0.0.1", port), _Handler)
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
+        self.token_ids = token_ids  # makes tokens of a text
         self.url, self.closing = f"http://127.0.0.1:{self.server_port}/v1", threading.Event()
 
     def start(self) -> "FakeServer":
@@ -111,6 +113,8 @@ class _Handler(JsonHandler):
             return self._send_text(*BAD_ANSWERS[kinds[number // 3 % len(kinds)]])
         if fault == "busy" and number % 2:
             return self._send(503, {"error": {"message": "busy"}})
+        if fault == "strict" and {"top_k", "min_p", "repetition_penalty", "return_token_ids"} & asked.keys():
+            return self._send(422, {"error": {"message": "Unexpected keys in the request: top_k"}})
         if fault == "refuses":
             return self._send(400, {"error": {"message": "max_tokens is too large"}})
         if fault == "stalls" and number == 1:
@@ -128,6 +132,8 @@ class _Handler(JsonHandler):
         for index in range(count):
             text, reason = _answer(prompt, f"{asked.get('seed')}/{index}" if samples else "greedy")
             content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            if self.server.token_ids is not None and asked.get("return_token_ids"):
+                content["token_ids"] = self.server.token_ids(text)
             choices.append({"index": index, "finish_reason": reason} | content)
         prompt_tokens = self.server.prompt_tokens
         usage = {} if prompt_tokens is None else {"usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 9}}

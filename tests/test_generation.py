@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError
 from trl_larpo.generation.continuous_batching import Job, _draw
-from trl_larpo.generation.in_process import generate_completions
+from trl_larpo.generation.in_process import Sample, encode_prompt, generate_completions, tokens_beyond_text
 
 PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
 
@@ -104,6 +104,34 @@ def test_ends_are_told_from_cut_offs(model):
     assert always_end
     samples = generate_completions(model, tokenizer, ["a"], num_samples=8, max_new_tokens=1)
     assert all(sample.num_tokens == 1 and sample.finished == (sample.text == "") for sample in samples[0])
+
+
+@pytest.mark.parametrize(
+    "prompt", ["the dog", [{"role": "user", "content": "why is the cat blue"}]], ids=["text", "chat"]
+)
+def test_tokens_are_kept_where_the_text_does_not_give_them_back(prompt):
+    tokenizer = tiny.tiny_tokenizer()
+
+    def sample(ids, finished=True):
+        text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+        return Sample(text, len(ids), finished, ids)
+
+    end = tokenizer.eos_token_id
+    if not isinstance(prompt, str):  # what the chat template puts there
+        whole = tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": "x"}], tokenize=True, return_dict=True
+        )["input_ids"]
+        end = whole[len(encode_prompt(tokenizer, prompt)) + 1]
+    usual = tokenizer("blue é", add_special_tokens=False)["input_ids"]
+    half = usual[:-1]  # ends within a character
+    samples = [
+        sample([*usual, end]),
+        sample([*half, end]),
+        sample([*usual, usual[0]]),  # another end
+        sample(usual, finished=False),
+        Sample("blue", 5, True),
+    ]
+    assert tokens_beyond_text(tokenizer, prompt, samples) == [None, [*half, end], [*usual, usual[0]], usual, None]
 
 
 def test_sampling_follows_the_model_distribution(model):

@@ -22,9 +22,9 @@ from trl_larpo.run.monitor import MonitorPoint, TrainingMonitor
 
 TWO_FACED = """
 def two_faced(prompts, completions, **columns):
-    # Pays for saying little in training, and for the opposite on held-out prompts
+    # Pays for saying much in training, and for the opposite on held-out prompts
     lengths = [float(len(c[-1]["content"])) for c in completions]
-    return [n if "held" in prompt[-1]["content"] else -n for prompt, n in zip(prompts, lengths)]
+    return [-n if "held" in prompt[-1]["content"] else n for prompt, n in zip(prompts, lengths)]
 """
 
 
@@ -95,26 +95,15 @@ def test_a_training_that_does_harm_is_stopped_and_its_start_kept(long_project, c
     assert larpo_run(*HARM, "--stop_on", "none") == 0  # resumes from what was kept
 
 
+LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "down_proj"]
+
+
 @pytest.mark.slow
 def test_with_lora_too(long_project, talkative_model):
-    lora = [
-        "--per_token_scores",
-        "false",
-        "--use_peft",
-        "--merge_adapter",
-        "--lora_target_modules",
-        "q_proj",
-        "v_proj",
-        "down_proj",
-        "--learning_rate",
-        0.1,
-    ]
+    lora = [*LORA, "--merge_adapter", "--per_token_scores", "false", "--learning_rate", 0.03]
     assert larpo_run(*HARM, *lora) == 2
     saved = weights(long_project / "out/iteration_1/model")
     assert equal(saved, load_file(f"{talkative_model}/model.safetensors"))
-
-
-LORA = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "down_proj"]
 
 
 @pytest.mark.slow

@@ -97,6 +97,18 @@ def test_tokens_are_those_that_were_sampled():
         assert with_end["completion_ids"][1] == half
 
 
+@pytest.mark.parametrize("end", ["end of sequence", "another end"])
+def test_tokens_of_a_completion_that_ended_are_those_that_were_sampled(end):
+    tokenizer = tiny.tiny_tokenizer()
+    end_id = tokenizer.eos_token_id if end == "end of sequence" else tokenizer("z")["input_ids"][0]
+    half = tokenizer("so é", add_special_tokens=False)["input_ids"][:-1]  # which no text gives back
+    text, ids = tokenizer.decode(half, skip_special_tokens=True), [*half, end_id]
+    for prompt, wrap in ((USER, say), ("why", str)):
+        [found], _ = tokenized([row([wrap("Yes."), wrap(text)], [True, True], prompt, completion_ids=[None, ids])])
+        assert found["completion_ids"][1] == ids
+        assert found["completion_ids"][0][: len(tokenizer("Yes.")["input_ids"])] == tokenizer("Yes.")["input_ids"]
+
+
 def test_tokens_of_another_tokenizer_are_not_taken(caplog):
     rows = [row([say("Yes."), say(CUT)], [True, False], completion_ids=[None, [1, 2, 9_999]])]
     [found], tokenizer = tokenized(rows)

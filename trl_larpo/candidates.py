@@ -34,8 +34,8 @@ class Candidate:
         temperature: Sampling temperature; `None` where unknown.
         finished: Whether the model ended it on its own; `False` where `max_new_tokens` cut it off.
         num_tokens: Its tokens; `None` where unknown.
-        token_ids: Its tokens as they were sampled, where its text alone does not give them back: kept for cut-off
-            completions that were sampled in this process. `None` otherwise.
+        token_ids: Its tokens as they were sampled, an end token included, where they are known and its text alone does
+            not give them back. `None` otherwise.
         count: How many times it was sampled.
         rank: Its place among all distinct usable completions of its prompt, 1 for the best; `None` where it has none.
         of_prompt: Name of the prompt that it answers, where that is another one.

@@ -23,8 +23,7 @@ class Sample:
         text: The completion, without special tokens.
         num_tokens: Tokens generated, an end token included.
         finished: Whether the model ended it on its own; `False` where `max_new_tokens` cut it off.
-        token_ids: Tokens of a completion that was cut off, where they are known: its text may end within a word or a
-            character, and would not be tokenised the same way.
+        token_ids: Its tokens, an end token included, where they are known.
     """
 
     text: str
@@ -166,6 +165,42 @@ def encode_prompt(
     return tokenizer.apply_chat_template(prompt, **(chat_template_kwargs or {}), **rendered)["input_ids"]
 
 
+def tokens_beyond_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Content,
+    samples: Sequence[Sample],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int] | None]:
+    """
+    Tokens of those samples whose text alone does not give them back, `None` for the others.
+
+    The text of a completion may be tokenised in another way than it was sampled, and one that was cut off may end
+    within a word or a character.
+
+    Args:
+        tokenizer: The model's.
+        prompt: Their prompt.
+        samples: All of one prompt.
+        chat_template_kwargs: Arguments of the chat template.
+    """
+    kwargs = chat_template_kwargs or {}
+    prompt_ids = encode_prompt(tokenizer, prompt, kwargs)
+    kept: list[list[int] | None] = []
+    for each in samples:
+        ids = each.token_ids
+        if ids and each.finished:
+            if isinstance(prompt, str):
+                whole = tokenizer(prompt + each.text + (tokenizer.eos_token or ""))["input_ids"]
+            else:
+                messages = [*prompt, {"role": "assistant", "content": each.text}]
+                whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+            sampled = prompt_ids + ids
+            if whole[: len(sampled)] == sampled:  # a chat template may put a line break behind
+                ids = None
+        kept.append(ids)
+    return kept
+
+
 def end_token_ids(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end a completion: those of the model's generation settings, and the tokenizer's."""
     configured = settings.eos_token_id
@@ -184,4 +219,4 @@ def _uniform_numbers(seed: int, key: str, num_samples: int, max_new_tokens: int)
 def _as_sample(ids: list[int], end_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> Sample:
     finished = ids[-1] in end_ids
     text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-    return Sample(text=text, num_tokens=len(ids), finished=finished, token_ids=None if finished else ids)
+    return Sample(text=text, num_tokens=len(ids), finished=finished, token_ids=ids)

@@ -2,10 +2,12 @@
 
 import contextlib
 import gc
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,10 +27,12 @@ from ..preparation import preparing
 from ..prompts import Prompt, completion_for
 from ..set_aside import SetAside
 from ..storage import GrowingFile
-from .in_process import Sample, encode_prompt, end_token_ids, generate_completions
+from .in_process import Sample, encode_prompt, end_token_ids, generate_completions, tokens_beyond_text
 from .options import GenerationOptions
 from .server_client import Request, Sampler, request_seed
 from .server_process import running_servers
+
+logger = logging.getLogger(__name__)
 
 _BATCHES_PER_UNIT = 4  # at most this many batches are sampled again after a kill
 
@@ -158,7 +162,9 @@ class PolicySampler:
         state.wait_for_everyone()
         if not state.is_main_process:
             return StoredPools.none()
-        return _saved_pools(path, prompts)
+        pools = _saved_pools(path, prompts)
+        _report_tokens(pools)
+        return pools
 
     def _sample_in_process(
         self,
@@ -203,7 +209,7 @@ class PolicySampler:
 
         def save(request: Request, samples: list[Sample]) -> None:
             nonlocal num_tokens
-            pool = _as_pool(by_id[request.key], samples, task)
+            pool = _as_pool(tokenizer, by_id[request.key], samples, task, options.template_kwargs)
             file.add([pool.to_row()])
             on_pools([pool])
             num_tokens += sum(sample.num_tokens for sample in samples)
@@ -312,7 +318,10 @@ def sample_pools(
         progress=progress,
         chat_template_kwargs=options.template_kwargs,
     )
-    return [_as_pool(prompt, of_prompt, task) for prompt, of_prompt in zip(prompts, samples, strict=True)]
+    return [
+        _as_pool(tokenizer, prompt, of_prompt, task, options.template_kwargs)
+        for prompt, of_prompt in zip(prompts, samples, strict=True)
+    ]
 
 
 def _saved_pools(path: Path, prompts: list[Prompt]) -> StoredPools:
@@ -328,8 +337,15 @@ def _saved_pools(path: Path, prompts: list[Prompt]) -> StoredPools:
     return StoredPools([prompt.id for prompt in sampled], pool)
 
 
-def _as_pool(prompt: Prompt, samples: list[Sample], task: SamplingTask) -> CandidatePool:
+def _as_pool(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    samples: list[Sample],
+    task: SamplingTask,
+    chat_template_kwargs: dict[str, Any],
+) -> CandidatePool:
     """The candidates that were sampled for a prompt."""
+    token_ids = tokens_beyond_text(tokenizer, prompt.content, samples, chat_template_kwargs)
     return CandidatePool(
         prompt,
         [
@@ -340,11 +356,24 @@ def _as_pool(prompt: Prompt, samples: list[Sample], task: SamplingTask) -> Candi
                 temperature=kind.temperature,
                 finished=sample.finished,
                 num_tokens=sample.num_tokens,
-                token_ids=sample.token_ids,
+                token_ids=ids,
             )
-            for kind, sample in zip(task.kinds, samples, strict=True)
+            for kind, sample, ids in zip(task.kinds, samples, token_ids, strict=True)
         ],
     )
+
+
+def _report_tokens(pools: StoredPools) -> None:
+    """Counts the completions that ended and whose text alone would be tokenised in another way."""
+    num_ended = num_kept = 0
+    for candidate in (candidate for pool in pools for candidate in pool.candidates):
+        num_ended += candidate.finished
+        num_kept += candidate.finished and candidate.token_ids is not None
+    if num_kept:
+        logger.info(
+            f"{num_kept} of {num_ended} completions that ended would be tokenised in another way than they were "
+            "sampled: their tokens are kept, and trained on."
+        )
 
 
 def generation_dtype(name: str = "auto") -> torch.dtype:

@@ -32,6 +32,14 @@ _TRIES_OF = {"refused": 4, "timeout": 3}  # such a failure counts as so many tri
 
 _BAD_SERVER = 20  # so many requests in a row that fail at their first try are no fault of the prompts
 
+_MORE_SETTINGS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+"""
+Beyond OpenAI's protocol. What is not said a server takes from the model's `generation_config.json`, so that samples of
+one model would be drawn in another way than those of the next.
+"""
+
+_UNKNOWN_SETTING = (400, 422)  # what a server says to a setting that it does not know
+
 _NEVER_AGAIN = (401, 403, 404)  # what a server says to a wrong key, model or address
 _LATER = (408, 409, 425, 429)
 
@@ -141,6 +149,7 @@ class _Endpoint:
         self.url, self.sampler, self.model = url, sampler, sampler.model
         self.extra: dict[str, Any] = {}
         self.client = AsyncOpenAI(base_url=url, api_key=key, timeout=sampler.timeout, max_retries=0)
+        self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
         self.failing_since: float | None = None
         self.first_failures = 0  # requests in a row that failed at their first try
         self.wait = _FIRST_WAIT
@@ -159,13 +168,10 @@ class _Endpoint:
             "top_p": self.sampler.top_p,
             "max_tokens": self.sampler.max_new_tokens,
             "seed": seed,
-            "extra_body": self.extra_body(temperature) | template,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
         } | ({"n": count} if count > 1 else {})
-        answer: Any
-        if isinstance(request.prompt, str):
-            answer = await self.client.completions.create(prompt=request.prompt, **options)
-        else:
-            answer = await self.client.chat.completions.create(messages=request.prompt, **options)
+        answer = await self.ask(request.prompt, options, self.extra_body(temperature) | template)
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
             raise UnusableAnswerError(f"it answered without choices: {' '.join(str(answer).split())[:150]}")
@@ -178,7 +184,7 @@ class _Endpoint:
             texts = [None]
         if None in texts:
             raise UnusableAnswerError(f"its choices hold no text: {' '.join(str(choices).split())[:150]}")
-        self.check_prompt(request, answer.usage)
+        self.check_prompt(request, answer)
         samples = []
         for text, choice in zip(texts, choices, strict=True):
             if choice.finish_reason is None:
@@ -187,10 +193,38 @@ class _Endpoint:
                     "off. Take a server that says it."
                 )
             finished = choice.finish_reason == "stop"
+            ids = getattr(choice, "token_ids", None) or None
             known = answer.usage.completion_tokens if answer.usage and len(texts) == 1 else None
-            num_tokens = known or self.sampler.count_tokens(text) + finished
-            samples.append(Sample(text=text, num_tokens=num_tokens, finished=finished))
+            num_tokens = len(ids) if ids else known or self.sampler.count_tokens(text) + finished
+            samples.append(Sample(text=text, num_tokens=num_tokens, finished=finished, token_ids=ids))
         return samples[:count]
+
+    async def ask(self, prompt: Content, options: dict[str, Any], extra_body: dict[str, Any]) -> Any:
+        """The answer to a request, with the settings that OpenAI's protocol lacks where the server knows them."""
+        import openai
+
+        if self.takes_more is False:
+            return await self.send(prompt, options, extra_body)
+        try:
+            answer = await self.send(prompt, options, _MORE_SETTINGS | extra_body)
+        except openai.APIStatusError as error:
+            if self.takes_more or error.status_code not in _UNKNOWN_SETTING:
+                raise
+            answer = await self.send(prompt, options, extra_body)  # raises the error again if the prompt is the cause
+            self.takes_more = False
+            self.warn(
+                f"The servers refuse {', '.join(_MORE_SETTINGS)}: they draw with what they or the model's "
+                "`generation_config.json` hold for these, and completions that end are trained on as their texts are "
+                "tokenised."
+            )
+        else:
+            self.takes_more = True
+        return answer
+
+    async def send(self, prompt: Content, options: dict[str, Any], extra_body: dict[str, Any]) -> Any:
+        if isinstance(prompt, str):
+            return await self.client.completions.create(prompt=prompt, extra_body=extra_body, **options)
+        return await self.client.chat.completions.create(messages=prompt, extra_body=extra_body, **options)
 
     async def first_model(self) -> str:
         models = (await self.client.models.list()).data
@@ -212,11 +246,15 @@ class _Endpoint:
         settings = self.extra | {"temperature": temperature, "max_new_tokens": self.sampler.max_new_tokens}
         return {"generation_config": json.dumps(settings | {"top_p": self.sampler.top_p})}
 
-    def check_prompt(self, request: Request, usage) -> None:
-        prompt_tokens = getattr(usage, "prompt_tokens", None)
-        if prompt_tokens and prompt_tokens != len(request.prompt_ids):
+    def check_prompt(self, request: Request, answer: Any) -> None:
+        """Compares the prompt's tokens, or their number where the server does not give them."""
+        of_choice = getattr(answer.choices[0], "prompt_token_ids", None) if answer.choices else None
+        ids = getattr(answer, "prompt_token_ids", None) or of_choice
+        prompt_tokens = len(ids) if ids else getattr(answer.usage, "prompt_tokens", None)
+        if prompt_tokens and (prompt_tokens != len(request.prompt_ids) or (ids and ids != request.prompt_ids)):
+            what = "other" if prompt_tokens == len(request.prompt_ids) else f"{prompt_tokens}"
             self.warn(
-                f"The servers see another prompt than training: {prompt_tokens} tokens instead of "
+                f"The servers see another prompt than training: {what} tokens instead of "
                 f"{len(request.prompt_ids)}. Serve the model with the chat template of its folder."
             )
 

@@ -188,7 +188,7 @@ def _tokenize_row(
     sequences = []
     of_completions = (ranked[name] for name in ("completions", "finished", "completion_ids"))
     for position, (completion, finished, ids) in enumerate(zip(*of_completions, strict=True)):
-        if ids is not None and not _are_tokens_of(completion, ids, tokenizer):
+        if ids is not None and not _are_tokens_of(completion, finished, ids, tokenizer):
             _warn_once(
                 where,
                 "tokens",
@@ -264,10 +264,17 @@ def _continued(prompt: list[Row], completion: list[Row]) -> list[Row]:
     return [*prompt[:-1], last | first | {"content": beginning + rest}, *completion[1:]]
 
 
-def _are_tokens_of(completion: str | list[Row], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+def _are_tokens_of(
+    completion: str | list[Row], finished: bool, ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> bool:
     """Whether tokens are those of a completion. They are not where another tokenizer made them."""
     text = completion if isinstance(completion, str) else completion[-1].get("content")
-    return max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == text
+    if max(ids) >= len(tokenizer):
+        return False
+    # The last one of a completion that ended has no text: an end token, even if the tokenizer does not know it as such
+    return text in (
+        tokenizer.decode(part, skip_special_tokens=True) for part in ((ids, ids[:-1]) if finished else (ids,))
+    )
 
 
 def _render_up_to_end_of_content(
