@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "report": set(),
     "run": {"training", "generation", "rewards", "report"},
 }
-COMMANDS = {"cli", "commands", "recall", "__main__", "option_help"}  # above all packages
+COMMANDS = {"cli", "commands", "recall", "__main__", "arguments", "option_help"}  # above all packages
 MAX_LINES, MAX_CLASS_LINES = 450, 250
 LARGE = {"training/trainer": "LarPOTrainer"}  # one class to read from top to bottom
 

@@ -292,14 +292,3 @@ def test_launches_through_accelerate(yaml_file, tmp_path, through):
         result = run(sys.executable, "-m", "trl_larpo", *train, *launch)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("command, goes_on", [("generate", True), ("report", False)])
-def test_ctrl_c_is_one_line(monkeypatch, capsys, command, goes_on):
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(cli.COMMANDS, command, (interrupted, ""))
-    assert cli.main([command]) == 130
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("larpo: interrupted.") and ("same command again" in error) == goes_on

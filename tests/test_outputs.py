@@ -10,8 +10,9 @@ import pytest
 from small_run import rows_of, write_prompts
 
 from trl_larpo import cli
+from trl_larpo.locks import exclusive_lock
 from trl_larpo.settings import fingerprint
-from trl_larpo.storage import exclusive_lock, write_jsonl
+from trl_larpo.storage import write_jsonl
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_files_that_would_be_lost_are_refused(generate, reward, project, capsys)
 
 
 def test_one_command_writes_an_output(reward, project):
-    code = "import sys; from trl_larpo.storage import exclusive_lock; from pathlib import Path\n"
+    code = "import sys; from trl_larpo.locks import exclusive_lock; from pathlib import Path\n"
     code += "with exclusive_lock(Path(), sys.argv[1], 'output'): pass"
     with exclusive_lock(project, "rewarded.jsonl", "output"):
         others = [

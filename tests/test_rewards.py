@@ -363,6 +363,7 @@ def test_rewards_are_found_by_name(tmp_path, monkeypatch):
         ([], None, "`reward_funcs` is empty"),
         (["gsm8k"], [1.0, 2.0], "`reward_weights` has 2 numbers for 1 rewards"),
         (["no_such_module_here:f"], None, "cannot be imported: ModuleNotFoundError"),
+        (["this_one_exits:f"], None, "cannot be imported: SystemExit: 0"),
         (["math:no_such_function"], None, "has no function 'no_such_function'"),
         (["math:pi"], None, "has no function 'pi'"),
         (
@@ -375,7 +376,9 @@ def test_rewards_are_found_by_name(tmp_path, monkeypatch):
         (["pairwise:./none"], None, "names the folder './none', and there is no such folder"),
     ],
 )
-def test_rewards_that_cannot_be_found_are_named(names, weights, message):
+def test_rewards_that_cannot_be_found_are_named(names, weights, message, tmp_path, monkeypatch):
+    (tmp_path / "this_one_exits.py").write_text("import sys; sys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         load_rewards(names, weights)
 

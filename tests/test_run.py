@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_larpo.locks import exclusive_lock
 from trl_larpo.run import loop
-from trl_larpo.storage import exclusive_lock
 
 RESULTS = (
     "run.yaml", "prompts.jsonl", "held_out_prompts.jsonl", "iteration_0/held_out.jsonl", "iteration_0/evaluation.json",
@@ -84,7 +84,7 @@ def test_the_divergence_is_the_mean_log_ratio_of_the_samples(finished_run, talka
     def log_probability(model, prompt, completion, about):
         start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
-        if not about["finished"]:  # as it was sampled
+        if "token_ids" in about:  # as it was sampled
             ids = start + about["token_ids"]
         with torch.no_grad():
             of_next = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
@@ -111,9 +111,9 @@ def test_the_plan_alone(project, capsys):
 
 @pytest.mark.slow
 def test_killed_anywhere_and_run_again_it_ends_with_the_same_files():
-    # Five kills here; tests/kill_and_resume.py does as many as it is asked for
+    # Five kills here; tests/kill_and_resume.py does as many as it is asked for, and in several processes too
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), "--kills", "5", "--seed", "3"]
+    command = [sys.executable, str(script), "--kills", "5", "--seed", "3", "--modes", "in_process", "servers"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "5 kills: files equal" in done.stdout
@@ -132,8 +132,8 @@ def test_interrupt_says_how_to_go_on(project):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "larpo: error: Interrupted. Run the same command again to resume; nothing is lost." in errors
+    assert process.returncode == 130
+    assert "larpo: stopped by SIGINT. Run the same command again to resume; nothing is lost." in errors
     assert larpo_run() == 0
 
 

@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
+
+from trl_larpo.run.stages import STAGES
 
 pytest.importorskip("openai")
 
@@ -25,8 +28,8 @@ def test_servers_of_each_iterations_model(project, talkative_model, monkeypatch,
     change_options(project, server_command=FAKE, num_servers=2)
     assert larpo_run() == 0
     logs = [(project / f"out/servers/server_{i}.log").read_text().splitlines() for i in (0, 1)]
-    # Stopped to make room for training and for the KL divergence: so twice of the first iteration's model
-    models = [talkative_model, "out/iteration_1/model", "out/iteration_1/model", "out/iteration_2/model"]
+    # Held-out prompts and those of the next iteration are sampled with the same servers
+    models = [talkative_model, "out/iteration_1/model", "out/iteration_2/model"]
     assert logs == [[f"model {model}" for model in models]] * 2
     rows = rows_of(project / "out/iteration_2/samples.jsonl")
     assert all(len(row["completions"]) == 4 for row in rows)
@@ -34,6 +37,26 @@ def test_servers_of_each_iterations_model(project, talkative_model, monkeypatch,
     assert not any("fake_server.py" in " ".join(process.cmdline()) for process in psutil.Process().children())
     for path in (project / "out").rglob("*"):
         assert not path.is_file() or b"very-secret" not in path.read_bytes(), path
+
+
+def test_no_server_is_left_when_a_reward_or_a_training_begins(project, monkeypatch):
+    running = {}
+
+    def watched(stage):
+        def function(context, iteration, path):
+            servers = [x for x in psutil.Process().children() if "fake_server.py" in " ".join(x.cmdline())]
+            running.setdefault(stage.name, set()).add(len(servers))
+            stage.function(context, iteration, path)
+
+        return function
+
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, replace(stage, function=watched(stage)))
+    change_options(project, server_command=FAKE, num_servers=2, num_iterations=1)
+    assert larpo_run() == 0
+    assert running.pop("generate") == {2}  # those that have sampled held-out prompts
+    assert running.pop("held_out_samples") == {0}
+    assert len(running) == 6 and all(counts == {0} for counts in running.values()), running
 
 
 def test_a_run_whose_servers_are_gone_goes_on_with_others(project, capsys):

@@ -1,8 +1,10 @@
 """Sampling from OpenAI-compatible servers: what comes back is checked, and servers may fail."""
 
+import gc
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from itertools import pairwise
@@ -18,6 +20,7 @@ from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation import server_client as servers
 from trl_larpo.generation.server_client import Request, Sampler, request_seed
 from trl_larpo.generation.server_process import check_url, running_servers, server_command, stop_leftovers
+from trl_larpo.lifetime import Stopped
 
 pytest.importorskip("openai")
 
@@ -223,6 +226,17 @@ def test_a_server_that_dies_hands_its_requests_to_the_others(fake, monkeypatch):
     assert len(results) == 20 and len(dying.requests) > 3 and len(healthy.requests) >= 14
 
 
+def test_a_signal_while_requests_are_in_flight_is_no_error_of_theirs(fake, caplog, monkeypatch):
+    def stop(*_):
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(servers._Endpoint, "check_prompt", stop)
+    with pytest.raises(Stopped):
+        sample([fake()])
+    gc.collect()
+    assert not caplog.records
+
+
 def test_what_was_sampled_before_all_servers_died_is_kept(fake, monkeypatch):
     monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
     with pytest.raises(LarPOError, match=r"No server answers any more .* prompts are left. Start the servers") as error:
@@ -268,15 +282,15 @@ def test_servers_that_a_killed_run_left_are_stopped_and_no_others(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command, message",
+    "command, timeout, message",
     [
-        (f"{COMMAND} --exit 3", r"The server ended with status 3 before it was ready; see .*server_0.log"),
-        (f"{COMMAND} --fault slow_start", r"The server was not ready after 1 s"),
-        ("./no-such-program {model} {port}", "`server_command` cannot be started: "),
+        (f"{COMMAND} --exit 3", 60.0, r"The server ended with status 3 before it was ready; see .*server_0.log"),
+        (f"{COMMAND} --fault slow_start", 1.0, r"The server was not ready after 1 s"),
+        ("./no-such-program {model} {port}", 1.0, "`server_command` cannot be started: "),
     ],
 )
-def test_servers_that_do_not_get_ready_are_named(tmp_path, command, message):
-    with pytest.raises(LarPOError, match=message), running_servers(command, "m", 1, tmp_path, start_timeout=1.0):
+def test_servers_that_do_not_get_ready_are_named(tmp_path, command, timeout, message):
+    with pytest.raises(LarPOError, match=message), running_servers(command, "m", 1, tmp_path, start_timeout=timeout):
         pass
     assert not (tmp_path / "servers.json").exists()
 

@@ -9,14 +9,13 @@ import yaml
 
 from trl_larpo import cli
 from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.locks import exclusive_lock
 from trl_larpo.prompts import Prompt
 from trl_larpo.run import loop, status
 from trl_larpo.run.notify import notify
 from trl_larpo.run.stages import STAGES
 from trl_larpo.run.status import PROGRESS, forget_warnings, keep_warnings, note_stage, seconds_left, status_of
-from trl_larpo.storage import GrowingFile, exclusive_lock, partial_files, write_json, write_jsonl
-
-STAGES_OF_AN_ITERATION = ("generate", "reward", "select", "reference", "train", "held_out", "evaluate")
+from trl_larpo.storage import GrowingFile, partial_files, write_json, write_jsonl
 
 
 @pytest.fixture
@@ -32,7 +31,8 @@ def run(tmp_path):
     prompts = [Prompt.of(f"prompt {i}") for i in range(40)]
     write_jsonl(folder / "prompts.jsonl", map(Prompt.to_row, prompts))
     write_json(folder / "prompts.json", {})
-    timings = [{"iteration": 1, "stage": name, "seconds": 100.0} for name in STAGES_OF_AN_ITERATION]
+    seconds = {name: 50.0 if name.startswith("held_out") else 100.0 for name in STAGES}
+    timings = [{"iteration": 1, "stage": name, "seconds": value} for name, value in seconds.items()]
     write_jsonl(folder / "timings.jsonl", timings)
     GrowingFile(folder / "iteration_2/samples.jsonl").add(
         [CandidatePool(prompt, [Candidate("a")]).to_row() for prompt in prompts[:10]]

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +12,6 @@ from trl_larpo import DataError, LarPOError
 from trl_larpo.storage import (
     GrowingFile,
     StoredRows,
-    exclusive_lock,
     explain_full_disk,
     read_jsonl,
     write_jsonl,
@@ -102,16 +99,6 @@ def test_other_errors_of_a_full_disk_are_said_too(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(LarPOError, match="The disk is full"), explain_full_disk(tmp_path):
         raise RuntimeError("unexpected pos 72128 vs 72020")  # as torch says it
-
-
-def test_one_process_in_a_folder(tmp_path):
-    code = "import pathlib, sys\nfrom trl_larpo.storage import exclusive_lock\n"
-    code += "with exclusive_lock(pathlib.Path(sys.argv[1])): pass"
-    with exclusive_lock(tmp_path):
-        other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert f"Another process (process {os.getpid()}) is running in {tmp_path}" in other.stderr
-    with exclusive_lock(tmp_path):
-        pass  # free again
 
 
 @pytest.mark.parametrize("text, message", [("{", "line 1 is not JSON"), ('{"a": 1}\n[1]', "line 2 is list")])

@@ -7,13 +7,14 @@ import pytest
 from small_run import change_options, larpo_run, rows_of
 
 from trl_larpo import LarPOError, cli
+from trl_larpo.locks import exclusive_lock
 from trl_larpo.prompts import Prompt
 from trl_larpo.run import trial as trial_module
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
 from trl_larpo.run.stages import STAGES
 from trl_larpo.run.trial import as_text, forecast, trial_of
-from trl_larpo.storage import exclusive_lock, write_json, write_jsonl
+from trl_larpo.storage import write_json, write_jsonl
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def runs(tmp_path):
     whole.held_out = [Prompt.of(f"held out {i}") for i in range(30)]
     trial = trial_of(whole, 10)
     trial.iteration(1).mkdir(parents=True)
-    times = [{"iteration": i, "stage": "held_out", "seconds": 25.0, "work": 20.0} for i in (0, 1)]
+    times = [{"iteration": i, "stage": "held_out_samples", "seconds": 25.0, "work": 20.0} for i in (0, 1)]
+    times += [{"iteration": i, "stage": "held_out", "seconds": 4.0, "work": 4.0} for i in (0, 1)]
     times += [{"iteration": i, "stage": "evaluate", "seconds": 5.0, "work": 2.0} for i in (0, 1)]
     for name, seconds, work in (
         ("generate", 110.0, 50.0), ("reward", 20.0, 20.0), ("select", 1.0, 1.0), ("reference", 13.0, 8.0),
@@ -79,7 +81,9 @@ def test_time_grows_with_the_work_and_not_with_loading(runs, models):
     assert seconds["reward"] == [20, 2 * 200] and seconds["select"] == [1, 2 * 10]
     assert seconds["reference"] == [13, 2 * (5 + 80)]
     assert seconds["train"] == [70, 2 * (30 + 10 * 120)]  # 80 lists by 2, 3 times; 10 seconds a step
-    assert seconds["held_out"] == [50, 3 * (5 + 60)]  # 30 prompts in place of 10, before and after each iteration
+    assert seconds["held_out"] == [8, 3 * 12]
+    # 30 prompts in place of 10, before and after each iteration
+    assert seconds["held_out_samples"] == [50, 3 * (5 + 60)]
     assert seconds["evaluate"] == [10, 5 + 2 * (3 + 6)]
 
 
@@ -98,7 +102,7 @@ def test_disk_and_what_speaks_against_the_run(runs, models):
         "set aside  1 prompts\n    'too long': no room" in text and "Before you start the run:\n  - truncated" in text
     )
     assert "lists      8 of 10 prompts; all samples tie for 20% of them" in text
-    assert "  generate          2 min         19 min\n" in text and "in all" in text
+    assert "  generate                2 min         19 min\n" in text and "in all" in text
 
 
 @pytest.mark.slow

@@ -11,23 +11,38 @@ process, also under `accelerate launch -m trl_larpo train ...`; with options of 
 
 import argparse
 import contextlib
-import difflib
 import gc
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
+from .arguments import Parser, asks_for_help, launch_training, parse_options
 from .errors import ConfigError, LarPOError
-from .option_help import ShowFullHelp, short_help
+from .lifetime import Stopped, end_now, guard, is_launched, take_time_to_stop
 from .version import __version__
 
 _LAST_CHECKPOINT = ("true", "last", "auto")
 
+_RERUN = " Run the same command again to resume; nothing is lost."
+_RESUME_TRAINING = " With `--resume_from_checkpoint last` it resumes from its last checkpoint (`save_steps`)."
+_HOW_TO_RESUME = {  # of commands that take long
+    **dict.fromkeys(("run", "generate", "reward", "recall"), _RERUN),
+    **dict.fromkeys(("train", "online"), _RESUME_TRAINING),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 0, or 2 for an error caused by user input."""
+    """
+    Runs the command line.
+
+    Returns:
+        The exit status: 0; 2 for an error that a person has to fix; 128 plus the number of the signal that stopped it.
+        An unexpected error is raised, which makes it 1.
+    """
+    is_command, is_worker = argv is None, "LOCAL_RANK" in os.environ or is_launched()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="larpo", description="Align language models with ranked lists of responses (LarPO).", allow_abbrev=False
@@ -42,18 +57,30 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in ("stage", "launch"):
         parser.parse_known_args(argv[:1])  # refuses unknown commands, answers --help and --version
+    how_to_resume = _HOW_TO_RESUME.get(argv[0], "")
+    is_guarded = bool(how_to_resume) and is_command and not is_worker and not asks_for_help(argv)
     try:
+        if is_guarded:
+            guard(how_to_resume)
         if argv[0] not in COMMANDS:
             raise ConfigError(f"Unknown option `{argv[0]}`: a command comes first (`larpo --help` lists them).")
         return COMMANDS[argv[0]][0](argv[1:]) or 0
     except LarPOError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
             print(f"larpo: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        resumes = argv[0] in ("generate", "reward", "recall")
-        print("\nlarpo: interrupted." + " Run the same command again to resume." * resumes, file=sys.stderr)
-        return 130
+        return error.exit_status
+    except SystemExit as error:
+        if error.code or asks_for_help(argv):
+            raise
+        print("larpo: error: some code called `sys.exit(0)` before the end: a reward, a callback?", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        if not is_worker:  # else the launcher says it
+            print(f"\nlarpo: stopped by {signal.Signals(number).name}.{how_to_resume}", file=sys.stderr)
+        if is_guarded:
+            end_now(128 + number)
+        return 128 + number
 
 
 def run(argv: list[str]) -> None:
@@ -66,9 +93,9 @@ def run(argv: list[str]) -> None:
         from .run.small import shrink_arguments
 
         argv = [word for word in argv if word != "--small"]
-        argv = argv if _asks_for_help(argv) else shrink_arguments(argv)
+        argv = argv if asks_for_help(argv) else shrink_arguments(argv)
     argv, num_tried = without_try(argv)
-    options, training, model, _ = _parse(
+    options, training, model, _ = parse_options(
         argv,
         (RunConfig, RunTrainingConfig, RunModelConfig),
         command="run",
@@ -125,7 +152,7 @@ def report(argv: list[str]) -> None:
     """`larpo report`: writes the page of a run, finished or not, or shows the lists of one prompt."""
     from .report.page import describe_prompt, write_report
 
-    parser = _Parser(prog="larpo report", description="Write the page of a run: pictures, health, candidate lists.")
+    parser = Parser(prog="larpo report", description="Write the page of a run: pictures, health, candidate lists.")
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--prompt", help="show all candidates of one prompt instead: its prompt_id, or how it begins")
     arguments = parser.parse_args(argv)
@@ -139,7 +166,7 @@ def status(argv: list[str]) -> None:
     """`larpo status`: how far a run is."""
     from .run.status import as_text, status_of
 
-    parser = _Parser(prog="larpo status", description="Show how far a run is, from its files: also while it runs.")
+    parser = Parser(prog="larpo status", description="Show how far a run is, from its files: also while it runs.")
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--json", action="store_true", help="for scripts")
     arguments = parser.parse_args(argv)
@@ -153,7 +180,7 @@ def generate(argv: list[str]) -> None:
 
     from .commands import GenerateConfig, generate
 
-    options, model, _ = _parse(
+    options, model, _ = parse_options(
         argv,
         (GenerateConfig, ModelConfig),
         command="generate",
@@ -167,7 +194,7 @@ def reward(argv: list[str]) -> None:
     """`larpo reward`: scores completions."""
     from .commands import RewardConfig, reward
 
-    options, _ = _parse(
+    options, _ = parse_options(
         argv, (RewardConfig,), command="reward", description="Reward the completions of a file into another file."
     )
     _show_log()
@@ -178,7 +205,7 @@ def select(argv: list[str]) -> None:
     """`larpo select`: makes candidate lists."""
     from .commands import SelectConfig, select
 
-    options, _ = _parse(
+    options, _ = parse_options(
         argv,
         (SelectConfig,),
         command="select",
@@ -194,7 +221,7 @@ def recall(argv: list[str]) -> None:
 
     from .recall import RecallConfig, recall
 
-    options, model, _ = _parse(
+    options, model, _ = parse_options(
         argv,
         (RecallConfig, ModelConfig),
         command="recall",
@@ -218,7 +245,7 @@ def train(argv: list[str]) -> int:
 
     from .training.config import LarPOConfig
 
-    script_args, training_args, model_args, mixture_args, launch_args = _parse(
+    script_args, training_args, model_args, mixture_args, launch_args = parse_options(
         argv,
         (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="train",
@@ -226,8 +253,9 @@ def train(argv: list[str]) -> int:
         epilog=_LAUNCHES,
         launchable=True,
     )
+    _allow_last_checkpoint(training_args)
     if launch_args:
-        return _launch("train", argv, launch_args)
+        return launch_training("train", argv, launch_args)
 
     _show_log()
     from .run.training_stages import make_trainer
@@ -252,7 +280,7 @@ def online(argv: list[str]) -> int:
     from .rewards.options import JudgeOptions
     from .training.online_config import OnlineLarPOConfig
 
-    script_args, judges, training_args, model_args, mixture_args, launch_args = _parse(
+    script_args, judges, training_args, model_args, mixture_args, launch_args = parse_options(
         argv,
         (ScriptArguments, JudgeOptions, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="online",
@@ -261,8 +289,9 @@ def online(argv: list[str]) -> int:
         epilog=_LAUNCHES,
         launchable=True,
     )
+    _allow_last_checkpoint(training_args)
     if launch_args:
-        return _launch("online", argv, launch_args)
+        return launch_training("online", argv, launch_args)
 
     _show_log()
     train_dataset, eval_dataset = _load_data(script_args, training_args, model_args, mixture_args)
@@ -274,6 +303,11 @@ _LAUNCHES = (
     "Options of `accelerate launch` (--num_processes, --config_file, ...) and --accelerate_config are taken too, and "
     "launch the training through accelerate."
 )
+
+
+def _allow_last_checkpoint(training_args) -> None:
+    if getattr(training_args, "enable_jit_checkpoint", False):  # transformers saves one when SIGTERM comes
+        take_time_to_stop()
 
 
 def _load_data(script_args, training_args, model_args, mixture_args):
@@ -319,96 +353,6 @@ def _train_and_save(trainer, script_args) -> None:
         trainer.push_to_hub(dataset_name=_hub_name(script_args.dataset_name))
     if hasattr(trainer, "end"):  # transformers ≥ 5.18: finishes trackers and the process group
         trainer.end()
-
-
-def _asks_for_help(argv: list[str]) -> list[str]:
-    return [word for word in argv if word in ("-h", "--help", "--help-all")]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print its usage first
-        flag = "--help-all" if "--help-all" in self._option_string_actions else "--help"
-        raise ConfigError(f"{message} (`{self.prog} {flag}` explains every option)")
-
-
-def _parse(
-    argv: list[str],
-    dataclasses: tuple,
-    *,
-    command: str,
-    description: str,
-    epilog: str | None = None,
-    launchable: bool = False,
-):
-    """Options as dataclasses, and what is left for `accelerate launch`."""
-    from accelerate.commands.launch import launch_command_parser
-    from trl import TrlParser
-
-    class Parser(TrlParser):
-        error = _Parser.error
-
-        def format_help(self):
-            return short_help(self)
-
-    parser = Parser(
-        dataclasses,
-        prog=f"larpo {command}",
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--help-all", dest=argparse.SUPPRESS, action=ShowFullHelp)
-    if flags := _asks_for_help(argv):
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # once, not once per process
-            parser.exit()
-        parser.parse_args(flags[:1])  # which ends here; before a YAML file changes the defaults
-    try:
-        *options, from_config, from_flags = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except LarPOError:
-        raise
-    except IndexError:
-        raise ConfigError("`--config` needs the path of a YAML file.") from None
-    except Exception as error:  # of many libraries: YAML, files, values that a dataclass refuses
-        raise ConfigError(" ".join(str(error).split())) from error
-
-    remaining = from_config + from_flags
-    known = {flag for action in parser._actions for flag in action.option_strings}
-    if launchable:
-        known |= {flag for action in launch_command_parser()._actions for flag in action.option_strings}
-        known.add("--accelerate_config")
-    for word in remaining:
-        flag = word.split("=")[0]
-        if flag.startswith("--") and (flag not in known or not launchable):
-            close = difflib.get_close_matches(flag, sorted(known), n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            where = f"`{flag[2:]}` in the YAML file" if word in from_config else f"`{flag}`"
-            raise ConfigError(f"Unknown option {where}.{hint}")
-    if remaining and not remaining[0].startswith("--"):
-        raise ConfigError(f"Unexpected argument {remaining[0]!r}: options start with `--`.")
-    return *options, remaining
-
-
-def _launch(command: str, argv: list[str], launch_args: list[str]) -> int:
-    """Starts `accelerate launch ... -m trl_larpo COMMAND ...`, each option going to the one it belongs to."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-    if "RANK" in os.environ:
-        raise ConfigError(f"Already launched by accelerate; give {launch_args[0]} to `accelerate launch` itself.")
-    ours, remaining = [], list(launch_args)
-    for word in argv:
-        if remaining and word == remaining[0]:
-            remaining.pop(0)
-        else:
-            ours.append(word)
-    try:
-        launch_args = resolve_accelerate_config_argument(launch_args)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    launch_command(launch_command_parser().parse_args([*launch_args, "-m", "trl_larpo", command, *ours]))
-    return 0
 
 
 def _check_model_path(name: str | None) -> None:

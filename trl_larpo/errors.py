@@ -4,6 +4,9 @@
 class LarPOError(ValueError):
     """Base class: the user's input is invalid; the message says what is wrong, where, and how to fix it."""
 
+    exit_status = 2
+    """That of a command which the error ends."""
+
 
 class ConfigError(LarPOError):
     """An option has an impossible value, or two options exclude each other."""
@@ -15,6 +18,20 @@ class DataError(LarPOError):
 
 class NonFiniteError(LarPOError):
     """Training has run into NaN or infinite numbers."""
+
+
+class ProcessError(LarPOError):
+    """
+    One of several processes has failed.
+
+    Args:
+        message: What happened.
+        exit_status: What the command's exit status would be if it had happened in its own process.
+    """
+
+    def __init__(self, message: str, exit_status: int):
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class UnsupportedTRLError(LarPOError, ImportError):

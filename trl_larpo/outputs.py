@@ -10,9 +10,10 @@ from typing import Any
 from accelerate import PartialState
 
 from .errors import ConfigError
+from .locks import exclusive_lock
 from .prompts import Row
 from .settings import keep_settings
-from .storage import exclusive_lock, partial_files, reopen, whole_rows
+from .storage import partial_files, reopen, whole_rows
 
 _MAX_NAMED = 3
 

@@ -31,6 +31,7 @@ from .generation.in_process import check_sampling
 from .generation.options import GenerationOptions
 from .generation.sampler import SampleKind
 from .generation.server_process import check_servers
+from .locks import exclusive_lock
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .options import option
 from .pools import StoredPools, merge_pools
@@ -41,7 +42,7 @@ from .run.candidate_files import read_candidate_pools
 from .run.negatives import NEGATIVES
 from .run.options import PromptOptions
 from .settings import keep_settings
-from .storage import exclusive_lock, saving_to, write_json, write_text
+from .storage import saving_to, write_json, write_text
 
 N_VALUES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 

@@ -26,12 +26,6 @@ Row = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment] # mypy has no other way for a module that may be missing
-
-
 _PARTIAL = ".partial"
 
 _LITTLE_SPACE = 2**18  # bytes
@@ -342,55 +336,6 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
                 "what was saved so far is kept."
             ) from error
         raise
-
-
-@contextlib.contextmanager
-def exclusive_lock(folder: Path, file: str = "", option: str = "output_dir") -> Iterator[None]:
-    """
-    Keeps other processes out of a folder as long as the context is open. A killed process leaves no lock behind.
-
-    Args:
-        folder: The folder, which is made if it is missing.
-        file: The one file in it that others may not write; empty for all of it.
-        option: What names the folder or file.
-
-    Raises:
-        LarPOError: If another process is in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f".{file}.lock" if file else ".lock")
-    with saving_to(path):
-        lock = open(path, "a+")  # noqa: SIM115 - closed below, and by the end of the process
-    try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise LarPOError(
-                    f"Another process ({lock.read().strip() or 'unknown'}) is "
-                    f"{f'writing {folder / file}' if file else f'running in {folder}'}. Wait for it, stop it, or take "
-                    f"another `{option}`."
-                ) from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"process {os.getpid()}\n")
-        lock.flush()
-        yield
-    finally:
-        lock.close()
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process is in a folder, as [`exclusive_lock`] keeps others out."""
-    if fcntl is None or not (folder / ".lock").exists():
-        return False
-    with open(folder / ".lock", "rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def open_file(path: str | Path, mode: str = "r"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trl_larpo.storage import read_json, read_jsonl
 
-STAGES = ("generate", "reward", "select", "reference", "train", "held_out", "evaluate")
+STAGES = ("generate", "reward", "select", "reference", "train", "held_out_samples", "held_out", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> dict:
         "reward": f"{rewards} rewards, with those of held-out prompts, whose time falls under held_out",
         "reference": f"{candidates} candidates, {_rate(candidates, seconds['reference'])} candidates/s",
         "train": f"{lists} lists, {_rate(lists, seconds['train'])} lists/s",
-        "held_out": "samples of held-out prompts and their rewards",
+        "held_out_samples": "samples of held-out prompts",
+        "held_out": "their rewards",
         "evaluate": "the divergence from the start",
     }
     for stage in STAGES:

@@ -102,11 +102,21 @@ def test_a_process_that_is_killed_ends_the_run_with_one_message(project, capfd):
     killed = time.monotonic()
     _, errors = process.communicate(timeout=100)
     assert time.monotonic() - killed < 60
-    assert process.returncode == 2
+    assert process.returncode == 137
     said = [line for line in errors.splitlines() if line.startswith("larpo: error: ")]
     assert len(said) == 1 and "Traceback" not in errors
     assert re.search(r"The stage 'train' of iteration 1 failed. Process 1 of 2 was ended by SIGKILL", said[0])
     assert "run the same command again to resume" in said[0]
+    assert not workers_left(project)
+    # Nor does a worker live on when it is the main process that is killed
+    process = subprocess.Popen(COMMAND, stderr=subprocess.PIPE, **in_processes())
+    deadline = time.monotonic() + 200
+    while len(found := workers(process, "train")) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=10)
+    assert len(found) == 2 and not psutil.wait_procs(found.values(), timeout=10)[1]
     assert not workers_left(project)
     # It goes on from a checkpoint
     change_options(project, logging_steps=1)

@@ -275,6 +275,7 @@ class _Run:
         self.last_error = ""
 
     async def run(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(_log_unless_stopped)
         self.endpoints = [_Endpoint(self.sampler, url) for url in self.sampler.urls]
         workers = [self._work(x) for x in self.endpoints for _ in range(self.sampler.requests_in_flight)]
         tasks = [asyncio.create_task(worker) for worker in workers]
@@ -405,6 +406,12 @@ class _Run:
                 f"{len(places)} times for a prompt. If that continues, the server ignores the temperature."
             )
         return again
+
+
+def _log_unless_stopped(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A signal is raised in whatever task is at work, which is no error of that task."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 def _kind_of(error: Exception) -> str | None:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import ConfigError, LarPOError
+from ..lifetime import end_family
 from ..storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def running_servers(
         yield urls
     finally:
         for process in processes:
-            _stop(process.pid)
+            end_family(process.pid, _TIME_TO_STOP)
             process.wait()
         record.unlink(missing_ok=True)
 
@@ -110,7 +110,7 @@ def stop_leftovers(record: Path) -> None:
     for pid, start_time in read_json(record):
         if start_time is not None and _start_time(pid) == start_time:
             logger.warning(f"Stopping the server with process id {pid} that an earlier run left behind.")
-            _stop(pid)
+            end_family(pid, _TIME_TO_STOP)
     record.unlink()
 
 
@@ -165,21 +165,6 @@ def _await_health(process: subprocess.Popen, url: str, timeout: float, log: Path
         except (urllib.error.URLError, OSError, ValueError):
             time.sleep(0.5)
     raise LarPOError(f"The server was not ready after {timeout:.0f} s ({url}); see {log}.")
-
-
-def _stop(pid: int) -> None:
-    """Ends a server and what it started: asks first, then kills."""
-    try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        for process in family:
-            try:
-                process.send_signal(sign)
-            except psutil.NoSuchProcess:
-                continue
-        _, family = psutil.wait_procs(family, timeout=_TIME_TO_STOP)
 
 
 def _start_time(pid: int) -> float | None:

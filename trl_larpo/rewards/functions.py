@@ -328,7 +328,7 @@ def import_function(path: str, option: str) -> Callable:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file beside the YAML file is found
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's can raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's can raise anything
         raise ConfigError(f"`{option}`: the module of {path!r} cannot be imported: {_describe(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):

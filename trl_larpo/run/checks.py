@@ -28,6 +28,7 @@ _REFUSED = {  # option of the trainer: (what it must be, why)
     "save_only_model": (False, "a killed training could not be resumed."),
     "sync_ref_model": (False, "the reference is fixed within an iteration (`reference`)."),
     "precompute_ref_log_probs": (False, "`larpo run` always computes them once; leave it out."),
+    "enable_jit_checkpoint": (False, "a run stops on SIGTERM, and resumes from its last checkpoint (`save_steps`)."),
     "load_best_model_at_end": (False, "the model at the end of an iteration is the next policy."),
 }
 
@@ -42,7 +43,7 @@ def check_run(folder: RunFolder) -> None:
     options, training, model = folder.options, folder.training, folder.model
     options.check()
     for name, (expected, reason) in _REFUSED.items():
-        value = getattr(training, name)
+        value = getattr(training, name, expected)  # older versions of transformers lack some
         if getattr(value, "value", value) != expected:
             raise ConfigError(f"`{name}` is {value!r} in a run: {reason}")
     if training.reference_free and options.reference != "policy":

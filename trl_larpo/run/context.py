@@ -44,10 +44,12 @@ class RunContext:
 
     def close(self) -> None:
         """Stops servers and lets go of models."""
-        if "sampler" in vars(self):
-            self.sampler.close()
-        if "scorer" in vars(self):
-            self.scorer.close()
+        self.leave_devices_to(None)
+
+    def leave_devices_to(self, user: str | None) -> None:
+        """As `close`, but for the `"sampler"` or the `"scorer"`, if that is the `user`."""
+        for name in {"sampler", "scorer"} & vars(self).keys() - {user}:
+            getattr(self, name).close()
 
     def initial_completions(self) -> Completions | None:
         """

@@ -1,4 +1,4 @@
-"""What a model is worth: the stages `held_out` and `evaluate`."""
+"""What a model is worth: the stages `held_out_samples`, `held_out` and `evaluate`."""
 
 import math
 import statistics
@@ -17,14 +17,16 @@ from .training_stages import log_probabilities
 MAX_KL_PROMPTS = 64
 
 
+def held_out_samples(context: RunContext, iteration: int, path: Path) -> None:
+    """Samples on held-out prompts."""
+    pools = context.sampler.sample(context.folder.held_out, context.held_out_task(iteration), path)
+    if PartialState().is_main_process:
+        GrowingFile(path).finish(pool.to_row() for pool in pools)
+
+
 def held_out(context: RunContext, iteration: int, path: Path) -> None:
-    """Samples on held-out prompts, and rewards them."""
+    """Rewards the samples on held-out prompts."""
     samples = path.with_name("held_out_samples.jsonl")
-    if not samples.exists():
-        pools = context.sampler.sample(context.folder.held_out, context.held_out_task(iteration), samples)
-        if PartialState().is_main_process:
-            GrowingFile(samples).finish(pool.to_row() for pool in pools)
-    PartialState().wait_for_everyone()
     description, against = f"Iteration {iteration}: rewarding held-out", context.initial_completions()
     scored = context.scorer.score(read_pools(samples), path, description, against=against)
     if PartialState().is_main_process:
@@ -65,7 +67,6 @@ def kl_from_initial(
             counts.append([Counter(map(_key, sampled))[key] for key in distinct])
     if not lists:
         return None
-    context.close()  # the memory is needed
     policy, initial = (
         log_probabilities(context, lambda: lists, number, context.folder.iteration(iteration))
         for number in (iteration, 0)

@@ -6,7 +6,6 @@ a configuration of its (DeepSpeed, FSDP, several machines), else through torchru
 """
 
 import argparse
-import atexit
 import logging
 import os
 import signal
@@ -16,16 +15,18 @@ from typing import NoReturn
 
 from torch import distributed
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 
 from ..errors import ConfigError, DataError, LarPOError
+from ..lifetime import end_now, end_with_launcher, ended_by, exit_status, launch_workers
 from ..storage import write_text
 
 _EXPECTED_END = signal.SIGTERM  # with which the others are stopped when one has failed
 
 
 def launch(argv: list[str]) -> int:
-    """`larpo launch`: runs `larpo STAGE ...` in several processes. Returns the exit status."""
+    """`larpo launch`: runs `larpo STAGE ...` in several processes. Returns the exit status of the one that failed."""
     parser = argparse.ArgumentParser(prog="larpo launch", allow_abbrev=False)
     parser.add_argument("--num_processes", type=int, required=True)
     parser.add_argument("--accelerate_config")
@@ -33,6 +34,7 @@ def launch(argv: list[str]) -> int:
     parser.add_argument("--log", required=True, help="file for what the processes say of their errors")
     parser.add_argument("--message", required=True, help="file for the one line of it that a person should read")
     options, words = parser.parse_known_args(argv)
+    launch_workers()
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their reports are longer than ours, and say less
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.num_processes)))
@@ -49,31 +51,41 @@ def launch(argv: list[str]) -> int:
             flags = ["--standalone", "--nproc_per_node", str(options.num_processes)]
             torchrun.run(torchrun.get_args_parser().parse_args([*flags, "-m", "trl_larpo", *words]))
     except ChildFailedError as error:
-        write_text(Path(options.message), describe(error, options.num_processes, log))
-        return 2
+        message, status = describe(error, options.num_processes, log)
+        write_text(Path(options.message), message)
+        return status
+    except SignalException as stop:
+        return 128 + stop.sigval
     return 0
 
 
-def describe(error: ChildFailedError, num_processes: int, log: Path) -> str:
-    """What went wrong first. All else that was said is kept in the log."""
-    failures = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode != -_EXPECTED_END]
-    killed = [(rank, failure) for rank, failure in failures if failure.exitcode < 0]
-    # When a process is killed, the others fail in their communication: the cause is the kill
-    rank, failure = min(killed or failures or list(error.failures.items()), key=lambda pair: pair[1].timestamp)
-    who = f"Process {rank} of {num_processes}"
+def describe(error: ChildFailedError, num_processes: int, log: Path) -> tuple[str, int]:
+    """What went wrong first, and the exit status for it. All else that was said is kept in the log."""
+    rank, failure = first_failure(error)
+    who, status = f"Process {rank} of {num_processes}", exit_status(failure.exitcode)
     if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        hint = " (often: out of memory)" if name == "SIGKILL" else ""
-        return f"{who} was ended by {name}{hint}."
+        return f"{who} {ended_by(-failure.exitcode)}.", status
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
-        for other, each in failures:
+        for other, each in _failures(error):
             file.write(f"Process {other}, exit status {each.exitcode}:\n{_text(each.message, whole=True)}\n\n")
     message = _text(failure.message)
     for kind in (ConfigError, DataError, LarPOError):
         if message.startswith(f"{kind.__name__}: "):  # already says what to do
-            return message.removeprefix(f"{kind.__name__}: ")
-    return f"{who}: {message} (all of it: {log})"
+            return message.removeprefix(f"{kind.__name__}: "), kind.exit_status
+    return f"{who}: {message} (all of it: {log})", status
+
+
+def first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Number of the process that failed first, and how. The others failed because of it."""
+    failures = _failures(error)
+    # When a process is killed, the others fail in their communication: the cause is the kill
+    killed = [(rank, failure) for rank, failure in failures if failure.exitcode < 0]
+    return min(killed or failures or list(error.failures.items()), key=lambda pair: pair[1].timestamp)
+
+
+def _failures(error: ChildFailedError) -> list[tuple[int, ProcessFailure]]:
+    return [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode != -_EXPECTED_END]
 
 
 def _text(message: str | dict, whole: bool = False) -> str:
@@ -87,11 +99,12 @@ def _text(message: str | dict, whole: bool = False) -> str:
 
 def run_as_worker(function) -> int:
     """Runs a function in one of several processes; its error goes to the launcher, not to the terminal."""
+    end_with_launcher()
     handler = get_error_handler()
     handler.initialize()
     try:
         function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # `sys.exit(0)` in somebody's code is no end of the work
         handler.record_exception(error)
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
@@ -112,7 +125,4 @@ def leave() -> NoReturn:
     """
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_now(0)

@@ -18,11 +18,13 @@ from accelerate.logging import get_logger
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from ..errors import ConfigError, LarPOError
+from ..errors import ConfigError, LarPOError, ProcessError
+from ..lifetime import end_family, exit_status
+from ..locks import exclusive_lock
 from ..pools import read_pools
 from ..report.page import write_report
 from ..set_aside import set_aside_in
-from ..storage import exclusive_lock, explain_full_disk, read_json, read_jsonl, read_yaml, write_json
+from ..storage import explain_full_disk, read_json, read_jsonl, read_yaml, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
 from .context import RunContext
@@ -94,10 +96,13 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
     page, warnings = folder.path / "report.html", keep_warnings(folder.path)
     try:
         for iteration in range(options.num_iterations + 1):
-            worked = False
+            worked, last = False, iteration == options.num_iterations
             for stage in STAGES.values():
                 if iteration or stage.at_start:
                     worked |= _run_stage(context, stage, iteration)
+                    if stage.name == "held_out_samples" and options.server_command and not last:
+                        # With the servers that are there, rather than with new ones of the same model
+                        worked |= _run_stage(context, STAGES["generate"], iteration + 1)
                     _push(mirror)
             checks = []
             if iteration:
@@ -107,7 +112,7 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
             bad = [c for c in checks if not c.ok]
             stops = [c for c in bad if c.name in options.stop_on or "any" in options.stop_on]
             stops = [] if "none" in options.stop_on else stops
-            ends = bool(stops) or iteration == options.num_iterations
+            ends = bool(stops) or last
             if worked or ends:
                 _write_page(folder, with_plots=ends)
                 _push(mirror)
@@ -117,8 +122,6 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
                     f"{page}. Best model so far: {_best_model(folder, iteration)}. To continue anyway, run the same "
                     "command with `--stop_on none`."
                 )
-    except KeyboardInterrupt:
-        raise LarPOError("Interrupted. Run the same command again to resume; nothing is lost.") from None
     finally:
         context.close()
         forget_warnings(warnings)
@@ -197,11 +200,19 @@ def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes
         command += words
     log.parent.mkdir(parents=True, exist_ok=True)
     message.unlink(missing_ok=True)
-    if subprocess.run(command).returncode != 0:
+    # Ctrl-C reaches this process alone, which ends that one. Reading from the terminal would stop it for good
+    process = subprocess.Popen(command, process_group=0, stdin=subprocess.DEVNULL)
+    try:
+        process.wait()
+    except BaseException:
+        end_family(process.pid)
+        raise
+    if process.returncode != 0:
         said = message.read_text(encoding="utf-8") if message.exists() else "its message is above."
-        raise LarPOError(
+        raise ProcessError(
             f"The stage {stage.name!r} of iteration {iteration} failed. {said} What was saved so far is kept; run the "
-            "same command again to resume."
+            "same command again to resume.",
+            exit_status(process.returncode),
         )
 
 

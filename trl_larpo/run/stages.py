@@ -18,7 +18,7 @@ from ..preparation import seconds_of_preparation
 from ..storage import write_json
 from .candidate_stages import generate, reward, select
 from .context import RunContext
-from .evaluation_stages import evaluate, held_out
+from .evaluation_stages import evaluate, held_out, held_out_samples
 from .folder import WORK, RunFolder
 from .options import RunConfig
 from .training_stages import reference, train
@@ -37,6 +37,8 @@ class Stage:
         processes: The option that says in how many processes it runs, without `_processes`; `None`: in one.
         sharded: Whether it runs the model with accelerate's configuration, sharded where it is too large for a device.
         at_start: Whether it is done for the initial model too, as iteration 0.
+        uses: What has the devices meanwhile: the context's `"sampler"`, its `"scorer"`, or `None` for the stage itself.
+            One at a time: the others stop their servers and let go of their models before it begins.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Stage:
     processes: str | None = None
     sharded: bool = False
     at_start: bool = False
+    uses: str | None = None
 
     def path(self, folder: RunFolder, iteration: int) -> Path:
         """Where the output is."""
@@ -62,12 +65,28 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("generate", "samples.jsonl", generate, processes="generation"),
-        Stage("reward", "rewarded.jsonl", reward, ("generate",), processes="reward"),
+        Stage("generate", "samples.jsonl", generate, processes="generation", uses="sampler"),
+        Stage("reward", "rewarded.jsonl", reward, ("generate",), processes="reward", uses="scorer"),
         Stage("select", "selection.json", select, ("reward",)),
         Stage("reference", "ref_logps.jsonl", reference, ("select",), processes="train", sharded=True),
         Stage("train", "model", train, ("select", "reference"), processes="train", sharded=True),
-        Stage("held_out", "held_out.jsonl", held_out, processes="generation", at_start=True),
+        Stage(
+            "held_out_samples",
+            "held_out_samples.jsonl",
+            held_out_samples,
+            processes="generation",
+            at_start=True,
+            uses="sampler",
+        ),
+        Stage(
+            "held_out",
+            "held_out.jsonl",
+            held_out,
+            ("held_out_samples",),
+            processes="reward",
+            at_start=True,
+            uses="scorer",
+        ),
         Stage("evaluate", "evaluation.json", evaluate, ("held_out",), processes="train", sharded=True, at_start=True),
     )
 }
@@ -88,6 +107,7 @@ def run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
         for name in stage.inputs:
             if not (needed := STAGES[name].path(context.folder, iteration)).exists():
                 raise LarPOError(f"The stage {stage.name!r} needs {needed}, which the stage {name!r} makes.")
+        context.leave_devices_to(stage.uses)
         started, prepared = time.monotonic(), seconds_of_preparation()
         stage.function(context, iteration, path)
         PartialState().wait_for_everyone()

@@ -16,9 +16,10 @@ from pathlib import Path
 import psutil
 
 from ..errors import DataError
+from ..locks import is_locked
 from ..prompts import Row
 from ..set_aside import set_aside_in
-from ..storage import is_locked, partial_files, read_json, read_yaml, whole_rows, write_json
+from ..storage import partial_files, read_json, read_yaml, whole_rows, write_json
 from .folder import TIMINGS
 from .stages import STAGES, Stage
 
@@ -165,14 +166,13 @@ def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]
         return state.get("global_step", 0), state.get("max_steps")
     if stage.name in ("select", "reference", "evaluate"):
         return 0, None
-    path = folder / stage.output
-    if stage.name == "held_out" and not (folder / "held_out_samples.jsonl").exists():
-        path = folder / "held_out_samples.jsonl"
-    done = sum(_num_rows(each) for each in partial_files(path))
-    if stage.name == "reward":
-        source = folder / "samples.jsonl"
-    else:
-        source = run / ("held_out_prompts.jsonl" if stage.name == "held_out" else "prompts.jsonl")
+    done = sum(_num_rows(each) for each in partial_files(folder / stage.output))
+    sources = {
+        "reward": folder / "samples.jsonl",
+        "held_out_samples": run / "held_out_prompts.jsonl",
+        "held_out": folder / "held_out_samples.jsonl",
+    }
+    source = sources.get(stage.name, run / "prompts.jsonl")
     slices = read_json(run / "prompts.json").get("slices") if (run / "prompts.json").exists() else None
     if stage.name == "generate" and slices:
         return done, slices[iteration - 1]

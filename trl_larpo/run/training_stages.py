@@ -37,12 +37,13 @@ from .monitor import TrainingMonitor
 
 logger = get_logger(__name__)
 
+_SAMPLING_HELD_OUT = ("held_out_samples", "held_out")  # stages
+
 _LIST_COLUMNS = ("prompt_id", "prompt", "completions", "finished", "completion_ids")
 
 
 def reference(context: RunContext, iteration: int, path: Path) -> None:
     """Log-probabilities of all candidates under the reference, computed once."""
-    context.close()  # the memory is needed
     logps = {}
     if not context.folder.training.reference_free:
         number = iteration - 1 if context.options.reference == "policy" else 0
@@ -88,7 +89,6 @@ def log_probabilities(
 
 def train(context: RunContext, iteration: int, path: Path) -> None:
     """Trains on the lists of the iteration."""
-    context.close()
     with preparing():
         stage = TrainingStage(context, iteration, path)
     stage.run()
@@ -195,7 +195,7 @@ class TrainingStage:
             num_prompts=options.monitor_prompts,
             stop=options.monitor_stop,
             seconds_before=sum(spent for (number, _), spent in seconds.items() if number == self.iteration),
-            seconds_expected=seconds.get((self.iteration - 1, "held_out"), 0.0)
+            seconds_expected=sum(seconds.get((self.iteration - 1, name), 0.0) for name in _SAMPLING_HELD_OUT)
             * min(1.0, options.monitor_prompts / len(start)),
         )
 

@@ -18,9 +18,10 @@ from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
 from ..errors import ConfigError, LarPOError
+from ..locks import is_locked
 from ..prompts import Prompt, Row
 from ..set_aside import set_aside_in
-from ..storage import is_locked, read_json, read_jsonl, write_json, write_jsonl
+from ..storage import read_json, read_jsonl, write_json, write_jsonl
 from ..training.config import LarPOConfig
 from .checks import bytes_of_models, check_run, existing_folder, size_text
 from .evaluation_stages import MAX_KL_PROMPTS
@@ -192,7 +193,7 @@ def _stages(folder: RunFolder) -> Iterator[tuple[int, str]]:
 
 def _amount(folder: RunFolder, number: int, stage: str, list_share: float) -> float:
     """What there is to do in a stage, in a unit of its own."""
-    if stage == "held_out":
+    if stage in ("held_out_samples", "held_out"):
         return len(folder.held_out)
     if stage == "evaluate":
         return min(MAX_KL_PROMPTS, len(folder.held_out)) if number else 1
@@ -228,12 +229,12 @@ def as_text(found: Row) -> str:
     models = "an unknown size" if disk["models"] is None else size_text(disk["models"])
     lines = [
         f"What the trial of {found['prompts']} prompts tells of the whole run:",
-        f"  {'time':10} {'trial':>12} {'whole run':>14}",
+        f"  {'time':16} {'trial':>12} {'whole run':>14}",
         *(
-            f"  {stage:10} {duration(tried):>12} {duration(expected):>14}"
+            f"  {stage:16} {duration(tried):>12} {duration(expected):>14}"
             for stage, (tried, expected) in found["seconds"].items()
         ),
-        f"  {'in all':10} {duration(sum(tried for tried, _ in found['seconds'].values())):>12} "
+        f"  {'in all':16} {duration(sum(tried for tried, _ in found['seconds'].values())):>12} "
         f"{duration(of_all):>14}, until {until:%a %H:%M} if it started now",
         f"  disk       {size_text(disk['files'])} of samples and lists, {models} of models and checkpoints; "
         f"{size_text(disk['free'])} free",

@@ -100,8 +100,9 @@ def run_arm(name: str, task: Task, seed: int, arm: str, output: Path) -> dict:
         monitor_evals=0,  # so that training is not stopped early if it makes answers worse
         reward_funcs=[task.reward],
     )
-    for folder, stages in ((shared, [(0, "held_out"), (1, "generate"), (1, "reward")]),
-                           (run, [(1, "select"), (1, "reference"), (1, "train"), (1, "held_out")])):  # fmt: skip
+    for folder, stages in ((shared, [(0, "held_out_samples"), (0, "held_out"), (1, "generate"), (1, "reward")]),
+                           (run, [(1, "select"), (1, "reference"), (1, "train"),
+                                 (1, "held_out_samples"), (1, "held_out")])):  # fmt: skip
         if folder == run and not (run / "iteration_0").exists():
             shutil.copytree(shared, run, dirs_exist_ok=True)
         training = RunTrainingConfig(str(folder), seed=seed, **SETTINGS | (ARMS[arm] if folder == run else {}))
