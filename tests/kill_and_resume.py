@@ -50,7 +50,8 @@ OUTPUTS = {
 FAKE_SERVER = f"{sys.executable} {Path(__file__).resolve().with_name('fake_server.py')} --port {{port}} {{model}}"
 MODES = {  # options of the small run
     "in_process": {},
-    "two_processes": {"num_processes": 2, "num_iterations": 1, "per_device_train_batch_size": 1},
+    # Of the stages that train: each start of two processes takes longer than all else
+    "two_processes": {"train_processes": 2, "num_iterations": 1, "per_device_train_batch_size": 1},
     "servers": {"server_command": FAKE_SERVER, "num_servers": 2},
 }
 STATUS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
