@@ -25,6 +25,7 @@ FAULTS = (
     "dies",  # closes the connection without an answer from the fourth request on
     "slow_start",  # is never healthy
     "stalls",  # answers the first request after ten seconds
+    "drips",  # answers the first request with a byte in each tenth of a second, for ten seconds
     "no_model",  # offers no model
     "turns_bad",  # returns no choice from the eleventh request on
     "strict",  # refuses settings that OpenAI's protocol does not have
@@ -59,6 +60,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
         self.token_ids = token_ids  # makes tokens of a text
+        self.dripped_to_the_end = False
         self.url, self.closing = f"http://127.0.0.1:{self.server_port}/v1", threading.Event()
 
     def start(self) -> "FakeServer":
@@ -106,6 +108,8 @@ class _Handler(JsonHandler):
             number = len(self.server.requests)
         fault = self.server.fault
         prompt = asked.get("prompt") or json.dumps(asked["messages"])
+        if fault == "drips" and number == 1:
+            return self._drip()
         if fault in BAD_ANSWERS and "poison" in prompt:
             return self._send_text(*BAD_ANSWERS[fault])
         if fault == "wild" and number % 3 == 0:
@@ -139,6 +143,17 @@ class _Handler(JsonHandler):
         usage = {} if prompt_tokens is None else {"usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 9}}
         kind = "chat.completion" if chat else "text_completion"
         return self._send(200, {"id": "1", "object": kind, "created": 0, "model": "fake", "choices": choices} | usage)
+
+    def _drip(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                if self.server.closing.wait(0.1):
+                    return
+                self.wfile.write(b" ")
+            self.server.dripped_to_the_end = True
 
 
 def _answer(prompt: str, number: str) -> tuple[str, str]:

@@ -310,3 +310,18 @@ def test_commands_are_read_as_a_shell_would(monkeypatch):
 def test_a_silent_address_is_named():
     with pytest.raises(ConfigError, match=r"`server_urls`: http://127.0.0.1:9/v1 does not answer"):
         check_url("http://127.0.0.1:9/v1", "NONE")
+
+
+@pytest.mark.slow
+def test_a_server_that_drips_does_not_outlive_the_time_of_a_request(fake):
+    server = fake("drips")
+    results = sample([server], num_requests=2, timeout=1.0)
+    assert len(results) == 2 and len(server.requests) == 3, "the first request was asked again"
+    assert not server.dripped_to_the_end
+
+
+def test_samples_from_this_machine_go_past_a_proxy(fake, monkeypatch):
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert len(sample([fake()], num_requests=2, patience=0.1)) == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .redaction import hide_secrets
 from .storage import read_json, write_json
 
 _PRINTS = "fingerprints"  # among the settings: what the paths in them hold
@@ -42,6 +43,7 @@ def keep_settings(
     Raises:
         ConfigError: If a setting has changed, so that what is there must not be taken for what is asked for.
     """
+    settings = hide_secrets(settings)
     prints = fingerprints(settings, paths)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from typing import Any
 from ..errors import LarPOError
 from ..prompts import Content
 from .in_process import Sample
+from .urls import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -143,12 +144,18 @@ class UnusableAnswerError(Exception):
 
 class _Endpoint:
     def __init__(self, sampler: Sampler, url: str):
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         key = os.environ.get(sampler.api_key_variable) or "EMPTY"
         self.url, self.sampler, self.model = url, sampler, sampler.model
         self.extra: dict[str, Any] = {}
-        self.client = AsyncOpenAI(base_url=url, api_key=key, timeout=sampler.timeout, max_retries=0)
+        self.client = AsyncOpenAI(
+            base_url=url,
+            api_key=key,
+            timeout=sampler.timeout,
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None,  # no proxy
+        )
         self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
         self.failing_since: float | None = None
         self.first_failures = 0  # requests in a row that failed at their first try
@@ -222,9 +229,13 @@ class _Endpoint:
         return answer
 
     async def send(self, prompt: Content, options: dict[str, Any], extra_body: dict[str, Any]) -> Any:
+        asked: Any
         if isinstance(prompt, str):
-            return await self.client.completions.create(prompt=prompt, extra_body=extra_body, **options)
-        return await self.client.chat.completions.create(messages=prompt, extra_body=extra_body, **options)
+            asked = self.client.completions.create(prompt=prompt, extra_body=extra_body, **options)
+        else:
+            asked = self.client.chat.completions.create(messages=prompt, extra_body=extra_body, **options)
+        # The client's own limit begins again with each byte that comes
+        return await asyncio.wait_for(asked, self.sampler.timeout)
 
     async def first_model(self) -> str:
         models = (await self.client.models.list()).data
@@ -418,7 +429,7 @@ def _kind_of(error: Exception) -> str | None:
     """What an error of a request says of the server or the prompt; `None` for errors of another origin."""
     import openai
 
-    if isinstance(error, openai.APITimeoutError):
+    if isinstance(error, openai.APITimeoutError | TimeoutError):
         return "timeout"
     if isinstance(error, openai.APIConnectionError):
         return "unreachable"

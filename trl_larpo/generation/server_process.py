@@ -16,6 +16,7 @@ import psutil
 from ..errors import ConfigError, LarPOError
 from ..lifetime import end_family
 from ..storage import read_json, write_json
+from .urls import open_url
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
     request = urllib.request.Request(url.rstrip("/") + "/models")
     request.add_header("Authorization", f"Bearer {os.environ.get(api_key_variable) or 'EMPTY'}")
     try:
-        with urllib.request.urlopen(request, timeout=timeout):
+        with open_url(request, timeout):
             pass
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -160,7 +161,7 @@ def _await_health(process: subprocess.Popen, url: str, timeout: float, log: Path
         if process.poll() is not None:
             raise LarPOError(f"The server ended with status {process.returncode} before it was ready; see {log}.")
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with open_url(url, timeout=5):
                 return
         except (urllib.error.URLError, OSError, ValueError):
             time.sleep(0.5)

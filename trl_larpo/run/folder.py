@@ -25,6 +25,7 @@ from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError, DataError
 from ..prompts import Prompt, Row
+from ..redaction import hide_secrets
 from ..settings import changed_settings, describe_change, fingerprints
 from ..storage import append_jsonl, iter_jsonl, read_json, read_yaml, whole_rows, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
@@ -132,12 +133,20 @@ class RunFolder:
 
     def configuration(self) -> dict[str, Any]:
         """All options by name, fit for YAML and without secrets."""
+        return hide_secrets(self._all_options())
+
+    def _all_options(self) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for part in (self.model, self.training, self.options):
             for option in dataclasses.fields(part):
                 if option.init and not option.name.startswith("_") and option.name not in _SECRETS:
                     values[option.name] = _plain(getattr(part, option.name))
         return dict(sorted(values.items()))
+
+    def hidden_options(self) -> dict[str, Any]:
+        """Those of which `configuration` hides a part, as they are: for processes of this run, never for a file."""
+        shown = self.configuration()
+        return {name: value for name, value in self._all_options().items() if shown[name] != value}
 
     def check_configuration(self) -> None:
         """

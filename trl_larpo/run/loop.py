@@ -8,6 +8,7 @@ the result.
 
 import dataclasses
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from .context import RunContext
 from .evaluation import with_error
 from .folder import RunFolder
 from .health import Check, check_iteration
+from .hidden import environment_of_stages, with_hidden_options
 from .mirror import Mirror
 from .notify import notify
 from .options import RunConfig, RunModelConfig, RunTrainingConfig
@@ -201,7 +203,8 @@ def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes
     log.parent.mkdir(parents=True, exist_ok=True)
     message.unlink(missing_ok=True)
     # Ctrl-C reaches this process alone, which ends that one. Reading from the terminal would stop it for good
-    process = subprocess.Popen(command, process_group=0, stdin=subprocess.DEVNULL)
+    environment = os.environ | environment_of_stages(folder)
+    process = subprocess.Popen(command, process_group=0, stdin=subprocess.DEVNULL, env=environment)
     try:
         process.wait()
     except BaseException:
@@ -283,7 +286,7 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
         stage: One of [`STAGES`].
         iteration: From 0 on.
     """
-    values = read_yaml(Path(path) / "run.yaml")
+    values = with_hidden_options(read_yaml(Path(path) / "run.yaml"))
 
     def restore(options_class):
         names = {option.name for option in dataclasses.fields(options_class) if option.init}

@@ -6,6 +6,7 @@ from trl import DPOConfig
 
 from ..errors import ConfigError
 from ..losses import RANKING_LOSSES, RankingLoss
+from ..redaction import hide_secrets
 from .ranking_options import DPO_LOSSES, RankingOptions, check_loss_fn, check_ranking_options
 
 SIGMOID_ON_PAIRS = frozenset({"pairwise", "contrastive", "lambdarank", "listmle"})
@@ -68,6 +69,10 @@ class LarPOConfig(RankingOptions, DPOConfig):
             How many completions are in memory at the same time, on each device. `None`: all of a batch. A smaller
             number takes less memory and somewhat more time; the results are the same.
     """
+
+    def to_dict(self):
+        """As in TRL, without secrets: trackers log it."""
+        return hide_secrets(super().to_dict())
 
     def __post_init__(self):
         check_ranking_options(self)

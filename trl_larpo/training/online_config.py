@@ -6,6 +6,7 @@ import torch
 from trl import GRPOConfig
 
 from ..errors import ConfigError
+from ..redaction import hide_secrets
 from .ranking_options import DPO_LOSSES, RankingOptions, check_ranking_options
 from .scores import divergence_scores
 from .trl_compat import require_grpo
@@ -82,6 +83,10 @@ class OnlineLarPOConfig(RankingOptions, GRPOConfig):
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "Of GRPO's loss. Ranking losses have no importance sampling."}
     )
+
+    def to_dict(self):
+        """As in TRL, without secrets: trackers log it."""
+        return hide_secrets(super().to_dict())
 
     def __post_init__(self):
         check_ranking_options(self)

@@ -1,0 +1,34 @@
+"""Options with secrets in them, on their way to the processes of a stage: in the environment, past all files."""
+
+import json
+import os
+from typing import Any
+
+from ..errors import ConfigError
+from ..redaction import HIDDEN
+from .folder import RunFolder
+
+_VARIABLE = "LARPO_HIDDEN_OPTIONS"
+
+
+def environment_of_stages(folder: RunFolder) -> dict[str, str]:
+    """What the environment of a stage's processes has beside that of this one."""
+    hidden = folder.hidden_options()
+    return {_VARIABLE: json.dumps(hidden)} if hidden else {}
+
+
+def with_hidden_options(options: dict[str, Any]) -> dict[str, Any]:
+    """
+    Options from run.yaml, with what is hidden there.
+
+    Raises:
+        ConfigError: If the environment does not have it.
+    """
+    known = options | json.loads(os.environ.get(_VARIABLE, "{}"))
+    missing = [name for name, value in known.items() if HIDDEN in str(value)]
+    if missing:
+        raise ConfigError(
+            f"`{missing[0]}` has a secret in it, which is in no file. Let `train_launcher` pass on the environment "
+            f"variable {_VARIABLE}, or put the secret into a variable of its own, e.g. HF_TOKEN."
+        )
+    return known
