@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from small_run import change_options, larpo_run, rows_of
 
-from trl_larpo import LarPOError
+from trl_larpo import ConfigError, LarPOError
 from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.mirror import Mirror
 from trl_larpo.training.datasets import load_splits
@@ -55,6 +55,35 @@ def test_a_copy_that_was_broken_off_is_not_taken_for_whole(tmp_path, monkeypatch
     assert mirror.push() == 1  # what was left
     assert Mirror(tmp_path / "third", "memory://broken/run").fetch() == 3
     assert other.fetch() == 0  # has a run already
+
+
+def test_a_restart_copies_what_is_new_alone(tmp_path):
+    folder, url = tmp_path / "run", "memory://restarted/run"
+    folder.mkdir()
+    for name in ("run.yaml", "a.jsonl"):
+        (folder / name).write_text("a: 1")
+    assert Mirror(folder, url).push() == 2
+    assert Mirror(folder, url).push() == 0
+    (folder / "b.jsonl").write_text("{}")
+    assert Mirror(folder, url).push() == 1
+    assert Mirror(tmp_path / "other", url).fetch() == 3
+    assert Mirror(tmp_path / "other", url).push() == 0
+    fsspec.filesystem("memory").rm("/restarted", recursive=True)
+    assert Mirror(folder, url).push() == 3, "the store has lost them"
+    assert Mirror(folder, "memory://another/run").push() == 3
+    (folder / ".mirrored.json").write_text("")
+    assert Mirror(folder, url).push() == 3, "damaged: what was copied is not known"
+    assert not [name for name in fsspec.filesystem("memory").find("/restarted") if "mirrored" in name]
+
+
+@pytest.mark.parametrize("name", ["../outside.jsonl", "a/../../outside.jsonl", "/tmp/outside.jsonl", 3])
+def test_an_index_of_files_outside_the_folder_is_refused(tmp_path, name):
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bad/run/mirror.json", json.dumps(["run.yaml", name]).encode())
+    store.pipe_file("/bad/outside.jsonl", b"{}")
+    with pytest.raises(ConfigError, match="which is not in the folder of the run"):
+        Mirror(tmp_path / "run", "memory://bad/run").fetch()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "outside.jsonl").exists()
 
 
 @pytest.mark.slow
