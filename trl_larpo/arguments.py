@@ -7,6 +7,7 @@ import difflib
 import os
 import subprocess
 
+from .config_file import as_meant, check_config_file, check_numbers
 from .errors import ConfigError, LarPOError, ProcessError
 from .lifetime import Stopped, ended_by, exit_status, mark_launcher
 from .option_help import ShowFullHelp, short_help
@@ -57,6 +58,9 @@ def parse_options(
         def format_help(self):
             return short_help(self)
 
+        def set_defaults_with_config(self, **config):
+            return super().set_defaults_with_config(**as_meant(config, self._actions))
+
     parser = OptionParser(
         dataclasses,
         prog=f"larpo {command}",
@@ -69,10 +73,12 @@ def parse_options(
         if os.environ.get("LOCAL_RANK", "0") != "0":  # once, not once per process
             parser.exit()
         parser.parse_args(flags[:1])  # which ends here; before a YAML file changes the defaults
+    check_config_file(argv)
     try:
         *options, from_config, from_flags = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
+        check_numbers(*options)
     except LarPOError:
         raise
     except IndexError:

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from .arguments import Parser, asks_for_help, launch_training, parse_options
 from .errors import ConfigError, LarPOError
@@ -312,8 +313,10 @@ def _allow_last_checkpoint(training_args) -> None:
 
 def _load_data(script_args, training_args, model_args, mixture_args):
     """The training set, and the evaluation set where there is to be an evaluation."""
-    from .training.datasets import load_splits
+    from .storage import check_folder
+    from .training.datasets import load_splits, pick_split
 
+    check_folder(Path(training_args.output_dir), "output_dir")
     _check_model_path(model_args.model_name_or_path)
     if mixture_args.datasets:
         from trl import get_dataset
@@ -325,10 +328,10 @@ def _load_data(script_args, training_args, model_args, mixture_args):
         raise ConfigError(
             "No data: give `dataset_name` (a file, a folder or a hub id), or `datasets` in the YAML file."
         )
-    train_dataset = _pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    train_dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
     if training_args.eval_strategy == "no":
         return train_dataset, None
-    return train_dataset, _pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
+    return train_dataset, pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
 
 
 def _train_and_save(trainer, script_args) -> None:
@@ -360,12 +363,6 @@ def _check_model_path(name: str | None) -> None:
         raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
     if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
         raise ConfigError(f"`model_name_or_path` is {name!r}, and there is no such folder.")
-
-
-def _pick_split(splits, name: str, option: str):
-    if name not in splits:
-        raise ConfigError(f"`{option}` is {name!r}, but the data has only: {', '.join(splits)}.")
-    return splits[name]
 
 
 def _hub_name(dataset_name: str | None) -> str | None:

@@ -13,7 +13,7 @@ import psutil
 
 from .errors import LarPOError
 from .lifetime import SECONDS_TO_END, keep_open
-from .storage import saving_to
+from .storage import make_folder, saving_to
 
 try:
     import fcntl
@@ -47,7 +47,7 @@ def exclusive_lock(folder: Path, file: str = "", option: str = "output_dir") -> 
     Raises:
         LarPOError: If another process is in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, option)
     path = folder / (f".{file}.lock" if file else ".lock")
     with saving_to(path):
         lock = open(path, "a+")  # noqa: SIM115 - closed below, and by the end of the process

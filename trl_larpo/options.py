@@ -41,7 +41,8 @@ def _of_type(value: Any, kind: type, name: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "names and values"}
-        raise ConfigError(f"`{name}` is {value!r}; it must be {names[kind]}.")
+        hint = " (YAML reads no, off, yes and on as true or false: quote it)" if isinstance(value, bool) else ""
+        raise ConfigError(f"`{name}` is {value!r}; it must be {names[kind]}{hint}.")
     return value
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from .errors import DataError, LarPOError
+from .errors import ConfigError, DataError, LarPOError
 
 Row = dict[str, Any]
 
@@ -336,6 +336,28 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
                 "what was saved so far is kept."
             ) from error
         raise
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """
+    Makes a folder that an option names, unless it is there.
+
+    Raises:
+        ConfigError: If it is a file, or would be in one.
+    """
+    check_folder(folder, option)
+    with saving_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """
+    Raises:
+        ConfigError: If a folder that an option names is a file, or would be in one.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"`{option}` is {str(folder)!r}, but {path} is a file, not a folder.")
 
 
 def open_file(path: str | Path, mode: str = "r"):

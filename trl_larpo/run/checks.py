@@ -14,6 +14,7 @@ from transformers.configuration_utils import PretrainedConfig
 from ..errors import ConfigError
 from ..generation.server_process import check_servers, server_command
 from ..rewards.functions import PAIRWISE, load_rewards
+from ..storage import check_folder
 from .folder import RunFolder
 from .health import CHECKS
 from .loading import model_init_kwargs
@@ -42,6 +43,7 @@ def check_run(folder: RunFolder) -> None:
     """
     options, training, model = folder.options, folder.training, folder.model
     options.check()
+    check_folder(folder.path, "output_dir")
     for name, (expected, reason) in _REFUSED.items():
         value = getattr(training, name, expected)  # older versions of transformers lack some
         if getattr(value, "value", value) != expected:

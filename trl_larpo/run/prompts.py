@@ -85,8 +85,9 @@ def choose_prompts(
     if len(held_out) < options.num_held_out:
         raise ConfigError(
             f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
+            f"{_about_length(counts, limit)}"
         )
-    slices = _slices(options, sources, len(held_out), seed)
+    slices = _slices(options, sources, len(held_out), seed, _about_length(counts, limit))
     used = {prompt.id for prompts in slices for prompt in prompts}
     counts["unused"] = sum(map(len, sources)) - len(used)
     if options.prompt_schedule != "same":
@@ -94,8 +95,20 @@ def choose_prompts(
     return ChosenPrompts([prompt for prompts in slices for prompt in prompts], held_out, counts)
 
 
-def _slices(options: RunConfig, sources: list[list[Prompt]], num_held_out: int, seed: int) -> list[list[Prompt]]:
-    """Prompts of each iteration; where all have the same, one slice."""
+def _about_length(counts: dict[str, Any], limit: int | None) -> str:
+    """A sentence about prompts that are too long, if any are."""
+    if not counts["too_long"]:
+        return ""
+    return (
+        f" {counts['too_long']} of the {counts['read']} that were read are left out, as they have more than {limit} "
+        "tokens: raise `max_prompt_length` or `max_length`."
+    )
+
+
+def _slices(
+    options: RunConfig, sources: list[list[Prompt]], num_held_out: int, seed: int, hint: str
+) -> list[list[Prompt]]:
+    """Prompts of each iteration; where all have the same, one slice. If they are too few, the hint is said too."""
     size, fresh = options.prompts_per_iteration, options.prompt_schedule == "fresh"
     num_prompts = sum(map(len, sources))
     if options.prompt_schedule == "drawn":
@@ -111,7 +124,7 @@ def _slices(options: RunConfig, sources: list[list[Prompt]], num_held_out: int, 
             raise ConfigError(
                 f"There are {num_prompts} prompts beside the {num_held_out} held out, too few for "
                 f"{f'the {size or 1} of iteration {number}' if fresh else size or 1}. Give more prompts, or lower "
-                "`prompts_per_iteration` or `num_held_out`."
+                f"`prompts_per_iteration` or `num_held_out`.{hint}"
             )
     slices = [prompts[:size] for prompts in sources]
     if set(OTHER_PROMPTS) & set(options.negatives) and min(map(len, slices)) < 2:

@@ -1,5 +1,6 @@
 """Loads datasets from files, folders, URLs and the hub."""
 
+import glob
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 
 _ROWS_IN_MEMORY = 500
 
@@ -41,10 +42,12 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
         raise DataError(f"There is no file or folder {path!r}.")
     if local.is_file() and local.suffix not in _FILE_BUILDERS:
         raise DataError(f"{path!r} is none of the kinds that can be read: {', '.join(_FILE_BUILDERS)}.")
+    if local.is_file() and local.suffix != ".parquet" and not streaming:
+        _check_encoding(local)
     try:
         if local.is_file():
             builder = _FILE_BUILDERS[local.suffix]
-            return load_dataset(builder, data_files={"train": str(local)}, streaming=streaming)
+            return load_dataset(builder, data_files={"train": glob.escape(str(local))}, streaming=streaming)
         if local.is_dir() and any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
             saved = load_from_disk(str(local))
             return {"train": saved} if isinstance(saved, Dataset) else saved
@@ -52,6 +55,37 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
     except (DatasetsError, OSError, ValueError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{path!r} cannot be read: {cause}") from error
+
+
+def pick_split(splits: Mapping[str, Any], name: str, option: str) -> Any:
+    """
+    Args:
+        splits: From [`load_splits`].
+        name: Of the split.
+        option: What names it.
+
+    Raises:
+        ConfigError: If there is no such split.
+    """
+    if name not in splits:
+        raise ConfigError(f"`{option}` is {name!r}, but the data has only: {', '.join(splits)}.")
+    return splits[name]
+
+
+def _check_encoding(path: Path) -> None:
+    """
+    Raises:
+        DataError: If a text file is not in UTF-8; names the line. Arrow says so where a row is read, and not of which.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path} line {number} is not UTF-8: byte 0x{line[error.start]:02x} at place {error.start}. "
+                    f"Convert the file, e.g. from Latin-1: iconv -f latin1 -t utf-8 {path}"
+                ) from None
 
 
 def _load_url(url: str, streaming: bool) -> Mapping[str, Any]:

@@ -1,0 +1,92 @@
+"""What a person may write into a configuration file or a file of prompts by mistake, or with good reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from small_run import change_options, larpo_run
+
+from trl_larpo import cli
+from trl_larpo.config_file import as_meant
+from trl_larpo.training.datasets import load_splits
+
+
+def error_of(capsys):
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("larpo: error: ")]
+    return line
+
+
+def test_a_key_that_occurs_twice_is_refused(project, capsys):
+    text = (project / "it.yaml").read_text()
+    (project / "it.yaml").write_text(f"seed: 3\n{text}seed: 4\n")
+    assert larpo_run("--dry_run") == 2
+    last = text.count("\n") + 2
+    assert f"it.yaml has `seed` twice, in lines 1 and {last}." in error_of(capsys)
+    (project / "it.yaml").write_text(text + "chat_template_kwargs:\n  a: 1\n  a: 2\n")
+    assert larpo_run("--dry_run") == 2 and "has `a` twice" in error_of(capsys)
+    (project / "it.yaml").write_text("a: [1")
+    assert larpo_run("--dry_run") == 2 and "is not YAML: while parsing a flow" in error_of(capsys)
+    (project / "it.yaml").unlink()
+    assert larpo_run("--dry_run") == 2 and "'it.yaml' cannot be read: No such file" in error_of(capsys)
+
+
+@pytest.mark.parametrize("name", ["temperature", "learning_rate", "top_p", "min_reward_gap", "max_failed_share"])
+def test_nan_is_no_number(project, capsys, name):
+    change_options(project, **{name: float("nan")})
+    assert ".nan" in (project / "it.yaml").read_text()
+    assert larpo_run("--dry_run") == 2
+    assert f"`{name}` is nan, which is not a number" in error_of(capsys)
+
+
+def test_no_without_quotes(project, capsys):
+    """YAML reads it as false."""
+    text = (project / "it.yaml").read_text()
+    (project / "it.yaml").write_text(text + "eval_strategy: no\nsave_strategy: no\n")
+    assert yaml.safe_load((project / "it.yaml").read_text())["eval_strategy"] is False
+    assert larpo_run("--dry_run") == 0
+    (project / "it.yaml").write_text(text + "prompt_column: no\n")
+    assert larpo_run("--dry_run") == 2
+    assert "`prompt_column` is False; it must be text (YAML reads no, off, yes and on as true or false: quote it)" in (
+        error_of(capsys)
+    )
+
+
+def test_false_stays_false_where_no_is_no_choice():
+    class Action:
+        dest, choices = "a", None
+
+    assert as_meant({"a": False, "b": False}, [Action]) == {"a": False, "b": False}
+
+
+def test_prompts_that_are_not_utf8_are_named_by_their_line(project, capsys):
+    rows = '{"prompt": "one"}\n{"prompt": "d\u00e9j\u00e0 vu"}\n'
+    for name, data in (("a.jsonl", rows.encode("latin-1")), ("a.csv", "prompt\nun caf\u00e9\n".encode("latin-1"))):
+        (project / name).write_bytes(data)
+        assert larpo_run("--dry_run", "--prompts", name) == 2
+        said = error_of(capsys)
+        assert f"{name} line 2 is not UTF-8: byte 0xe9 at place" in said and "iconv -f latin1 -t utf-8" in said
+
+
+def test_names_with_the_signs_of_patterns(tmp_path):
+    for name, prompt in (("r[1].jsonl", "mine"), ("r1.jsonl", "another")):
+        (tmp_path / name).write_text(json.dumps({"prompt": prompt}) + "\n")
+    assert list(load_splits(str(tmp_path / "r[1].jsonl"))["train"]) == [{"prompt": "mine"}]
+
+
+def test_prompts_that_are_all_too_long_are_said_to_be(project, capsys):
+    assert larpo_run("--dry_run", "--max_prompt_length", 1) == 2
+    said = error_of(capsys)
+    assert "there are only 0 prompts to hold out. 10 of the 10 that were read are left out" in said
+    assert "more than 1 tokens: raise `max_prompt_length`" in said
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_is_a_file_is_named(project, capsys, place):
+    (project / "file").write_text("")
+    assert larpo_run("--output_dir", place) == 2
+    assert f"`output_dir` is '{place}', but file is a file, not a folder" in error_of(capsys)
+    words = ["--model_name_or_path", "m", "--dataset_name", "prompts.jsonl", "--bf16", "false", "--use_cpu"]
+    assert cli.main(["train", "--output_dir", place, *words]) == 2
+    assert f"`output_dir` is '{place}', but file is a file" in error_of(capsys)
+    assert Path("file").is_file()
