@@ -4,10 +4,12 @@ Samples from a causal language model with continuous batching.
 A prompt runs through the model once, however many completions are sampled for it. Every few tokens the completions
 that have ended leave the batch, and those of waiting prompts take their places. Each completion draws its tokens with
 random numbers of its own, so that what is sampled does not depend on what else is in the batch, but for rounding.
+So the batch may be as large as memory allows: it is lowered to what fits into the free memory of a GPU, and halved when
+memory runs out.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -17,13 +19,17 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import LarPOError
 from ..layers import layer_obstacle
+from .batch_memory import fitting_batch_size, lower_batch_size
 
 _STRIDE = 8  # tokens after which completions that have ended leave
 
 _ROOM = 64  # tokens by which the memory for keys and values grows
 
 _BLOCK = 256  # vocabulary entries summed up at a time
+
+_PREFILL_TOKENS = 8192  # of prompts, with padding, that run through the model at a time
 
 
 @dataclass
@@ -46,6 +52,15 @@ class Job:
     def __post_init__(self):
         self.results = [[] for _ in self.temperatures]
 
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the completions that are still to be sampled."""
+        return [i for i, ids in enumerate(self.results) if not ids]
+
+
+_Group = tuple[Job, list[int]]
+"""A prompt, and numbers of some of its completions."""
+
 
 @torch.no_grad()
 def sample(
@@ -65,36 +80,83 @@ def sample(
     Args:
         model: Causal language model in evaluation mode.
         jobs: What to sample.
-        batch_size: Completions in the batch at the same time.
+        batch_size: Completions in the batch at the same time; fewer where the memory of a GPU is too small for them.
         max_new_tokens: Longest completion, in tokens.
         end_ids: Tokens that end a completion.
         pad_id: Any token, to fill up prompts with.
         top_p: Nucleus sampling threshold in (0, 1].
         on_completion: Called with the tokens of each completion when it has ended.
-    """
-    rows = [(job, i) for job in jobs for i in range(len(job.temperatures))]
-    if layer_obstacle(model) is not None:  # no cache of keys and values that could be rearranged
-        # Prompts of one length together: not every model that keeps a state leaves padding out of it
-        for _, group in groupby(sorted(rows, key=_prompt_length, reverse=True), _prompt_length):
-            same_length = list(group)
-            for start in range(0, len(same_length), batch_size):
-                together = same_length[start : start + batch_size]
-                completions = _generate(model, together, max_new_tokens, end_ids, pad_id, top_p)
-                for (job, i), ids in zip(together, completions, strict=True):
-                    job.results[i] = ids
-                    on_completion(ids)
-        return
 
+    Raises:
+        LarPOError: If the memory is too small for a single completion.
+    """
+    settings = _Settings(max_new_tokens, end_ids, pad_id, top_p)
+    work = _sample_in_groups if layer_obstacle(model) is not None else _sample_continuously
+    longest = max((len(job.prompt_ids) for job in jobs), default=0) + max_new_tokens + _ROOM
+    num_completions = sum(len(job.temperatures) for job in jobs)
+    batch_size = max(1, fitting_batch_size(model, min(batch_size, num_completions), longest))
+    while True:
+        try:
+            work(model, jobs, batch_size, settings, on_completion)
+            return
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise LarPOError(
+                    f"The memory is too small to sample one completion at a time: {' '.join(str(error).split())[:200]} "
+                    "Lower `max_new_tokens` or the length of the prompts, or take a larger GPU."
+                ) from error
+        # Completions that had not ended are sampled from their beginning, with the same random numbers
+        batch_size //= 2
+        lower_batch_size(model, batch_size, "memory ran out")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How to sample, as in [`sample`]."""
+
+    max_new_tokens: int
+    end_ids: set[int]
+    pad_id: int
+    top_p: float
+
+
+def _sample_in_groups(
+    model: PreTrainedModel,
+    jobs: list[Job],
+    batch_size: int,
+    settings: _Settings,
+    on_completion: Callable[[list[int]], None],
+) -> None:
+    """For models without a cache of keys and values that could be rearranged."""
+    rows = [(job, i) for job in jobs for i in job.missing]
+    # Prompts of one length together: not every model that keeps a state leaves padding out of it
+    for _, group in groupby(sorted(rows, key=_prompt_length, reverse=True), _prompt_length):
+        same_length = list(group)
+        for start in range(0, len(same_length), batch_size):
+            together = same_length[start : start + batch_size]
+            completions = _generate(model, together, settings)
+            for (job, i), ids in zip(together, completions, strict=True):
+                job.results[i] = ids
+                on_completion(ids)
+
+
+def _sample_continuously(
+    model: PreTrainedModel,
+    jobs: list[Job],
+    batch_size: int,
+    settings: _Settings,
+    on_completion: Callable[[list[int]], None],
+) -> None:
     waiting = deque(_groups(jobs, batch_size))
-    batch = _Batch(model, max_new_tokens, end_ids, pad_id, top_p)
+    batch = _Batch(model, settings)
     while waiting or batch.rows:
         entering, free = [], batch_size - len(batch.rows)
         if free == batch_size or free >= batch_size // 4:  # a few at a time: each entry is a pass over prompts
             while waiting and len(waiting[0][1]) <= free:
                 entering.append(waiting.popleft())
                 free -= len(entering[-1][1])
-        if entering:
-            batch.enter(entering)
+        for together in _by_tokens(entering):
+            batch.enter(together)
         batch.advance()
         for job, i, ids in batch.leave():
             job.results[i] = ids
@@ -105,13 +167,27 @@ def _prompt_length(row: tuple[Job, int]) -> int:
     return len(row[0].prompt_ids)
 
 
-def _groups(jobs: list[Job], batch_size: int) -> list[tuple[Job, list[int]]]:
+def _groups(jobs: list[Job], batch_size: int) -> list[_Group]:
     """Completions of one prompt that enter the batch together: all of them, unless they are more than fit."""
     return [
-        (job, list(range(start, min(start + batch_size, len(job.temperatures)))))
+        (job, job.missing[start : start + batch_size])
         for job in jobs
-        for start in range(0, len(job.temperatures), batch_size)
+        for start in range(0, len(job.missing), batch_size)
     ]
+
+
+def _by_tokens(groups: list[_Group]) -> Iterator[list[_Group]]:
+    """Groups whose prompts run through the model together, as many as a pass may have tokens."""
+    together: list[_Group] = []
+    longest = 0
+    for group in groups:
+        longest = max(longest, len(group[0].prompt_ids))
+        if together and longest * (len(together) + 1) > _PREFILL_TOKENS:
+            yield together
+            together, longest = [], len(group[0].prompt_ids)
+        together.append(group)
+    if together:
+        yield together
 
 
 class _Layer(DynamicLayer):
@@ -119,12 +195,12 @@ class _Layer(DynamicLayer):
 
     keys: Tensor | None
     values: Tensor | None
-    _rooms: list[Tensor]
+    _rooms: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         old = 0 if self.keys is None or self.keys.numel() == 0 else self.keys.size(2)
         new = old + key_states.size(2)
-        if old == 0 or new > self._rooms[0].size(2):
+        if not self._rooms or new > self._rooms[0].size(2):
             self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
             rooms = []
             for states in (key_states, value_states):
@@ -132,36 +208,60 @@ class _Layer(DynamicLayer):
                 rooms.append(states.new_empty(batch, heads, new + _ROOM, size))
             if old:
                 rooms[0][:, :, :old], rooms[1][:, :, :old] = self.keys, self.values
-            self._rooms = rooms
+            self._rooms = tuple(rooms)
         self._rooms[0][:, :, old:new], self._rooms[1][:, :, old:new] = key_states, value_states
         self.keys, self.values = (room[:, :, :new] for room in self._rooms)
         return self.keys, self.values
 
+    def repeat_rows(self, repeats: Tensor) -> None:
+        """Each row as many times as `repeats` says. As in what follows, only its keys, or values, are there twice."""
+        assert self.keys is not None and self.values is not None
+        self._rooms = ()  # made with the next token
+        self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        self.values = self.values.repeat_interleave(repeats, dim=0)
 
-def _cache(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
+    def take_rows_of(self, other: "_Layer") -> None:
+        """Moves the rows of another layer beneath its own."""
+        self._rooms = other._rooms = ()
+        assert self.keys is not None and other.keys is not None
+        self.keys, other.keys = _stack(self.keys, other.keys), None
+        assert self.values is not None and other.values is not None
+        self.values, other.values = _stack(self.values, other.values), None
+
+    def keep(self, rows: Tensor, first: int) -> None:
+        """Keeps some rows, from the column `first` on."""
+        assert self.keys is not None and self.values is not None
+        self._rooms = ()
+        self.keys = self.keys[rows, :, first:]
+        self.values = self.values[rows, :, first:]
+
+
+def _cache() -> DynamicCache:
     cache = DynamicCache()
     cache.layer_class_to_replicate = _Layer
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
     return cache
 
 
 class _Batch:
-    """The completions being sampled. They end in the same column; shorter ones are padded in front."""
+    """
+    The completions being sampled. They end in the same column; shorter ones are padded in front.
 
-    def __init__(self, model: PreTrainedModel, max_new_tokens: int, end_ids: set[int], pad_id: int, top_p: float):
-        self.model, self.max_new_tokens, self.end_ids, self.pad_id = model, max_new_tokens, end_ids, pad_id
-        self.top_p = top_p
+    When rows enter or leave, keys and values are copied one layer after the other: all at once would need the memory
+    two or three times.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: _Settings):
+        self.model, self.settings = model, settings
         self.rows: list[tuple[Job, int, list[int]]] = []  # job, number of the completion, its tokens so far
         self.cache = _cache()
         self.real = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (rows, length): 0 is padding
         self.last_ids = torch.zeros(0, dtype=torch.long, device=model.device)
 
-    def enter(self, groups: list[tuple[Job, list[int]]]) -> None:
+    def enter(self, groups: list[_Group]) -> None:
         """Runs the prompts through the model and adds a row for each of their completions."""
         device = self.model.device
         length = max(len(job.prompt_ids) for job, _ in groups)
-        input_ids = torch.full((len(groups), length), self.pad_id)
+        input_ids = torch.full((len(groups), length), self.settings.pad_id)
         real = torch.zeros(len(groups), length, dtype=torch.long)
         for row, (job, _) in enumerate(groups):
             input_ids[row, length - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
@@ -175,23 +275,23 @@ class _Batch:
             ids.append(token)
 
         real = real.repeat_interleave(repeats, dim=0)
-        layers = [
-            (x.keys.repeat_interleave(repeats, dim=0), x.values.repeat_interleave(repeats, dim=0)) for x in cache.layers
-        ]
         if self.rows:
-            layers = [
-                (_stack(old.keys, keys), _stack(old.values, values))
-                for old, (keys, values) in zip(self.cache.layers, layers, strict=True)
-            ]
+            for old, new in zip(self.cache.layers, cache.layers, strict=True):
+                new.repeat_rows(repeats)
+                old.take_rows_of(new)
             real = _stack(self.real[..., None], real[..., None])[..., 0]
-        self.cache, self.real = _cache(layers), real
+        else:
+            for new in cache.layers:
+                new.repeat_rows(repeats)
+            self.cache = cache
+        self.real = real
         self.rows += new_rows
         self.last_ids = torch.cat([self.last_ids, new_ids])
 
     def advance(self) -> None:
         """Adds a few tokens to every row; what is too much in those that end meanwhile is cut off when they leave."""
         columns: list[Tensor] = []
-        for _ in range(min(_STRIDE, self.max_new_tokens - max(len(ids) for *_, ids in self.rows))):
+        for _ in range(min(_STRIDE, self.settings.max_new_tokens - max(len(ids) for *_, ids in self.rows))):
             self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], dim=1)
             logits = self._run(self.last_ids[:, None], self.real, self.cache)
             self.last_ids = self._draw(logits, self.rows, len(columns))
@@ -202,10 +302,10 @@ class _Batch:
 
     def leave(self) -> list[tuple[Job, int, list[int]]]:
         """Takes out the rows that have ended. Returns job, number and tokens of each."""
-        ended, staying = [], []
+        ended, staying, end_ids = [], [], self.settings.end_ids
         for row, (job, i, ids) in enumerate(self.rows):
-            end = next((n + 1 for n, token in enumerate(ids) if token in self.end_ids), len(ids))
-            if end < len(ids) or ids[-1] in self.end_ids or len(ids) >= self.max_new_tokens:
+            end = next((n + 1 for n, token in enumerate(ids) if token in end_ids), len(ids))
+            if end < len(ids) or ids[-1] in end_ids or len(ids) >= self.settings.max_new_tokens:
                 ended.append((job, i, ids[:end]))
             else:
                 staying.append(row)
@@ -215,8 +315,10 @@ class _Batch:
             self.real, self.last_ids = self.real[keep], self.last_ids[keep]
             first = int(self.real.any(dim=0).long().argmax()) if staying else 0  # columns before are all padding
             self.real = self.real[:, first:]
-            layers = [(x.keys[keep, :, first:], x.values[keep, :, first:]) for x in self.cache.layers]
-            self.cache = _cache(layers) if staying else _cache()
+            if not staying:
+                self.cache = _cache()
+            for layer in self.cache.layers:
+                layer.keep(keep, first)
         return ended
 
     def _run(self, input_ids: Tensor, real: Tensor, cache: DynamicCache) -> Tensor:
@@ -233,7 +335,7 @@ class _Batch:
 
     def _draw(self, logits: Tensor, rows: list[tuple[Job, int, list[int]]], offset: int) -> Tensor:
         """Tokens for some rows, `offset` tokens beyond those they have in their lists."""
-        return _draw(logits, [(job, i, len(ids) + offset) for job, i, ids in rows], self.top_p)
+        return _draw(logits, [(job, i, len(ids) + offset) for job, i, ids in rows], self.settings.top_p)
 
 
 def _stack(above: Tensor, below: Tensor) -> Tensor:
@@ -309,10 +411,7 @@ class _DrawWithOwnNumbers(LogitsProcessor):
 def _generate(
     model: PreTrainedModel,
     rows: list[tuple[Job, int]],
-    max_new_tokens: int,
-    end_ids: set[int],
-    pad_id: int,
-    top_p: float,
+    settings: _Settings,
 ) -> list[list[int]]:
     """Completions by `generate`, for models that keep something else than keys and values. Prompts of one length."""
     input_ids = torch.tensor([job.prompt_ids for job, _ in rows], device=model.device)
@@ -320,13 +419,13 @@ def _generate(
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
-        eos_token_id=sorted(end_ids) or None,
-        pad_token_id=pad_id,
-        logits_processor=LogitsProcessorList([_DrawWithOwnNumbers(rows, length, top_p)]),
+        eos_token_id=sorted(settings.end_ids) or None,
+        pad_token_id=settings.pad_id,
+        logits_processor=LogitsProcessorList([_DrawWithOwnNumbers(rows, length, settings.top_p)]),
     )
-    completions = output[:, length:].tolist()
+    completions, end_ids = output[:, length:].tolist(), settings.end_ids
     return [ids[: next((n + 1 for n, token in enumerate(ids) if token in end_ids), len(ids))] for ids in completions]
