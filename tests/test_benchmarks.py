@@ -119,3 +119,25 @@ def test_the_estimate_knows_the_size_of_a_base_in_4_bits(tmp_path):
     scales = sum(4 * p.quant_state.absmax.numel() for p in model.parameters() if hasattr(p, "quant_state"))
     shape = load("memory_estimate").shape_of(folder)
     assert scales and model.get_memory_footprint() + scales == pytest.approx(shape.bytes_in_4_bits, rel=0.02)
+
+
+def test_the_script_for_gpus_on_a_cpu(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(FOLDER)
+    gpu, output = load("gpu"), tmp_path / "gpu.json"
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no GPU is visible to torch; --quick runs on a CPU" in capsys.readouterr().err
+    gpu.main(["--quick", "--minutes", "60", "--output", str(output)])
+    results = json.loads(output.read_text())
+    compared = {row["what"]: row["is_right"] for row in results["rows"] if "is_right" in row}
+    assert all(compared.values()), compared
+    for precision in ("float32", "bfloat16"):
+        for what in ("sdpa shared", "sdpa chunks of 2", "sdpa checkpointed LoRA", "pairs, against DPOTrainer"):
+            assert f"{precision} {what}" in compared
+    timed = {row["section"] for row in results["rows"] if "seconds" in row}
+    assert timed == {"large", "chunks", "sampling", "sizes"}
+    ratios = [row["what"] for row in results["rows"] if row["section"] == "ratios"]
+    assert "tiny sdpa shared, 3 x 24/6: DPOTrainer / shared" in ratios
+    assert "flash_attention_2" in [row["what"] for row in results["rows"] if "not measured" in row.get("note", "")]
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000

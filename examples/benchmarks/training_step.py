@@ -41,6 +41,15 @@ SHAPES = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "1.5b": {  # Qwen2.5-1.5B
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "7b": {  # Mistral 7B, without its sliding window
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -64,8 +73,8 @@ H200_BF16_FLOPS = 989e12  # for dense matrices, from the data sheet
 class Bench:
     """Makes trainers on one random model and times their steps."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
+    def __init__(self, options: argparse.Namespace, dtype: torch.dtype = torch.bfloat16 if ON_GPU else torch.float32):
+        self.options, self.dtype = options, dtype
         self.config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=8192, bos_token_id=0, eos_token_id=1)
         self.tokenizer = word_tokenizer(self.config.vocab_size)
         self.folder = tempfile.TemporaryDirectory()
@@ -74,18 +83,23 @@ class Bench:
 
     def _random_model(self):
         torch.manual_seed(0)
-        with torch.device("cuda" if ON_GPU else "cpu"):
-            return LlamaForCausalLM(self.config).to(torch.bfloat16 if ON_GPU else torch.float32)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)  # so that a large model is never there in float32
+        try:
+            with torch.device("cuda" if ON_GPU else "cpu"):
+                return LlamaForCausalLM(self.config)
+        finally:
+            torch.set_default_dtype(default)
 
-    def trainer(self, cls, rows: list[dict], **options):
+    def trainer(self, cls, rows: list[dict], attention: str = "sdpa", **options):
         args_cls = LarPOConfig if cls is LarPOTrainer else DPOConfig
+        options = {"gradient_checkpointing": self.options.gradient_checkpointing} | options
         args = args_cls(
             output_dir=self.folder.name,
             report_to="none",
-            bf16=ON_GPU,
+            bf16=ON_GPU and self.dtype == torch.bfloat16,
             use_cpu=not ON_GPU,
             max_length=None,
-            gradient_checkpointing=self.options.gradient_checkpointing,
             **options,
         )
         extra = {}
@@ -93,11 +107,11 @@ class Bench:
             from peft import LoraConfig
 
             extra["peft_config"] = LoraConfig(r=16, target_modules="all-linear")
-        else:
+        elif "ref_logps" not in rows[0]:
             extra["ref_model"] = self.models[1]
         for model in self.models:  # trainers replace the model's forward; each starts from the original one
             model.__dict__.pop("forward", None)
-            model.config._attn_implementation = "sdpa"
+            model.set_attn_implementation(attention)
         dataset = Dataset.from_list(rows)
         return cls(model=self.models[0], args=args, train_dataset=dataset, processing_class=self.tokenizer, **extra)
 
