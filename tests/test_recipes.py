@@ -252,6 +252,13 @@ def test_the_table_lists_every_recipe_with_its_estimate():
         assert hours == " / ".join(f"{one:.0f}" for one in gpu_hours(recipe)) and ours == "not run"
 
 
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipes_of_the_paper_fit_eight_gpus_of_80_gb(name):
+    """Also with every prompt and every answer as long as they may be."""
+    stages = runpy.run_path(str(ROOT / "examples/benchmarks/memory_estimate.py"))["stages"]
+    assert max(stages(RECIPES[name]).values()) < 0.9 * 80 * 2**30
+
+
 PAGE = (ROOT / "docs/which_recipe.md").read_text(encoding="utf-8")
 STAGES = ("sampling", "rewards", "reference", "training")
 

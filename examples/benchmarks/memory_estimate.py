@@ -85,13 +85,23 @@ SHAPES = {
 }
 
 MODELS = {
+    "alignment-handbook/zephyr-7b-sft-full": SHAPES["7B"],
+    "mistralai/Mistral-7B-Instruct-v0.2": SHAPES["7B"],
+    "mistralai/Mathstral-7B-v0.1": SHAPES["7B"],
+    "outputs/recipes/table6/sft": SHAPES["7B"],
+    "google/gemma-2-2b-it": SHAPES["2B"],
     "Qwen/Qwen3-4B-Instruct-2507": Shape(2560, 9728, 36, 32, 8, 151936, tied=True, head_dim=128),
     "meta-llama/Llama-3.1-8B-Instruct": Shape(4096, 14336, 32, 32, 8, 128256),
     "google/gemma-3-4b-it": Shape(2560, 10240, 34, 8, 4, 262208, tied=True, head_dim=256),  # the language model
 }
 """Models of recipes, by hub id: from the configurations that their vendors publish."""
 
-REWARD_MODELS = {"Skywork/Skywork-Reward-V2-Llama-3.1-8B": 7.5e9, "Skywork/Skywork-Reward-V2-Qwen3-4B": 4.0e9}
+REWARD_MODELS = {
+    "Skywork/Skywork-Reward-V2-Llama-3.1-8B": 7.5e9,
+    "Skywork/Skywork-Reward-V2-Qwen3-4B": 4.0e9,
+    "sfairXC/FsfairX-LLaMA3-RM-v0.1": 7.5e9,
+    "pairwise:llm-blender/PairRM-hf": 0.44e9,
+}
 """Weights of reward models."""
 
 WORKSPACE = 1.5 * GIB
@@ -216,7 +226,7 @@ def smallest(shape: Shape, prompt: int, completion: int, list_size: int, chunk: 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--model", help="folder or hub id; only the configuration is read")
-    parser.add_argument("--recipe", type=Path, help="recipe of examples/recipes/today: memory of each of its stages")
+    parser.add_argument("--recipe", type=Path, help="recipe of examples/recipes: memory of each of its stages")
     parser.add_argument("--params", type=float, help="number of weights of a Llama-like model")
     parser.add_argument("--gpus", type=int, default=8, help="total number, on all machines")
     parser.add_argument("--gpus_per_node", type=int, default=8)
