@@ -78,6 +78,11 @@ def test_resumes_from_the_last_checkpoint(yaml_file, tmp_path, monkeypatch):
     again = ["train", "--config", str(yaml_file), "--max_steps", "6", "--resume_from_checkpoint", "last"]
     assert cli.main(again) == 0
     assert started_at == [4, 5]
+    started_at.clear()
+    cut_off = tmp_path / "out" / "checkpoint-6" / "optimizer.pt"  # as by a kill while it is written
+    cut_off.write_bytes(cut_off.read_bytes()[:1000])
+    assert cli.main(again) == 0
+    assert started_at == [4, 5]
 
 
 @pytest.mark.slow

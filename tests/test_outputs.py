@@ -11,7 +11,7 @@ from small_run import rows_of, write_prompts
 
 from trl_larpo import cli
 from trl_larpo.locks import exclusive_lock
-from trl_larpo.settings import fingerprint
+from trl_larpo.settings import fingerprint, fingerprints
 from trl_larpo.storage import write_jsonl
 
 
@@ -120,6 +120,8 @@ def test_one_command_writes_an_output(reward, project):
             subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
             for name in ("rewarded.jsonl", "other.jsonl")
         ]
+        assert reward() == 2 and not (project / "rewarded.jsonl").exists()
+    assert reward() == 0
     assert f"Another process (process {os.getpid()}) is writing rewarded.jsonl" in others[0].stderr
     assert "take another `output`" in others[0].stderr and others[1].returncode == 0
 
@@ -199,3 +201,14 @@ def test_a_folder_is_known_by_what_it_holds(tmp_path):
     data.write_bytes(b"x" * (2**22 + 3**10) + b"y" + b"x" * (2**22 - 3**10 - 1))
     assert fingerprint(str(data)) != before
     assert fingerprint("org/model") is fingerprint("module:function") is None
+
+
+def test_a_folder_called_as_a_reward_is_not_the_reward(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gsm8k", "judge"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("{}")
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    found = fingerprints({"reward_funcs": ["gsm8k", "pairwise:judge"], "prompts": ["gsm8k"]}, ["reward_funcs"])
+    assert found.keys() == {"pairwise:judge"}
+    assert fingerprints({"prompts": ["gsm8k"]}, ["prompts"]).keys() == {"gsm8k"}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from small_run import larpo_run, rows_of
 from trl import ModelConfig
 
-from trl_larpo import DataError
+from trl_larpo import DataError, cli
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.run.folder import TIMINGS, RunFolder
@@ -226,7 +226,10 @@ def test_a_damaged_configuration_is_one_line(project, capsys, text):
     (project / "out/run.yaml").write_text(text)
     assert larpo_run() == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("larpo: error: ")]
-    assert (len(errors) == 1 and "out/run.yaml" in errors[0] and "line 1" in errors[0]) or "special char" in errors[0]
+    assert len(errors) == 1 and "out/run.yaml" in errors[0]
+    for command in ("status", "report"):
+        assert cli.main([command, "out"]) == 2
+        assert capsys.readouterr().err.startswith("larpo: error: out/run.yaml ")
 
 
 @pytest.mark.slow

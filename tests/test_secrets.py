@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import urllib.request
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from trl import ModelConfig
 
 from trl_larpo import ConfigError, LarPOConfig
 from trl_larpo.generation.server_process import check_url
+from trl_larpo.generation.urls import _KeepKey
 from trl_larpo.redaction import HIDDEN, hide_secrets
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.hidden import environment_of_stages, with_hidden_options
@@ -125,3 +127,16 @@ def test_servers_on_this_machine_are_asked_without_a_proxy(serve, monkeypatch):
         monkeypatch.setenv(name, proxy.url)
     check_url(server.url, "OPENAI_API_KEY")
     assert server.asked and not proxy.asked
+
+
+@pytest.mark.parametrize("other, same", [
+    ("https://a.org/v1/models", True), ("https://a.org:443/x", True), ("https://a.org:444/v1", False),
+    ("http://a.org/v1", False), ("https://b.org/v1", False), ("https://a.org.b.org/v1", False),
+])  # fmt: skip
+def test_the_key_stays_with_its_server(other, same):
+    request = urllib.request.Request("https://a.org/v1/models", headers={"Authorization": SECRET})
+    followed = _KeepKey().redirect_request(request, None, 302, "Found", {}, other)
+    assert followed.has_header("Authorization") == same
+    request = urllib.request.Request("http://a.org/v1/models", headers={"Authorization": SECRET})
+    followed = _KeepKey().redirect_request(request, None, 302, "Found", {}, "https://a.org/v1/models")
+    assert followed.has_header("Authorization"), "the same server, encrypted"

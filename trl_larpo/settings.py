@@ -26,6 +26,8 @@ _NUM_PARTS, _PART = 64, 2**16  # what is read of weights: parts, and bytes of ea
 
 _RANKER = "pairwise:"  # in front of the path of a ranker
 
+_JUDGES = ("reward_funcs", "best_of_n_reward")  # settings that name functions, too
+
 
 def keep_settings(
     path: Path, settings: dict[str, Any], output: str, paths: Sequence[str] = (), made: Path | None = None
@@ -84,10 +86,23 @@ def describe_change(name: str, was: Any, now: Any, made: str) -> str:
 
 def fingerprints(settings: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
     """What the paths hold that some settings name, by path. Hub ids, URLs and functions have no entry."""
-    values = (settings.get(name) for name in names)
-    paths = (path for value in values for path in (value if isinstance(value, list) else [value]) if path)
-    found = {path: fingerprint(path) for path in paths}
-    return {path: name for path, name in found.items() if name is not None}
+    found: dict[str, str] = {}
+    for name in names:
+        value: Any = settings.get(name)
+        for path in value if isinstance(value, list) else [value]:
+            print_of_path = fingerprint(path) if path and (name not in _JUDGES or _is_model(path)) else None
+            if print_of_path is not None:
+                found[path] = print_of_path
+    return found
+
+
+def _is_model(path: str) -> bool:
+    """Whether a name is the folder of a model: a folder with data may be called as a reward is, e.g. gsm8k."""
+    return any((_place(path) / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _place(path: str) -> Path:
+    return Path(os.path.expanduser(path.removeprefix(_RANKER)))
 
 
 def fingerprint(path: str) -> str | None:
@@ -100,7 +115,7 @@ def fingerprint(path: str) -> str | None:
     Returns:
         `None` for a hub id, a URL, a function, and what is not there.
     """
-    place = Path(os.path.expanduser(path.removeprefix(_RANKER)))
+    place = _place(path)
     try:
         if place.is_file():
             files = [place]
@@ -112,7 +127,7 @@ def fingerprint(path: str) -> str | None:
         for file in files:
             digest.update(f"{'' if file == place else file.relative_to(place)}\0{file.stat().st_size}\0".encode())
             _update(digest, file)
-    except OSError:  # it cannot be read: where it is needed, that is said
+    except OSError:  # unreadable: reported where it is needed
         return None
     return digest.hexdigest()[:16]
 

@@ -20,14 +20,20 @@ class _KeepKey(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and _origin(newurl) != _origin(req.full_url):
+        if request is not None and not _is_same_server(req.full_url, newurl):
             request.remove_header("Authorization")
         return request
 
 
+def _is_same_server(url: str, other: str) -> bool:
+    """Whether an address is on the same server as one before, perhaps encrypted where that one was not."""
+    before, after = _origin(url), _origin(other)
+    return after in (before, ("https", before[1], 443)) and before[0] in ("http", after[0])
+
+
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def open_url(request: str | urllib.request.Request, timeout: float) -> Any:

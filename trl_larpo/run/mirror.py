@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 
 from ..errors import ConfigError, DataError
+from ..redaction import hide_secrets
 from ..storage import finish, partial_path, read_json, write_json
 
 _MANIFEST = "mirror.json"  # names of all files that are whole
@@ -78,7 +79,7 @@ class Mirror:
 
     def _remember(self) -> None:
         """So that a restart does not copy all of it again."""
-        write_json(self.folder / _COPIED, {"url": self.url, "copied": self._copied})
+        write_json(self.folder / _COPIED, {"url": hide_secrets(self.url), "copied": self._copied})
 
     def _recall(self) -> dict[str, tuple[int, int]]:
         """What earlier processes have copied, as far as it is still there."""
@@ -87,7 +88,7 @@ class Mirror:
             in_store = set(json.loads(self.files.cat_file(f"{self.root}/{_MANIFEST}")))
         except (OSError, DataError, ValueError):  # nothing was copied yet, or something is damaged: copied again
             return {}
-        if known["url"] != self.url:
+        if known["url"] != hide_secrets(self.url):
             return {}
         return {name: tuple(state) for name, state in known["copied"].items() if name in in_store}
 
