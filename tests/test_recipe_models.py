@@ -4,15 +4,18 @@ sampling stops; Gemma 3 is loaded with its vision tower.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import trl
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from trl_larpo.generation.in_process import encode_prompt, generate_completions
+from trl_larpo.run import training_stages
 from trl_larpo.run.small import byte_tokenizer
 from trl_larpo.training.tokenization import tokenize_dataset
 
@@ -76,6 +79,24 @@ def test_what_is_sampled_is_what_is_trained_on(model):
         own = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids[: len(own) + 1] == [*own, stop_id]
         assert tokenizer.decode(ids[len(own) + 1 :]) in ("", "\n"), "what the template puts after a message"
+
+
+@pytest.mark.parametrize("sees, error", [(True, None), (True, OSError("none there")), (False, None)])
+def test_a_model_that_sees_is_saved_with_its_settings_of_images(tmp_path, monkeypatch, caplog, sees, error):
+    def load(path, revision):
+        assert (path, revision) == ("google/gemma-3-4b-it", "v2")
+        if error is not None:
+            raise error
+        return SimpleNamespace(save_pretrained=lambda folder: (folder / "preprocessor_config.json").write_text("{}"))
+
+    PartialState()  # which logging asks for
+    monkeypatch.setattr(training_stages, "AutoProcessor", SimpleNamespace(from_pretrained=load))
+    config = Gemma3Config() if sees else Gemma3Config().get_text_config()
+    trainer = SimpleNamespace(model=SimpleNamespace(config=config), processing_class=tiny.tiny_tokenizer())
+    training_stages.save_processor("google/gemma-3-4b-it", "v2", trainer, tmp_path)
+    assert (tmp_path / "preprocessor_config.json").exists() == (sees and error is None)
+    assert (tmp_path / "tokenizer.json").exists() == sees
+    assert ("Copy `preprocessor_config.json` there" in caplog.text) == (error is not None)
 
 
 @pytest.mark.slow

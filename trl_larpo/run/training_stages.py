@@ -15,7 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
 from ..candidates import CandidateList, CandidatePool
@@ -110,13 +110,13 @@ class TrainingStage:
         self.scratch = path.with_name("trainer")
         self.keeps_adapter = context.folder.keeps_adapter
         # One adapter on the initial model, or the whole model that the last iteration ended with
-        self.model_path, revision = context.model(0 if self.keeps_adapter else iteration - 1)
+        self.model_path, self.revision = context.model(0 if self.keeps_adapter else iteration - 1)
         self.trainer = make_trainer(
             self.model_path,
             self._arguments(),
             context.folder.model,
             train_dataset=_dataset_on_disk(self._rows, self.scratch / "data", context.options.template_kwargs),
-            processing_class=AutoTokenizer.from_pretrained(self.model_path, revision=revision),
+            processing_class=AutoTokenizer.from_pretrained(self.model_path, revision=self.revision),
         )
         if self.keeps_adapter and iteration > 1:
             load_adapter(self.trainer, context.model(iteration - 1)[0])
@@ -275,6 +275,8 @@ class TrainingStage:
                 "`zero3_save_16bit_model: true` (DeepSpeed) or `fsdp_state_dict_type: FULL_STATE_DICT` (FSDP)."
             )
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+        if not self.keeps_adapter:
+            save_processor(self.model_path, self.revision, trainer, partial)
 
 
 def make_trainer(model_path: str, args: LarPOConfig, model: ModelConfig, **kwargs: Any) -> LarPOTrainer:
@@ -307,6 +309,29 @@ def load_adapter(trainer: LarPOTrainer, folder: str) -> None:
             f"The adapter in {folder!r} has weights that this one lacks: {', '.join(result.unexpected_keys[:3])}. Was "
             "`lora_target_modules` changed?"
         )
+
+
+def save_processor(model_path: str, revision: str, trainer: LarPOTrainer, folder: Path) -> None:
+    """
+    Adds the settings of images to a saved model that also reads them: without, servers do not load it.
+
+    Args:
+        model_path: The model that the training started from, which has them.
+        revision: Of a model on the hub.
+        trainer: The trainer of a policy.
+        folder: Where the policy is saved, with its tokenizer.
+    """
+    config = trainer.model.config
+    if config.get_text_config() is config:
+        return
+    try:
+        AutoProcessor.from_pretrained(model_path, revision=revision).save_pretrained(folder)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning(
+            f"The settings of images of {model_path!r} could not be saved beside the trained model "
+            f"({' '.join(str(error).split())[:200]}). Copy `preprocessor_config.json` there if a server asks for it."
+        )
+    trainer.processing_class.save_pretrained(folder)  # as it was in the training
 
 
 def _read_lists(path: Path) -> Iterator[CandidateList]:
