@@ -30,7 +30,13 @@ FAULTS = (
     "turns_bad",  # returns no choice from the eleventh request on
     "strict",  # refuses settings that OpenAI's protocol does not have
     "wild",  # answers one request in three badly, each time in another of the ways below
+    "no_reload",  # as vLLM, refuses new weights
+    "no_sleep",  # as vLLM, fails to sleep
+    "no_adapter",  # as vLLM, refuses adapters
 )
+
+DEVICES = {"cpu": ("cpu", False), "gpu": ("cuda", False), "gpu_that_sleeps": ("cuda", True)}
+"""What a server that imitates vLLM says of itself: its device, and whether it can sleep."""
 
 BAD_ANSWERS = {  # status, type of the content, body
     "error 500": (500, "application/json", '{"error": {"message": "CUDA error"}}'),
@@ -56,8 +62,18 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0, fault: str | None = None, prompt_tokens: int | None = None, token_ids=None):
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(
+        self,
+        port: int = 0,
+        fault: str | None = None,
+        prompt_tokens: int | None = None,
+        token_ids=None,
+        vllm: str | None = None,
+        model: str = "fake",
+        host: str = "127.0.0.1",
+    ):
+        super().__init__((host, port), _Handler)
+        self.vllm, self.model, self.adapters, self.asleep = vllm, model, [], set()  # one of DEVICES, if it is vLLM
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
         self.token_ids = token_ids  # makes tokens of a text
         self.dripped_to_the_end = False
@@ -97,12 +113,50 @@ class _Handler(JsonHandler):
     def do_GET(self):
         if self.path == "/health":
             self._send(503 if self.server.fault == "slow_start" else 200, {})
+        elif self.path == "/server_info?config_format=json":
+            if self.server.vllm is None:
+                return self._send(404, {"detail": "Not Found"})
+            device, sleeps = DEVICES[self.server.vllm]
+            config = {"device_config": {"device": device}, "model_config": {"enable_sleep_mode": sleeps}}
+            self._send(200, {"vllm_config": config})
+        elif self.path == "/openapi.json":
+            self._send(200, {"paths": {} if self.server.vllm is None else {"/v1/load_lora_adapter": {}}})
         else:
             models = [] if self.server.fault == "no_model" else [{"id": "fake", "object": "model"}]
             self._send(200, {"object": "list", "data": models})
+        return None
+
+    def _develop(self, asked):
+        """Routes that vLLM has for development. Each request is printed, if it is obeyed."""
+        route, fault = self.path.partition("?")[0], self.server.fault
+        adapter = asked.get("lora_name")
+        if (fault, route) in (("no_reload", "/collective_rpc"), ("no_sleep", "/sleep")):
+            return self._send(500, {"error": {"message": "not implemented"}})
+        if fault == "no_adapter" and adapter:
+            return self._send(400, {"error": {"message": "LoRA rank 4 is greater than max_lora_rank 2"}})
+        if route == "/sleep":
+            self.server.asleep = {"weights", "kv_cache"}
+        if route == "/wake_up":
+            self.server.asleep.discard(self.path.partition("tags=")[2])
+        if route == "/collective_rpc" and "weights" in self.server.asleep:
+            return self._send(500, {"error": {"message": "there is no memory for weights"}})
+        if route.endswith("/load_lora_adapter"):
+            if adapter in self.server.adapters:
+                return self._send(400, {"error": {"message": "it is there already"}})
+            self.server.adapters.append(adapter)
+        if route.endswith("/unload_lora_adapter"):
+            self.server.adapters.remove(adapter)
+        what = asked.get("kwargs", {}).get("weights_path") or adapter or ""
+        print(f"{self.path} {what}".strip(), flush=True)
+        return self._send(200, {"success": True})
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.vllm and not self.path.endswith("/completions"):
+            return self._develop(asked)
+        known = (self.server.model, *self.server.adapters)
+        if self.server.vllm and (self.server.asleep or asked["model"] not in known):
+            return self._send(404, {"error": {"message": f"The model `{asked['model']}` does not exist."}})
         with self.server.lock:
             self.server.requests.append(asked | {"key": self.headers["Authorization"]})
             number = len(self.server.requests)
@@ -168,11 +222,13 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--fault", choices=[*FAULTS, *BAD_ANSWERS])
     parser.add_argument("--exit", type=int, help="end at once with this status")
-    parser.add_argument("model", nargs="?", help="not looked at, only printed")
+    parser.add_argument("--vllm", choices=[*DEVICES], help="imitate vLLM on such a device")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("model", nargs="?", default="fake", help="its name, which is printed")
     options = parser.parse_args()
     print(f"model {options.model}", flush=True)
     if options.exit is not None:
         sys.exit(options.exit)
-    FakeServer(options.port, options.fault).start()
+    FakeServer(options.port, options.fault, vllm=options.vllm, model=options.model, host=options.host).start()
     while True:
         time.sleep(1)

@@ -424,7 +424,16 @@ BAD = {
     "merged without an adapter": (["--merge_adapter"], "`merge_adapter` is for an adapter"),
     "4 bits without an adapter": (["--load_in_4bit"], "set `use_peft`, and leave out `merge_adapter`"),
     "4 bits, merged": (["--load_in_4bit", "--use_peft", "--merge_adapter"], "leave out `merge_adapter`"),
-    "an adapter and servers": (["--use_peft", "--server_command", "vllm {model} {port}"], "Set `merge_adapter: true`"),
+    "an adapter and servers": (["--use_peft", "--server_command", "vllm {model} {port}"], "set `merge_adapter: true`"),
+    "an adapter and running servers": (["--use_peft", "--server_urls", "http://host/v1"], "are not given the adapter"),
+    "an adapter with weights of its own": (
+        ["--use_peft", "--use_dora", "--server_command", "vllm {model} {port}"], "takes neither `use_dora` nor"
+    ),
+    "open routes": (
+        ["--server_command", "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --port {port}"], "Add `--host 127.0.0.1`"
+    ),
+    "reload": (["--server_reload", "sometimes"], "invalid choice: 'sometimes'"),
+    "reload of no servers": (["--server_reload", "always"], "`server_reload` is for servers that the run starts"),
     "an adapter and shards": (["--use_peft", "--accelerate_config", "shards.yaml"], "or take ZeRO-2"),
     "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes on its own"),
     "a reference and none": (["--reference_free", "true", "--reference", "initial"], "`reference` is 'initial', but"),

@@ -39,24 +39,52 @@ def test_servers_of_each_iterations_model(project, talkative_model, monkeypatch,
         assert not path.is_file() or b"very-secret" not in path.read_bytes(), path
 
 
-def test_no_server_is_left_when_a_reward_or_a_training_begins(project, monkeypatch):
-    running = {}
+STATES = {"": set(), "--vllm gpu_that_sleeps": {"asleep"}}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_no_server_has_the_devices_when_a_reward_or_a_training_begins(project, monkeypatch, kind):
+    found, num_iterations = {}, 2 if kind else 1
+
+    def state(process):
+        told = (project / "out/servers/server_0.log").read_text().splitlines()[-1]
+        return "asleep" if told.startswith("/sleep") else "awake"
 
     def watched(stage):
         def function(context, iteration, path):
             servers = [x for x in psutil.Process().children() if "fake_server.py" in " ".join(x.cmdline())]
-            running.setdefault(stage.name, set()).add(len(servers))
+            found.setdefault((stage.name, iteration), {state(process) for process in servers})
             stage.function(context, iteration, path)
 
         return function
 
     for name, stage in STAGES.items():
         monkeypatch.setitem(STAGES, name, replace(stage, function=watched(stage)))
-    change_options(project, server_command=FAKE, num_servers=2, num_iterations=1)
+    options = {"num_iterations": num_iterations, "monitor_evals": 0}
+    change_options(project, server_command=f"{FAKE} {kind}", num_servers=2 if kind == "" else 1, **options)
     assert larpo_run() == 0
-    assert running.pop("generate") == {2}  # those that have sampled held-out prompts
-    assert running.pop("held_out_samples") == {0}
-    assert len(running) == 6 and all(counts == {0} for counts in running.values()), running
+    assert found.pop(("held_out_samples", 0)) == set()
+    for iteration in range(1, num_iterations + 1):
+        assert found.pop(("generate", iteration)) == {"awake"}  # those that have sampled held-out prompts
+        assert found.pop(("held_out_samples", iteration)) == STATES[kind]
+    ended = [(name, num_iterations) for name in ("held_out", "evaluate")]
+    assert [found.pop(key) for key in ended] == [set()] * 2, "nothing is sampled any more"
+    assert len(found) == 2 + 4 * num_iterations + 2 * (num_iterations - 1)
+    assert all(states == STATES[kind] for states in found.values()), found
+    num_starts = (project / "out/servers/server_0.log").read_text().count("model ")
+    assert num_starts == (1 if kind else 2)
+
+
+def test_adapters_of_iterations_are_sampled_on_servers(project, talkative_model):
+    pytest.importorskip("peft")
+    flags = ["--use_peft", "--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj", "--monitor_evals", 0]
+    change_options(project, server_command=f"{FAKE} --vllm cpu")
+    assert larpo_run(*flags) == 0
+    told = (project / "out/servers/server_0.log").read_text().splitlines()
+    adapters = [f"/v1/load_lora_adapter out/iteration_{i}/model" for i in (1, 2)]
+    assert [line for line in told if "/load" in line] == adapters
+    assert told.count(f"model {talkative_model}") == 1
+    assert all(len(row["completions"]) == 4 for row in rows_of(project / "out/iteration_2/samples.jsonl"))
 
 
 def test_a_run_whose_servers_are_gone_goes_on_with_others(project, capsys):

@@ -252,10 +252,10 @@ def test_the_key_goes_to_the_server_and_nowhere_else(fake, monkeypatch):
 
 
 def test_servers_are_started_and_stopped_with_all_they_started(tmp_path):
-    with running_servers(f"MARK={{index}} {COMMAND}", "the-model", 2, tmp_path) as urls:
-        assert len(set(urls)) == 2
-        for url in urls:
-            check_url(url, "NONE")
+    with running_servers(f"MARK={{index}} {COMMAND}", "the-model", 2, tmp_path) as started:
+        assert len({server.url for server in started}) == 2
+        for server in started:
+            check_url(server.url, "NONE")
         pids = [pid for pid, _ in json.loads((tmp_path / "servers.json").read_text())]
         assert [psutil.Process(pid).environ()["MARK"] for pid in pids] == ["0", "1"]
     assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -114,6 +114,7 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "sampling": (
         "generation_dtype", "chat_template_kwargs", "server_requests_in_flight", "server_model",
         "server_api_key_variable", "server_health_route", "server_start_timeout", "server_timeout", "server_patience",
+        "server_reload",
     ),
     "rewards": (
         "normalize_rewards", "strip_thinking", "reward_batch_size", "reward_max_length", "reward_dtype",

@@ -1,6 +1,5 @@
 """[`PolicySampler`]: samples candidates of many prompts from a model, in this process or from servers."""
 
-import contextlib
 import gc
 import logging
 import time
@@ -28,9 +27,9 @@ from ..prompts import Prompt, completion_for
 from ..set_aside import SetAside
 from ..storage import GrowingFile
 from .in_process import Sample, encode_prompt, end_token_ids, generate_completions, tokens_beyond_text
+from .model_servers import ModelServers
 from .options import GenerationOptions
 from .server_client import Request, Sampler, request_seed
-from .server_process import running_servers
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +87,8 @@ class PolicySampler:
         use_cpu: Do not use a GPU.
         attn_implementation: As in `from_pretrained`.
         quantization_config: How the model, or the base of an adapter, is quantized in this process. `None`: not.
+        server_reload: What servers do between two models, as [`ModelServers`] takes it.
+        with_adapters: Whether servers will have to serve adapters.
     """
 
     def __init__(
@@ -99,23 +100,28 @@ class PolicySampler:
         use_cpu: bool = False,
         attn_implementation: str | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
+        server_reload: str = "never",
+        with_adapters: bool = False,
     ):
         self.options, self.seed, self.log_folder = options, seed, log_folder
         self.use_cpu, self.attn_implementation = use_cpu, attn_implementation
         self.quantization_config = quantization_config
         self._loaded: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = None
-        self._servers: tuple[str, contextlib.ExitStack, list[str]] | None = None
+        self._servers = ModelServers(options, log_folder, reload=server_reload, with_adapters=with_adapters)
 
-    def close(self) -> None:
-        """Stops servers and lets go of the model."""
+    def rest(self) -> None:
+        """Lets go of the devices: of the model, and servers rest or are stopped."""
         if self._loaded is not None:
             self._loaded = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        if self._servers is not None:
-            self._servers[1].close()
-            self._servers = None
+        self._servers.rest()
+
+    def close(self) -> None:
+        """Lets go of the model and stops servers."""
+        self._servers.close()
+        self.rest()
 
     def sample(
         self,
@@ -202,7 +208,11 @@ class PolicySampler:
     ) -> None:
         if not prompts:
             return
-        options, urls = self.options, self._server_urls(task.model_path)
+        options = self.options
+        urls, name = options.server_urls, options.server_model
+        if not urls:
+            with preparing():
+                urls, name = self._servers.serve(task.model_path)
         tokenizer = AutoTokenizer.from_pretrained(task.model_path, revision=task.revision)
         by_id = {prompt.id: prompt for prompt in prompts}
         started, num_tokens = time.monotonic(), 0
@@ -218,7 +228,7 @@ class PolicySampler:
 
         sampler = Sampler(
             urls,
-            options.server_model or (task.model_path if options.server_command else None),
+            name,
             max_new_tokens=options.max_new_tokens,
             top_p=options.top_p,
             end_ids=sorted(_end_ids_of(task, tokenizer)),
@@ -240,29 +250,6 @@ class PolicySampler:
             for prompt in prompts
         ]
         sampler.sample(requests, save, lambda request, reason: set_aside.add(by_id[request.key], reason))
-
-    def _server_urls(self, model_path: str) -> list[str]:
-        """Running servers; those of another model are stopped, and those of this one started."""
-        options = self.options
-        if options.server_urls:
-            return options.server_urls
-        if self._servers is None or self._servers[0] != model_path:
-            self.close()
-            assert options.server_command is not None  # servers are used, and none run already
-            stack = contextlib.ExitStack()
-            print(f"Starting {options.num_servers} server(s) of {model_path}; their output is in servers/")
-            servers = running_servers(
-                options.server_command,
-                model_path,
-                options.num_servers,
-                self.log_folder,
-                health_route=options.server_health_route,
-                start_timeout=options.server_start_timeout,
-            )
-            with preparing():
-                urls = stack.enter_context(servers)
-            self._servers = (model_path, stack, urls)
-        return self._servers[2]
 
     def _load(self, path: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None or self._loaded[0] != path:

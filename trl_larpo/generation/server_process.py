@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,38 @@ logger = logging.getLogger(__name__)
 _TIME_TO_STOP = 15.0  # seconds that a server gets to exit on its own
 
 
+@dataclass(frozen=True)
+class Server:
+    """
+    A server that was started here.
+
+    Attributes:
+        process: Its process, which may have started others.
+        port: Where it listens.
+    """
+
+    process: subprocess.Popen
+    port: int
+
+    @property
+    def root(self) -> str:
+        """Address of its routes beside OpenAI's."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Base address of OpenAI's routes."""
+        return f"{self.root}/v1"
+
+    def family(self) -> list[psutil.Process]:
+        """Its process and all that it started."""
+        try:
+            first = psutil.Process(self.process.pid)
+            return [first, *first.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
 @contextmanager
 def running_servers(
     command: str,
@@ -32,7 +65,7 @@ def running_servers(
     *,
     health_route: str = "/health",
     start_timeout: float = 900.0,
-) -> Iterator[list[str]]:
+) -> Iterator[list[Server]]:
     """
     Servers of one model, started from a command and stopped when the context closes.
 
@@ -47,7 +80,7 @@ def running_servers(
         start_timeout: Seconds until then.
 
     Yields:
-        The base addresses.
+        The servers.
 
     Raises:
         LarPOError: If a server ends before it is ready or does not get ready in time.
@@ -55,7 +88,7 @@ def running_servers(
     log_folder.mkdir(parents=True, exist_ok=True)
     record = log_folder / "servers.json"
     stop_leftovers(record)
-    processes, urls = [], []
+    servers: list[Server] = []
     try:
         for index in range(num_servers):
             port = _free_port()
@@ -67,17 +100,16 @@ def running_servers(
                     )
                 except OSError as error:
                     raise LarPOError(f"`server_command` cannot be started: {error}.") from error
-            processes.append(process)
-            urls.append(f"http://127.0.0.1:{port}/v1")
-            write_json(record, [[p.pid, _start_time(p.pid)] for p in processes])
-        for index, (process, url) in enumerate(zip(processes, urls, strict=True)):
+            servers.append(Server(process, port))
+            write_json(record, [[x.process.pid, _start_time(x.process.pid)] for x in servers])
+        for index, server in enumerate(servers):
             log = log_folder / f"server_{index}.log"
-            _await_health(process, url.removesuffix("/v1") + health_route, start_timeout, log)
-        yield urls
+            _await_health(server.process, server.root + health_route, start_timeout, log)
+        yield servers
     finally:
-        for process in processes:
-            end_family(process.pid, _TIME_TO_STOP)
-            process.wait()
+        for server in servers:
+            end_family(server.process.pid, _TIME_TO_STOP)
+            server.process.wait()
         record.unlink(missing_ok=True)
 
 

@@ -13,6 +13,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from ..errors import ConfigError
 from ..generation.server_process import check_servers, server_command
+from ..generation.server_routes import check_command
 from ..rewards.functions import PAIRWISE, load_rewards
 from ..storage import check_folder
 from .folder import RunFolder
@@ -77,6 +78,7 @@ def check_run(folder: RunFolder) -> None:
         program = shlex.split(options.train_launcher)[0]
         raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
     if options.server_command:
+        check_command(options.server_command, model.lora_r if folder.keeps_adapter else None)
         words, _ = server_command(options.server_command, model="model", port=1, index=0)
         if not words or shutil.which(words[0]) is None:
             raise ConfigError(f"`server_command`: there is no program {words[0] if words else ''!r} on this machine.")
@@ -109,10 +111,15 @@ def _check_adapter(folder: RunFolder) -> None:
             "`load_in_4bit` and `load_in_8bit` need an adapter that is trained on the base and kept: set `use_peft`, "
             "and leave out `merge_adapter`."
         )
-    if folder.keeps_adapter and options.uses_servers:
+    if folder.keeps_adapter and options.server_urls:
         raise ConfigError(
-            "Servers are given whole models, and iterations end with an adapter (`use_peft`). Set `merge_adapter: "
-            "true`, or sample in this process: leave out `server_command` and `server_urls`."
+            "`server_urls`: servers that run already are not given the adapter with which iterations end (`use_peft`). "
+            "Let the run start them (`server_command`), or set `merge_adapter: true`."
+        )
+    if folder.keeps_adapter and options.server_command and (model.use_dora or model.lora_modules_to_save):
+        raise ConfigError(
+            "`server_command`: vLLM takes neither `use_dora` nor `lora_modules_to_save` of an adapter. Leave them out, "
+            "set `merge_adapter: true`, or sample in this process."
         )
 
 

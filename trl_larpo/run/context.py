@@ -36,6 +36,8 @@ class RunContext:
             use_cpu=folder.training.use_cpu,
             attn_implementation=folder.model.attn_implementation,
             quantization_config=quantization_of(folder.model, folder.training),
+            server_reload=folder.options.server_reload,
+            with_adapters=folder.keeps_adapter,
         )
 
     @cached_property
@@ -44,12 +46,22 @@ class RunContext:
 
     def close(self) -> None:
         """Stops servers and lets go of models."""
-        self.leave_devices_to(None)
+        if "sampler" in vars(self):
+            self.sampler.close()
+        if "scorer" in vars(self):
+            self.scorer.close()
 
     def leave_devices_to(self, user: str | None) -> None:
-        """As `close`, but for the `"sampler"` or the `"scorer"`, if that is the `user`."""
-        for name in {"sampler", "scorer"} & vars(self).keys() - {user}:
-            getattr(self, name).close()
+        """
+        Takes the devices from the sampler, whose servers rest or are stopped, and from the scorer, but for the `user`.
+
+        Args:
+            user: `"sampler"`, `"scorer"`, or `None` for something else.
+        """
+        if user != "sampler" and "sampler" in vars(self):
+            self.sampler.rest()
+        if user != "scorer" and "scorer" in vars(self):
+            self.scorer.close()
 
     def initial_completions(self) -> Completions | None:
         """

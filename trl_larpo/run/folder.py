@@ -36,8 +36,8 @@ from .prompts import choose_prompts
 _MAY_CHANGE = frozenset({
     "output_dir", "mirror", "notify_command", "dry_run", "server_urls", "server_command", "num_servers", "server_model",
     "server_health_route", "server_start_timeout", "server_timeout", "server_patience", "server_requests_in_flight",
-    "server_api_key_variable", "stop_on", "monitor_evals", "monitor_time_share", "monitor_prompts", "monitor_stop",
-    "num_processes", "generation_processes", "reward_processes",
+    "server_api_key_variable", "server_reload", "stop_on", "monitor_evals", "monitor_time_share", "monitor_prompts",
+    "monitor_stop", "num_processes", "generation_processes", "reward_processes",
     "reward_calls_in_flight", "reward_while_sampling",
     "train_processes", "accelerate_config", "train_launcher", "report_to", "run_name", "logging_dir", "logging_steps",
     "logging_strategy", "logging_first_step", "disable_tqdm", "log_level", "save_steps",

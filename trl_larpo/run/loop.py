@@ -105,6 +105,8 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
                     if stage.name == "held_out_samples" and options.server_command and not last:
                         # With the servers that are there, rather than with new ones of the same model
                         worked |= _run_stage(context, STAGES["generate"], iteration + 1)
+                    elif stage.name == "held_out_samples" and last:
+                        context.close()  # nothing is sampled any more
                     _push(mirror)
             checks = []
             if iteration:
@@ -178,7 +180,7 @@ def _run_stage(context: RunContext, stage: Stage, iteration: int) -> bool:
     num_processes = stage.num_processes(options)
     in_processes = num_processes > 1 or (stage.sharded and (options.train_launcher or options.accelerate_config))
     if in_processes and not (iteration == 0 and stage.name == "evaluate"):  # which runs no model
-        context.close()
+        context.leave_devices_to(None)
         _launch_stage(folder, stage, iteration, num_processes)
     else:
         run_stage(context, stage, iteration)

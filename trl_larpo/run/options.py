@@ -7,6 +7,7 @@ from trl import ModelConfig
 from ..candidates import Selection
 from ..errors import ConfigError
 from ..generation.in_process import check_sampling
+from ..generation.model_servers import RELOADS
 from ..generation.options import GenerationOptions
 from ..options import DTYPES, CheckedOptions, check_choice, option
 from ..rewards.options import RewardOptions
@@ -141,7 +142,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     )
     merge_adapter: bool = option(
         False,
-        "With `use_peft`: merge the adapter into a whole model after each iteration, as servers, ZeRO-3 and FSDP need. "
+        "With `use_peft`: merge the adapter into a whole model after each iteration, as ZeRO-3 and FSDP need. "
         "Otherwise the base stays as it is, all iterations train one adapter, and only that is saved.",
     )
     num_eval_samples: int = option(4, "Completions sampled for each held-out prompt.")
@@ -170,6 +171,13 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         True,
         "Reward prompts as they are sampled, where all rewards are functions. false: when all are sampled, e.g. for a "
         "function that holds a model on the GPU, or that only works in the main thread.",
+    )
+    server_reload: str = option(
+        "auto",
+        "Whether servers of `server_command` stay between iterations and load the next weights, which vLLM can with "
+        "VLLM_SERVER_DEV_MODE=1 and, on a GPU, --enable-sleep-mode. 'auto': if they can, else they are restarted. "
+        "'always': an error if they cannot. 'never': they are restarted.",
+        choices=[*RELOADS],
     )
     num_processes: int = option(
         1,
@@ -240,6 +248,11 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
         self.check_rewards()
         for name, choices in (("prompt_schedule", SCHEDULES), ("memory", MEMORIES), ("reference", REFERENCES)):
             check_choice(name, getattr(self, name), choices)
+        check_choice("server_reload", self.server_reload, RELOADS)
+        if self.server_reload == "always" and not self.server_command:
+            raise ConfigError(
+                "`server_reload` is for servers that the run starts: set `server_command`, or leave it out."
+            )
         for name in self.negatives:
             check_choice("negatives", name, NEGATIVES)
         if self.random_prompts and "random_prompt" not in self.negatives:

@@ -110,8 +110,8 @@ def shrink(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 _LEFT_OUT = (
     "accelerate_config", "attn_implementation", "dtype", "generation_processes", "load_in_4bit", "max_prompt_length",
     "mirror", "model_revision", "num_processes", "num_servers", "prompts_config", "prompts_per_iteration", "report_to",
-    "reward_dtype", "reward_max_length", "reward_processes", "server_command", "server_urls", "train_launcher",
-    "train_processes",
+    "reward_dtype", "reward_max_length", "reward_processes", "server_command", "server_reload", "server_urls",
+    "train_launcher", "train_processes",
 )  # fmt: skip
 
 
