@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError
 from trl_larpo.generation.continuous_batching import Job, _draw
-from trl_larpo.generation.in_process import Sample, encode_prompt, generate_completions, tokens_beyond_text
+from trl_larpo.generation.in_process import (
+    Sample,
+    encode_prompt,
+    generate_completions,
+    tokens_beyond_text,
+    with_half_character,
+)
 
 PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
 
@@ -132,6 +138,20 @@ def test_tokens_are_kept_where_the_text_does_not_give_them_back(prompt):
         Sample("blue", 5, True),
     ]
     assert tokens_beyond_text(tokenizer, prompt, samples) == [None, [*half, end], [*usual, usual[0]], usual, None]
+
+
+def test_half_a_character_at_the_end_is_part_of_the_text():
+    """vLLM leaves it out, and the tokens would be taken for those of another text."""
+    tokenizer = tiny.tiny_tokenizer()
+    ids = tokenizer("a é", add_special_tokens=False)["input_ids"]
+
+    def text(**values):
+        return with_half_character(tokenizer, Sample(num_tokens=3, **values)).text
+
+    assert text(text="a ", finished=False, token_ids=ids[:-1]) == "a \ufffd" == tokenizer.decode(ids[:-1])
+    assert text(text="a ", finished=True, token_ids=ids[:-1]) == "a "
+    assert text(text="other", finished=False, token_ids=ids) == "other", "tokens of another tokenizer"
+    assert text(text="a ", finished=False, token_ids=None) == "a "
 
 
 def test_sampling_follows_the_model_distribution(model):

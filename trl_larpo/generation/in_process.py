@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..errors import ConfigError, DataError
 from ..prompts import Content
 from .continuous_batching import Job, sample
+
+_HALF = "\ufffd"  # what half a character is decoded to
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,19 @@ def tokens_beyond_text(
                 ids = None
         kept.append(ids)
     return kept
+
+
+def with_half_character(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Sample:
+    """
+    A sample of a server, with the text of all its tokens.
+
+    Servers such as vLLM leave out of the text half a character at the end of a completion that was cut off. Then its
+    tokens would not be taken for those of the text, and would not be trained on.
+    """
+    if sample.finished or not sample.token_ids:
+        return sample
+    text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+    return replace(sample, text=text) if text.rstrip(_HALF) == sample.text.rstrip(_HALF) else sample
 
 
 def end_token_ids(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:

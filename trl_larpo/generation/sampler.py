@@ -26,7 +26,14 @@ from ..preparation import preparing
 from ..prompts import Prompt, completion_for
 from ..set_aside import SetAside
 from ..storage import GrowingFile
-from .in_process import Sample, encode_prompt, end_token_ids, generate_completions, tokens_beyond_text
+from .in_process import (
+    Sample,
+    encode_prompt,
+    end_token_ids,
+    generate_completions,
+    tokens_beyond_text,
+    with_half_character,
+)
 from .model_servers import ModelServers
 from .options import GenerationOptions
 from .server_client import Request, Sampler, request_seed
@@ -219,6 +226,7 @@ class PolicySampler:
 
         def save(request: Request, samples: list[Sample]) -> None:
             nonlocal num_tokens
+            samples = [with_half_character(tokenizer, sample) for sample in samples]
             pool = _as_pool(tokenizer, by_id[request.key], samples, task, options.template_kwargs)
             file.add([pool.to_row()])
             on_pools([pool])
