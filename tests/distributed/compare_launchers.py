@@ -32,7 +32,7 @@ def accelerate(name: str) -> list[str]:
     return ["accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml"), *flags]
 
 
-# Name: (how it is started, options of the trainer)
+# Name: (how it is started, options of the trainer). Those that are started alike may share processes
 LAUNCHERS = {
     "DDP": (TORCHRUN, {}),
     "ZeRO-1": (accelerate("zero1"), {}),
@@ -59,7 +59,7 @@ def option_sets(steps: int) -> dict[str, dict]:
 
 def run(model: str, folder: Path, sets: dict[str, dict], launcher: str | None = None, timeout: float = 900) -> None:
     """
-    Trains with each set of options.
+    Trains with each set of options, one after the other in the same processes.
 
     Args:
         model: Folder of the model.
@@ -71,13 +71,19 @@ def run(model: str, folder: Path, sets: dict[str, dict], launcher: str | None = 
         RuntimeError: With what the processes said, if one of them failed.
     """
     start, more = LAUNCHERS[launcher] if launcher else (None, {})
-    sets = {name: options | more for name, options in sets.items()}
+    start_processes(model, folder, {name: options | more for name, options in sets.items()}, start, timeout)
+
+
+def start_processes(
+    model: str, folder: Path, sets: dict[str, dict], start: list[str] | None, timeout: float = 900
+) -> None:
+    """As [`run`], with the module that starts the processes and its flags."""
     command = [sys.executable, *(["-m", *start] if start else []), str(SCRIPT), model, str(folder), json.dumps(sets)]
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     if done.returncode != 0:
-        raise RuntimeError(f"{launcher or 'one process'} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{' '.join(start or ['one process'])} failed:\n{done.stderr[-4000:]}")
 
 
 def result_of(folder: Path, name: str) -> dict:

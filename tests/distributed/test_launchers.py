@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from compare_launchers import LAUNCHERS, largest_differences, result_of, run, steps_of
+from compare_launchers import LAUNCHERS, TORCHRUN, largest_differences, result_of, run, start_processes, steps_of
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +23,10 @@ VARIANTS = {
     "checkpointing": ("lambdarank", {"gradient_checkpointing": True}),
     "separate rows": ("lambdarank", {"shared_prompt": "off"}),
 }
-SECONDARY = ("ZeRO-1", "ZeRO-2 JSON", "ZeRO-3 JSON", "ZeRO-3 offload")
-"""Launchers that differ from another by how they are configured: what depends on that is tested with them."""
+SMALL_SETS = ("lambdarank", "lora-accumulation", "precomputed")
+"""What depends on how a launcher is configured. Launchers that differ from another by that alone get no more."""
+
+JSON = ("ZeRO-2 JSON", "ZeRO-3 JSON", "ZeRO-3 offload")
 
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
@@ -48,52 +50,63 @@ def needs_deepspeed(launcher):
         pytest.skip("DeepSpeed is not installed: `pip install trl-larpo[deepspeed]`")
 
 
-def sets_for(launcher) -> dict:
+def sets_for(launcher) -> dict[str, tuple[str, dict]]:
+    """Name: (the run of one process that it must equal, options)."""
     sets = {name: (name, options) for name, options in SETS.items()}
     sets |= {name: (like, SETS[like] | options) for name, (like, options) in VARIANTS.items()}
-    if launcher in SECONDARY:
-        return {name: sets[name] for name in ("lambdarank", "lora-accumulation", "precomputed")}
+    if launcher == "ZeRO-1" or launcher in JSON:
+        return {name: sets[name] for name in SMALL_SETS}
     if launcher in ("DDP", "ZeRO-2"):
         sets["reentrant"] = ("lambdarank", SETS["lambdarank"] | REENTRANT)
     return sets
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+# More of two processes, compared with nothing. 9 lists in batches of 4: the last batch of an epoch has one for two
+ODD = {"num_rows": 9, "max_steps": 6}
+SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+ALONE = {"DDP": {"odd": ODD}, "ZeRO-3": {"odd": ODD, "saved": SAVED}, "FSDP2": {"saved": SAVED}}
+BATCH = {"per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize("launcher", [name for name in LAUNCHERS if name not in JSON])
 def test_two_processes_train_as_one(tiny_model, tmp_path, one_process, launcher):
     needs_deepspeed(launcher)
-    sets = sets_for(launcher)
-    batch = {"per_device_train_batch_size": 2}
-    run(tiny_model, tmp_path, {name: batch | options for name, (_, options) in sets.items()}, launcher)
-    kind, stage, share = EXPECTED[launcher]
-    ran = result_of(tmp_path, "lambdarank")["distributed"]
-    assert (ran["kind"], ran["zero_stage"], ran["processes"]) == (kind, stage, 2)
-    assert ran["share"] == pytest.approx(share, abs=0.05)
+    sets, alone = sets_for(launcher), ALONE.get(launcher, {})
+    options = {name: of_set for name, (_, of_set) in sets.items()} | alone
+    run(tiny_model, tmp_path, {name: BATCH | of_set for name, of_set in options.items()}, launcher)
     for name, (like, _) in sets.items():
-        differences = largest_differences(one_process, tmp_path, like, name)
-        limits = {"rewards/margins": 1e-3}  # differences of nearly equal numbers
-        if "accumulation" in name:  # logs are means over micro-batches, as TRL's, which differ in candidates
-            limits["completions/mean_length"] = 0.1
-        assert all(x <= limits.get(key, 1e-4) for key, x in differences.items()), f"{name}: {differences}"
-        evaluations = [result_of(*where)["evaluation"] for where in ((one_process, like), (tmp_path, name))]
-        for key in ("eval_loss", "eval_ranking/ndcg", "eval_list_size", "eval_rewards/margins"):
-            assert evaluations[1][key] == pytest.approx(evaluations[0][key], rel=1e-3, abs=1e-5), f"{name}: {key}"
+        check(launcher, one_process, tmp_path, like, name)
+    if "odd" in alone:  # its incomplete batches stop nobody
+        steps = steps_of(tmp_path, "odd")
+        assert len(steps) == 6 and all(0 < step["loss"] < 20 for step in steps)
+    if "saved" in alone:  # a checkpoint continues the same trajectory, in new processes
+        resumed = SAVED | {"resume_from_checkpoint": str(tmp_path / "saved" / "checkpoint-3"), "save_strategy": "no"}
+        run(tiny_model, tmp_path, {"resumed": BATCH | resumed}, launcher)
+        differences = largest_differences(tmp_path, tmp_path, "saved", "resumed")
+        assert all(x <= 1e-5 for x in differences.values()), differences
 
 
-@pytest.mark.parametrize("launcher", ["DDP", "ZeRO-3"])
-def test_an_incomplete_last_batch_does_not_stop_anyone(tiny_model, tmp_path, launcher):
-    needs_deepspeed(launcher)
-    # 9 lists in batches of 4: the last batch of an epoch has one list for two processes
-    run(tiny_model, tmp_path, {"odd": {"num_rows": 9, "per_device_train_batch_size": 2, "max_steps": 6}}, launcher)
-    steps = steps_of(tmp_path, "odd")
-    assert len(steps) == 6 and all(0 < step["loss"] < 20 for step in steps)
+def test_configurations_of_deepspeed_in_json(tiny_model, tmp_path, one_process):
+    needs_deepspeed("ZeRO")
+    cases = {f"{launcher} {name}": (launcher, *case) for launcher in JSON for name, case in sets_for(launcher).items()}
+    options = {name: BATCH | of_set | LAUNCHERS[launcher][1] for name, (launcher, _, of_set) in cases.items()}
+    start_processes(tiny_model, tmp_path, options, TORCHRUN)
+    for name, (launcher, like, _) in cases.items():
+        check(launcher, one_process, tmp_path, like, name)
 
 
-@pytest.mark.parametrize("launcher", ["ZeRO-3", "FSDP2"])
-def test_a_checkpoint_continues_the_same_trajectory(tiny_model, tmp_path, launcher):
-    needs_deepspeed(launcher)
-    options = {"per_device_train_batch_size": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    resumed = options | {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-3"), "save_strategy": "no"}
-    run(tiny_model, tmp_path, {"whole": options}, launcher)
-    run(tiny_model, tmp_path, {"resumed": resumed}, launcher)
-    differences = largest_differences(tmp_path, tmp_path, "whole", "resumed")
-    assert all(x <= 1e-5 for x in differences.values()), differences
+def check(launcher, one_process, folder, like, name):
+    """The launcher did what it is for, and two processes trained as one did."""
+    kind, stage, share = EXPECTED[launcher]
+    ran = result_of(folder, name)["distributed"]
+    assert (ran["kind"], ran["zero_stage"], ran["processes"]) == (kind, stage, 2)
+    if "lora" not in name:
+        assert ran["share"] == pytest.approx(share, abs=0.05)
+    differences = largest_differences(one_process, folder, like, name)
+    limits = {"rewards/margins": 1e-3}  # differences of nearly equal numbers
+    if "accumulation" in name:  # logs are means over micro-batches, as TRL's, which differ in candidates
+        limits["completions/mean_length"] = 0.1
+    assert all(x <= limits.get(key, 1e-4) for key, x in differences.items()), f"{name}: {differences}"
+    evaluations = [result_of(*where)["evaluation"] for where in ((one_process, like), (folder, name))]
+    for key in ("eval_loss", "eval_ranking/ndcg", "eval_list_size", "eval_rewards/margins"):
+        assert evaluations[1][key] == pytest.approx(evaluations[0][key], rel=1e-3, abs=1e-5), f"{name}: {key}"

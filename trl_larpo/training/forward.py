@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .head import OutputHead, TokenValues, score_logits, score_tokens
 from .passes import Call, Pass
-from .token_rows import KeysAndValues
+from .token_rows import KeysAndValues, Rows
 
 
 def enable_passes(model: PreTrainedModel) -> None:
@@ -45,7 +45,7 @@ def enable_passes(model: PreTrainedModel) -> None:
             return original_forward(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT fills in its own
         run = partial(_run, self, original_forward, head, with_statistics)
-        values: list[TokenValues] = []
+        parts: list[_Part] = []
         router_logits: list[list[Tensor]] = []
         for lists in passes:
             reading: dict[str, KeysAndValues] = {}
@@ -62,12 +62,16 @@ def enable_passes(model: PreTrainedModel) -> None:
                 router_logits.append(_router_logits(outputs))
                 reading["recorded"] = recorded
             for call in lists.calls:
-                if lists.recompute and torch.is_grad_enabled():
-                    of_call, of_routers = checkpoint(run, call, use_reentrant=False, **reading, **kwargs)
+                # The backward pass begins with the last call, and needs no more memory where that one is kept
+                is_last = lists is passes[-1] and call is lists.calls[-1]
+                if lists.recompute and torch.is_grad_enabled() and not is_last:
+                    part, of_routers = checkpoint(run, call, use_reentrant=False, **reading, **kwargs)
                 else:
-                    of_call, of_routers = run(call, **reading, **kwargs)
-                values.append(of_call)
+                    part, of_routers = run(call, **reading, **kwargs)
+                parts.append(part)
                 router_logits.append(of_routers)
+        calls = [call for lists in passes for call in lists.calls]
+        values = _score(self, head, calls, parts, with_statistics) if head.linear else parts
         return values, [torch.cat(of_layer) for of_layer in zip(*router_logits, strict=True)]
 
     signature = functools.wraps(type(model).forward)  # `generate` looks there for what it may pass
@@ -87,10 +91,14 @@ def run_plainly(model, call: Call, with_statistics: bool, **kwargs) -> TokenValu
     return _in_rows(values, scored)
 
 
+_Part = Tensor | TokenValues
+"""What a call leaves to be scored: hidden states `(tokens, hidden_size)` where the head is linear, else the values."""
+
+
 @functools.partial(torch.compiler.disable, recursive=False)
 def _run(
     model: PreTrainedModel, original_forward, head: OutputHead, with_statistics: bool, call: Call, **kwargs
-) -> tuple[TokenValues, list[Tensor]]:
+) -> tuple[_Part, list[Tensor]]:
     rows = call.rows
     if call.with_positions:
         kwargs["position_ids"] = rows.positions
@@ -98,19 +106,39 @@ def _run(
         kwargs["split"] = call.split
     arguments = {"input_ids": rows.input_ids, "attention_mask": call.mask, "use_cache": False} | kwargs
     _expect_other_sizes(arguments)
-    targets = rows.labels[:, 1:]
-    scored = targets != -100
+    scored = _scored(rows)
     if head.linear:
         outputs = model.base_model(**arguments)
         hidden = outputs.last_hidden_state[:, :-1]
-        scored = scored.to(hidden.device)
-        values = score_tokens(model, head, hidden[scored], targets.to(hidden.device)[scored], with_statistics)
-    else:
-        outputs = original_forward(**arguments)
-        logits = outputs.logits[:, :-1]
-        scored = scored.to(logits.device)
-        values = score_logits(logits[scored], targets.to(logits.device)[scored], with_statistics)
+        return hidden[scored.to(hidden.device)], _router_logits(outputs)
+    outputs = original_forward(**arguments)
+    logits = outputs.logits[:, :-1]
+    targets, scored = rows.labels[:, 1:].to(logits.device), scored.to(logits.device)
+    values = score_logits(logits[scored], targets[scored], with_statistics)
     return _in_rows(values, scored), _router_logits(outputs)
+
+
+@torch.compiler.disable
+def _score(
+    model: PreTrainedModel, head: OutputHead, calls: list[Call], parts: list[Tensor], with_statistics: bool
+) -> list[TokenValues]:
+    """
+    The values of all calls at once: hidden states of the tokens that are scored are small, and the head is faster on
+    many of them, and need not be worked out again together with a call.
+    """
+    scored = [_scored(call.rows) for call in calls]
+    targets = torch.cat([call.rows.labels[:, 1:][of_call] for call, of_call in zip(calls, scored, strict=True)])
+    values = score_tokens(model, head, torch.cat(parts), targets, with_statistics)
+    of_calls = zip(*(value.split([len(part) for part in parts]) for value in values.values()), strict=True)
+    return [
+        _in_rows(dict(zip(values, of_call, strict=True)), of_rows)
+        for of_call, of_rows in zip(of_calls, scored, strict=True)
+    ]
+
+
+def _scored(rows: Rows) -> Tensor:
+    """bool `(rows, length - 1)`, where the next token is scored."""
+    return rows.labels[:, 1:] != -100
 
 
 @torch.compiler.disable

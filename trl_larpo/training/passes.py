@@ -1,9 +1,9 @@
 """
 How the candidates of a batch become the calls of a model: in which rows, and how many at a time.
 
-With a chunk size, each chunk of candidates runs under checkpointing: what its backward pass needs is computed again
-when it is needed, and freed before the next chunk. So memory does not grow with the list, gradients are exact, and
-there is one backward pass.
+With a chunk size, each chunk of candidates but the last runs under checkpointing: what its backward pass needs is
+computed again when it is needed, and freed before the next chunk. Of a whole list there remain the hidden states that
+the head reads. So memory hardly grows with the list, gradients are exact, and there is one backward pass.
 """
 
 from dataclasses import dataclass, field
