@@ -24,7 +24,7 @@ SHARING = [
 @pytest.mark.parametrize("model_type", architectures.MODEL_TYPES)
 def test_numbers_are_those_of_plain_rows(model_type, tmp_path):
     try:
-        with architectures.time_limit(120 if model_type in SHARING else 40):
+        with architectures.time_limit(120 if model_type in SHARING else 20):
             outcome = architectures.sweep(model_type, str(tmp_path))
     except (architectures.CannotBeTried, TimeoutError) as error:
         assert model_type not in SHARING, error
