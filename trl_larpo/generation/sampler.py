@@ -3,6 +3,7 @@
 import gc
 import logging
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,18 @@ class SamplingTask:
     @property
     def temperatures(self) -> list[float]:
         return [kind.temperature for kind in self.kinds]
+
+
+class _PackedRequest(Request):
+    """A request whose tokens take 4 bytes each: those of all prompts wait in memory."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self._tokens.tolist()
+
+    @prompt_ids.setter
+    def prompt_ids(self, ids: list[int]) -> None:
+        self._tokens = array("i", ids)
 
 
 class PolicySampler:
@@ -247,8 +260,8 @@ class PolicySampler:
             timeout=options.server_timeout,
             patience=options.server_patience,
         )
-        requests = [
-            Request(
+        requests: list[Request] = [
+            _PackedRequest(
                 key=prompt.id,
                 prompt=prompt.content,
                 temperatures=task.temperatures,
