@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import random
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ FAULTS = (
     "no_reload",  # as vLLM, refuses new weights
     "no_sleep",  # as vLLM, fails to sleep
     "no_adapter",  # as vLLM, refuses adapters
+    "random",  # answers one request in ten badly, and each prompt with the word "poison" in a way of its own
 )
 
 DEVICES = {"cpu": ("cpu", False), "gpu": ("cuda", False), "gpu_that_sleeps": ("cuda", True)}
@@ -57,6 +59,9 @@ BAD_ANSWERS = {  # status, type of the content, body
 """What a server answers to every prompt with the word "poison" if the fault is one of these."""
 
 
+_BAD_SHARE = 0.1  # of the answers of the fault "random"
+
+
 class FakeServer(ThreadingHTTPServer):
     """Answers on a port of 127.0.0.1 until `close`; `requests` holds what was asked for."""
 
@@ -76,6 +81,7 @@ class FakeServer(ThreadingHTTPServer):
         self.vllm, self.model, self.adapters, self.asleep = vllm, model, [], set()  # one of DEVICES, if it is vLLM
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
         self.token_ids = token_ids  # makes tokens of a text
+        self.random = random.Random(0)
         self.dripped_to_the_end = False
         self.url, self.closing = f"http://127.0.0.1:{self.server_port}/v1", threading.Event()
 
@@ -122,7 +128,8 @@ class _Handler(JsonHandler):
         elif self.path == "/openapi.json":
             self._send(200, {"paths": {} if self.server.vllm is None else {"/v1/load_lora_adapter": {}}})
         else:
-            models = [] if self.server.fault == "no_model" else [{"id": "fake", "object": "model"}]
+            hides = self.server.fault == "random" and self.server.random.random() < _BAD_SHARE
+            models = [] if self.server.fault == "no_model" or hides else [{"id": "fake", "object": "model"}]
             self._send(200, {"object": "list", "data": models})
         return None
 
@@ -166,6 +173,17 @@ class _Handler(JsonHandler):
             return self._drip()
         if fault in BAD_ANSWERS and "poison" in prompt:
             return self._send_text(*BAD_ANSWERS[fault])
+        if fault == "random":
+            kinds = [name for name in BAD_ANSWERS if "poison" in prompt or name != "refusal"]
+            if "poison" in prompt:
+                return self._send_text(*BAD_ANSWERS[kinds[hashlib.sha256(prompt.encode()).digest()[0] % len(kinds)]])
+            with self.server.lock:
+                is_bad, kind = self.server.random.random() < _BAD_SHARE, self.server.random.choice([*kinds, "hangs up"])
+            if is_bad and kind == "hangs up":
+                self.close_connection = True
+                return None
+            if is_bad:
+                return self._send_text(*BAD_ANSWERS[kind])
         if fault == "wild" and number % 3 == 0:
             kinds = [name for name in BAD_ANSWERS if name != "refusal"]
             return self._send_text(*BAD_ANSWERS[kinds[number // 3 % len(kinds)]])
