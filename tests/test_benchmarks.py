@@ -66,6 +66,14 @@ def test_where_the_time_of_a_run_went(finished_run, capsys):
     assert "lists/s" in capsys.readouterr().out
 
 
+def test_memory_of_a_command_is_that_of_the_process_that_works(tmp_path):
+    # `larpo run` works in a process that the one which is started watches over
+    works = "import time; x = bytearray(10**8); time.sleep(2)"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {works!r}])"
+    peak, own, _ = load("run_folder").measure(["-c", starts], tmp_path, tmp_path / "log")
+    assert peak > 1e8 and (own == 0 or 1e8 < own < 4e8)
+
+
 def test_a_large_run_folder_in_small(tmp_path, monkeypatch, capsys):
     script = load("run_folder")
 

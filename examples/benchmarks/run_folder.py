@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 from transformers import AutoTokenizer
 
@@ -131,13 +132,16 @@ def measure(words: list[str], folder: Path, log: Path) -> tuple[float, float, fl
     return usage.ru_maxrss * unit, own, time.monotonic() - started
 
 
-def _own_memory(process: int) -> float:
-    """Bytes that a process has for itself; 0 where the system does not tell."""
+def _own_memory(number: int) -> float:
+    """Bytes that a process and those that it has started have for themselves; 0 where the system does not tell."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
+        process = psutil.Process(number)
+        numbers = [number, *(child.pid for child in process.children(recursive=True))]
+        statuses = [Path(f"/proc/{each}/status").read_text() for each in numbers]
+    except (OSError, psutil.Error):
         return 0.0
-    return 1024.0 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    lines = [line for status in statuses for line in status.splitlines()]
+    return 1024.0 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":
