@@ -96,7 +96,7 @@ def test_scores_per_token_equal_a_plain_loop(trained, tiny_model):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-@pytest.mark.parametrize("shared_prompt", ["off", "auto"])
+@pytest.mark.parametrize("shared_prompt", ["off", "on"])
 def test_a_step_forwards_each_candidate_once(tiny_model, config, shared_prompt):
     dataset = tiny.lists(num_rows=4)
     args = config(max_steps=1, shared_prompt=shared_prompt)

@@ -33,6 +33,7 @@ from trl import DPOTrainer
 
 from trl_larpo import ConfigError, LarPOTrainer
 from trl_larpo.generation.in_process import generate_completions
+from trl_larpo.training.layout_costs import Lengths, count_work, flops_of_pair
 from trl_larpo.training.passes import Layout
 
 ATTENTIONS = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -343,6 +344,41 @@ def compare_layouts(table: Table) -> None:
                 table.add("ratios", f"{row['what']}: {name} / shared", ratio=ratio)
 
 
+def fit_prices(table: Table) -> None:
+    """
+    What the choice of layouts should know of this device (`PRICES` in trl_larpo/training/layout_costs.py), by least
+    squares over relative errors of the steps in `sizes`; prices below zero are left out.
+    """
+    kernels = {"sdpa": "mask", "flex_attention": "blocks"}
+    for attention in table.attentions:
+        rows = [row for row in table.rows if row["section"] == "sizes" and row["attention"] == attention]
+        rows = [row for row in rows if "seconds" in row]
+        if len({row["layout"] for row in rows}) < 2:
+            continue
+        shape, quantities = SHAPES[rows[0]["shape"]], []
+        kernel = kernels.get(attention, "lengths")
+        shared = Layout.SHARED if kernel == "blocks" else Layout.SPLIT
+        for row in rows:
+            lengths = Lengths([row["prompt"]], [[row["completion"]] * row["list_size"]])
+            work = count_work(lengths, Layout.SEPARATE if row["layout"] == "separate" else shared, kernel)
+            of_attention = work.pairs * flops_of_pair(argparse.Namespace(**shape))
+            quantities.append([1, work.tokens, of_attention, work.is_apart * work.tokens, work.is_apart])
+        seconds = torch.tensor([row["seconds"] for row in rows], dtype=torch.float64)
+        relative = torch.tensor(quantities, dtype=torch.float64) / seconds[:, None]
+        found, kept = torch.zeros(5, dtype=torch.float64), [0, 1, 2, 3, 4]
+        while kept:
+            solution = torch.linalg.lstsq(relative[:, kept], torch.ones(len(rows), dtype=torch.float64), driver="gelsd")
+            if (solution.solution >= 0).all():
+                found[kept] = solution.solution
+                break
+            kept.pop(int(solution.solution.argmin()))
+        if found[1] > 0:
+            off = (relative @ found - 1).abs().mean()
+            flops, apart, batch = (found[2:] / found[1]).tolist()
+            prices = f"Prices(flops={flops:.2f}, apart={apart:.3f}, batch={batch:.1f})"
+            table.add("prices", f"{attention}: {prices}", note=f"steps are {off:.0%} off on average")
+
+
 def draw(results: dict, picture: Path) -> None:
     """Speed of shared rows against separate ones by list size, and memory by chunk size."""
     import matplotlib
@@ -411,6 +447,7 @@ def main(argv: list[str] | None = None) -> dict:
         free()
         table.save()
     compare_layouts(table)
+    fit_prices(table)
     results = table.save()
     if options.output and importlib.util.find_spec("matplotlib"):
         draw(results, options.output.with_suffix(".png"))

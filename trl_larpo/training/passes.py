@@ -19,7 +19,7 @@ from .attention import SplitRows, attention_masks, split_rows, uses_blocks
 from .token_rows import Batch, Rows, candidate_rows, extend, pack, prompt_rows, separate_rows, shared_prompt_rows
 from .variable_length import VariableLengths, uses_variable_lengths, variable_lengths
 
-_BLOCK = 128
+BLOCK = 128
 """Tokens of a block of FlexAttention's masks. Its code is compiled for the second length, and then for all others."""
 
 
@@ -176,7 +176,7 @@ def _call(
     if has_variable_lengths:
         rows = pack(rows, multiple or 1)
     elif uses_blocks(model):
-        rows = pack(rows, _BLOCK)
+        rows = pack(rows, BLOCK)
     if longest is not None:
         rows = extend(rows, longest - 1)
     prompt_real = None if prompts is None else prompts.real

@@ -121,8 +121,9 @@ class RankingOptions:
         default="auto",
         metadata={
             "help": "Whether the completions of a list share one pass over their prompt, in one row. 'auto': where the "
-            "model allows it; 'on': an error where it does not; 'off': a row for each completion, with the prompt in "
-            "each. The results are the same.",
+            "model allows it, in batches for which separate rows are not cheaper; 'on': always, and an error where the "
+            "model does not allow it; 'off': a row for each completion, with the prompt in each. The results are the "
+            "same.",
             "choices": [*SHARED_PROMPT],
         },
     )

@@ -22,6 +22,7 @@ from .attention import (
 )
 from .forward import enable_passes, run_plainly
 from .head import OutputHead, TokenValues
+from .layout_costs import PRICES, LayoutChoice, Prices
 from .load_balancing import experts_per_token, load_balancing_loss
 from .passes import Layout, Pass, passes_in_chunks, whole_pass
 from .proof import Proof
@@ -73,7 +74,8 @@ class CandidateScorer:
         is_trained: Whether gradients are wanted, so that they are proved too.
 
     Attributes:
-        layout: How candidates are laid out in rows; `None` before it is decided.
+        layout: How candidates are laid out in rows; `None` before it is decided. With `shared_prompt='auto'`, batches
+            for which separate rows cost less have these: see [`trl_larpo.training.layout_costs`].
 
     Raises:
         ConfigError: If an option asks for what the model cannot do.
@@ -92,6 +94,7 @@ class CandidateScorer:
         self._wish = getattr(args, "shared_prompt", "auto")
         self._bare: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
         self.layout: Layout | None = None
+        self._choice: LayoutChoice | None = None
         self._head = OutputHead()
         self._engine: nn.Module | None = None  # of ZeRO-3
         self._longest_matters = positions_depend_on_length(self._bare)
@@ -175,6 +178,10 @@ class CandidateScorer:
         self.layout = layout
         self._head = replace(self._head, max_kept_logits=MAX_KEPT_LOGITS)  # what was measured keeps none
         if layout.shares_prompt:
+            # Compiled code is made for each layout: one of them is enough
+            if self._wish == "auto" and self.chunk_size is None and not self.args.torch_compile:
+                prices = PRICES.get(self.accelerator.device.type, Prices())
+                self._choice = LayoutChoice(self.model, layout, prices, self.name)
             logger.info(
                 f"{self.name}: one row for each list; its completions share one pass over their prompt. Checked on "
                 f"this model: {reason}."
@@ -219,8 +226,10 @@ class CandidateScorer:
             self._engine = model if zero is not None and zero.zero_stage == 3 else None
             self._decide()
         assert self.layout is not None
+        layout = self.layout if self._choice is None else self._choice(batch)
         # Whole logits come from the model's own forward, which takes no other mask together with router logits
-        layout = Layout.SEPARATE if router_logits and not self._head.linear else self.layout
+        if router_logits and not self._head.linear:
+            layout = Layout.SEPARATE
         passes = self._passes(batch, layout)
         outputs = self._run(model, self._head, passes, with_statistics, router_logits)
         return outputs.up_to(batch["candidate_mask"].size(1))
