@@ -37,7 +37,8 @@ from answers import (
 from huggingface_hub import hf_hub_download
 
 from trl_larpo import DataError, LarPOError
-from trl_larpo.storage import keep_settings, read_json, write_json, write_text
+from trl_larpo.settings import keep_settings
+from trl_larpo.storage import read_json, write_json, write_text
 
 NUM_INSTRUCTIONS = 805
 

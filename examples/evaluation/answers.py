@@ -22,7 +22,7 @@ from trl_larpo.generation.server_process import check_servers
 from trl_larpo.pools import read_pools
 from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.options import RewardOptions
-from trl_larpo.storage import keep_settings
+from trl_larpo.settings import keep_settings
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mistral_instruct": {"temperature": 0.5},

@@ -27,7 +27,8 @@ from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from trl_larpo import DataError, LarPOError
-from trl_larpo.storage import GrowingFile, keep_settings, read_jsonl, write_json
+from trl_larpo.settings import keep_settings
+from trl_larpo.storage import GrowingFile, read_jsonl, write_json
 
 REPOSITORY, VERSION = "lmarena-ai/arena-hard-auto", "arena-hard-v2.0"
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
