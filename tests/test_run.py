@@ -434,7 +434,8 @@ BAD = {
     ),
     "reload": (["--server_reload", "sometimes"], "invalid choice: 'sometimes'"),
     "reload of no servers": (["--server_reload", "always"], "`server_reload` is for servers that the run starts"),
-    "an adapter and shards": (["--use_peft", "--accelerate_config", "shards.yaml"], "or take ZeRO-2"),
+    "4 bits, sharded": (["--use_peft", "--load_in_4bit", "--accelerate_config", "shards.yaml"], "Take ZeRO-2, or"),
+    "an adapter and FSDP1": (["--use_peft", "--accelerate_config", "fsdp1.yaml"], "set `fsdp_version: 2` in 'fsdp1"),
     "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes on its own"),
     "a reference and none": (["--reference_free", "true", "--reference", "initial"], "`reference` is 'initial', but"),
     "loss": (["--loss_type", "lambdarnak"], "Did you mean 'lambdarank'"),
@@ -458,6 +459,8 @@ def test_bad_configurations_are_one_line_before_any_model_is_loaded(project, cap
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     shards = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}
     (project / "shards.yaml").write_text(yaml.safe_dump(shards))
+    fsdp1 = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}
+    (project / "fsdp1.yaml").write_text(yaml.safe_dump(fsdp1))
     flags, message = BAD[name]
     if name == "server answers not":
         pytest.importorskip("openai")

@@ -3,7 +3,11 @@
 import importlib.util
 
 import pytest
+import torch
 from compare_launchers import LAUNCHERS, TORCHRUN, largest_differences, result_of, run, start_processes, steps_of
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -13,6 +17,7 @@ SETS = {
     "listmle-lora": {"loss_type": "listmle", "lora": True},
     "pairwise": {"loss_type": "pairwise"},
     "contrastive": {"loss_type": "contrastive", "sync_ref_model": True, "ref_model_sync_steps": 2},
+    "kept-lora": {"loss_type": "listmle", "lora": True, "adapter": "adapter"},  # as in `larpo run`
     "dropped": {"num_rows": 10, "dataloader_drop_last": True},  # two epochs, whose incomplete last batch is left out
 }
 VARIANTS = {
@@ -28,6 +33,8 @@ SMALL_SETS = ("lambdarank", "lora-accumulation", "precomputed")
 
 JSON = ("ZeRO-2 JSON", "ZeRO-3 JSON", "ZeRO-3 offload")
 
+WEIGHTS = "adapter_model.safetensors"
+
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 EXPECTED = {  # kind, stage of ZeRO, share of the weights that a process holds
@@ -41,8 +48,28 @@ EXPECTED = {  # kind, stage of ZeRO, share of the weights that a process holds
 def one_process(tiny_model, tmp_path_factory):
     """Folder with the results of one process."""
     folder = tmp_path_factory.mktemp("one-process")
-    run(tiny_model, folder, {name: options | {"per_device_train_batch_size": 4} for name, options in SETS.items()})
+    save_adapter(tiny_model, folder / "adapter")
+    sets = {name: with_adapter(options, folder) for name, options in SETS.items()}
+    run(tiny_model, folder, {name: options | {"per_device_train_batch_size": 4} for name, options in sets.items()})
     return folder
+
+
+def with_adapter(options, folder):
+    """The place of the adapter that a training starts from is that of one process."""
+    return options | ({"adapter": str(folder / options["adapter"])} if "adapter" in options else {})
+
+
+def save_adapter(model, folder):
+    """A LoRA adapter that changes what the model says, with the tokenizer, as `larpo run` saves it."""
+    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings)
+        for name, weights in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weights, std=0.1)
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 
 
 def needs_deepspeed(launcher):
@@ -72,10 +99,12 @@ BATCH = {"per_device_train_batch_size": 2}
 def test_two_processes_train_as_one(tiny_model, tmp_path, one_process, launcher):
     needs_deepspeed(launcher)
     sets, alone = sets_for(launcher), ALONE.get(launcher, {})
-    options = {name: of_set for name, (_, of_set) in sets.items()} | alone
+    options = {name: with_adapter(of_set, one_process) for name, (_, of_set) in sets.items()} | alone
     run(tiny_model, tmp_path, {name: BATCH | of_set for name, of_set in options.items()}, launcher)
     for name, (like, _) in sets.items():
         check(launcher, one_process, tmp_path, like, name)
+    if "kept-lora" in sets:
+        check_kept_adapter(one_process, tmp_path)
     if "odd" in alone:  # its incomplete batches stop nobody
         steps = steps_of(tmp_path, "odd")
         assert len(steps) == 6 and all(0 < step["loss"] < 20 for step in steps)
@@ -84,6 +113,21 @@ def test_two_processes_train_as_one(tiny_model, tmp_path, one_process, launcher)
         run(tiny_model, tmp_path, {"resumed": BATCH | resumed}, launcher)
         differences = largest_differences(tmp_path, tmp_path, "saved", "resumed")
         assert all(x <= 1e-5 for x in differences.values()), differences
+
+
+def check_kept_adapter(one_process, folder):
+    """What `larpo run` does with an adapter that it keeps: scores with it, starts from it, and saves it alone."""
+    logps = [result_of(where, "kept-lora")["logps"] for where in (one_process, folder)]
+    assert logps[0].keys() == logps[1].keys()
+    for name, expected in logps[0].items():
+        assert logps[1][name] == pytest.approx(expected, rel=1e-5)
+    start, before = (load_file(where / WEIGHTS) for where in (folder / "kept-lora-start", one_process / "adapter"))
+    assert start.keys() == before.keys() and all(torch.equal(start[name], before[name]) for name in before)
+    ends = [load_file(where / "kept-lora-end" / WEIGHTS) for where in (one_process, folder)]
+    assert ends[0].keys() == ends[1].keys() == before.keys()
+    for name, expected in ends[0].items():
+        torch.testing.assert_close(ends[1][name], expected, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(expected, before[name])
 
 
 def test_configurations_of_deepspeed_in_json(tiny_model, tmp_path, one_process):

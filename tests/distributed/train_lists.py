@@ -4,7 +4,8 @@ Trains a tiny model on ragged lists, once for each set of options, under whateve
     torchrun --nproc_per_node 2 tests/distributed/train_lists.py MODEL FOLDER '{"plain": {"loss_type": "listmle"}}'
 
 For each name it leaves NAME.json with the steps and the evaluation, and NAME.safetensors with the trained weights, in
-FOLDER. Options beside those of LarPOConfig: `lora`, to train an adapter, and `num_rows`.
+FOLDER. Options beside those of LarPOConfig: `lora`, to train an adapter, `adapter`, the folder of one to start from, as
+`larpo run` does, and `num_rows`.
 """
 
 import json
@@ -21,10 +22,12 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
 from trl_larpo import LarPOConfig, LarPOTrainer
 from trl_larpo.run.launch import leave
+from trl_larpo.run.training_stages import load_adapter, save_adapter
+from trl_larpo.training.log_probabilities import log_probabilities_under
 
 NUM_ROWS = 80  # more than any run here sees: no end of an epoch, where batches are filled up with rows from the start
 
@@ -39,6 +42,7 @@ def main(model: str, folder: str, options: str) -> None:
 
 def train(model: str, folder: Path, name: str, options: dict) -> None:
     lora, num_rows = options.pop("lora", False), options.pop("num_rows", NUM_ROWS)
+    adapter = options.pop("adapter", None)
     resume = options.pop("resume_from_checkpoint", None)
     defaults = {
         "output_dir": str(folder / name),
@@ -54,15 +58,21 @@ def train(model: str, folder: Path, name: str, options: dict) -> None:
         "per_device_eval_batch_size": 4,
     }
     args = LarPOConfig(**(defaults | options))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate leaves FSDP to accelerators, and on a CPU ignores it without a word; torch itself runs it there
-        PartialState().distributed_type = DistributedType.MULTI_GPU
+    shard_on_cpu()
     # On disk, because a data set in memory has a cache of its own in each process
     path = folder / f"lists-{num_rows}"
     with args.main_process_first():
         if not path.exists():
             tiny.lists(num_rows=num_rows).save_to_disk(path)
     dataset = tiny.Dataset.load_from_disk(str(path))
+    logps = None
+    if adapter is not None:  # the stage `reference`
+        rows = dataset.select(range(8)).add_column("prompt_id", [str(row) for row in range(8)])
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        logps = log_probabilities_under(adapter, rows, args, {"dtype": "float32"}, tokenizer, "Scoring")
+        GradientState._reset_state()
+        args = LarPOConfig(**(defaults | options))
+        shard_on_cpu()
     set_seed(0)  # of the adapter
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     trainer = LarPOTrainer(
@@ -72,7 +82,12 @@ def train(model: str, folder: Path, name: str, options: dict) -> None:
         eval_dataset=dataset.select(range(8)),
         peft_config=peft_config if lora else None,
     )
+    if adapter is not None:
+        load_adapter(trainer, adapter)
+        save_adapter(trainer, folder / f"{name}-start")
     trainer.train(resume_from_checkpoint=resume)
+    if adapter is not None:
+        trainer.save_model(str(folder / f"{name}-end"))
     metrics = trainer.evaluate()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
@@ -81,8 +96,15 @@ def train(model: str, folder: Path, name: str, options: dict) -> None:
             weights = {key: value for key, value in weights.items() if "lora" in key}
         save_file({key: value.clone().contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
         result = {"steps": trainer.state.log_history, "evaluation": metrics, "distributed": distribution(trainer)}
+        result["logps"] = logps
         (folder / f"{name}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
+
+
+def shard_on_cpu() -> None:
+    """accelerate leaves FSDP to accelerators, and on a CPU ignores it without a word; torch itself runs it there."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState().distributed_type = DistributedType.MULTI_GPU
 
 
 def distribution(trainer: LarPOTrainer) -> dict:

@@ -73,7 +73,7 @@ def check_run(folder: RunFolder) -> None:
     if options.random_prompts:
         load_random_prompts(options)
     if options.accelerate_config:
-        _check_accelerate_config(options.accelerate_config, folder.keeps_adapter)
+        _check_accelerate_config(options.accelerate_config, folder)
     if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
         program = shlex.split(options.train_launcher)[0]
         raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
@@ -123,7 +123,7 @@ def _check_adapter(folder: RunFolder) -> None:
         )
 
 
-def _check_accelerate_config(path: str, keeps_adapter: bool) -> None:
+def _check_accelerate_config(path: str, folder: RunFolder) -> None:
     """Whole models, or whole adapters, must come out of the training, not shards."""
     if not Path(path).is_file():
         raise ConfigError(f"`accelerate_config` is {path!r}, and there is no such file.")
@@ -131,10 +131,15 @@ def _check_accelerate_config(path: str, keeps_adapter: bool) -> None:
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ConfigError(f"`accelerate_config`: {path!r} is no configuration file of accelerate.")
     deepspeed, fsdp = settings.get("deepspeed_config") or {}, settings.get("fsdp_config") or {}
-    if keeps_adapter and (deepspeed.get("zero_stage") == 3 or fsdp):
+    if (folder.model.load_in_4bit or folder.model.load_in_8bit) and (deepspeed.get("zero_stage") == 3 or fsdp):
         raise ConfigError(
-            f"`accelerate_config`: {path!r} shards the model, into which an adapter of an earlier iteration cannot be "
-            "loaded. Set `merge_adapter: true`, or take ZeRO-2."
+            f"`accelerate_config`: {path!r} shards the model, and a quantized base is whole in each process. Take "
+            "ZeRO-2, or leave out `load_in_4bit` and `load_in_8bit`."
+        )
+    if folder.keeps_adapter and fsdp and int(fsdp.get("fsdp_version", 1)) < 2:
+        raise ConfigError(
+            f"`accelerate_config`: set `fsdp_version: 2` in {path!r}, or `merge_adapter: true`: FSDP1 does not train "
+            "an adapter that is kept."
         )
     if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
         raise ConfigError(f"`accelerate_config`: set `zero3_save_16bit_model: true` in {path!r}, to save whole models.")

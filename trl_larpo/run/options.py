@@ -142,7 +142,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     )
     merge_adapter: bool = option(
         False,
-        "With `use_peft`: merge the adapter into a whole model after each iteration, as ZeRO-3 and FSDP need. "
+        "With `use_peft`: merge the adapter into a whole model after each iteration, as `server_urls` need. "
         "Otherwise the base stays as it is, all iterations train one adapter, and only that is saved.",
     )
     num_eval_samples: int = option(4, "Completions sampled for each held-out prompt.")

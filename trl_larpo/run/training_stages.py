@@ -151,7 +151,7 @@ class TrainingStage:
         """Trains, or resumes from the last checkpoint, and saves the model and the log."""
         trainer, monitor = self.trainer, self._monitor()
         if self.keeps_adapter and last_whole_checkpoint(self.scratch) is None:
-            trainer.save_model(str(self.scratch / "start"))  # what is kept if the training does harm
+            save_adapter(trainer, self.scratch / "start")  # what is kept if the training does harm
         if monitor is not None:
             trainer.add_callback(monitor)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.scratch))
@@ -309,6 +309,17 @@ def load_adapter(trainer: LarPOTrainer, folder: str) -> None:
             f"The adapter in {folder!r} has weights that this one lacks: {', '.join(result.unexpected_keys[:3])}. Was "
             "`lora_target_modules` changed?"
         )
+
+
+def save_adapter(trainer: LarPOTrainer, folder: Path) -> None:
+    """
+    Saves the adapter that a training starts from: before the first step it is whole in the first process, whatever
+    shards the model, and there is no engine yet that `save_model` could gather weights by.
+    """
+    if PartialState().is_main_process:
+        trainer.model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    PartialState().wait_for_everyone()
 
 
 def save_processor(model_path: str, revision: str, trainer: LarPOTrainer, folder: Path) -> None:
