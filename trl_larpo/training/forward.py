@@ -3,7 +3,7 @@
 import functools
 import types
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch._dynamo
@@ -91,7 +91,7 @@ def run_plainly(model, call: Call, with_statistics: bool, **kwargs) -> TokenValu
     return _in_rows(values, scored)
 
 
-_Part = Tensor | TokenValues
+_Part: TypeAlias = Tensor | TokenValues
 """What a call leaves to be scored: hidden states `(tokens, hidden_size)` where the head is linear, else the values."""
 
 
