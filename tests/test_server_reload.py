@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoConfig
 
 from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation import server_process
@@ -110,6 +111,20 @@ def test_servers_that_cannot_stay_are_restarted_and_it_is_said_once(start, tmp_p
     assert re.search(f"^Servers are restarted for each model, .*{reason}", message)
     with pytest.raises(LarPOError, match=f"`server_reload` is 'always', and a server cannot stay: .*{reason}"):
         start(flags, reload="always").serve("first")
+
+
+@pytest.mark.parametrize(
+    "device, adapters, stays", [("cpu", False, False), ("cpu", True, True), ("gpu_that_sleeps", True, False)]
+)
+def test_models_with_a_tied_head_are_restarted(start, tmp_path, caplog, device, adapters, stays):
+    """vLLM keeps their old head."""
+    model = str(tmp_path / "model")
+    AutoConfig.for_model("llama", tie_word_embeddings=True).save_pretrained(model)
+    servers = start(f"--vllm {device}", with_adapters=adapters)
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.model_servers"):
+        servers.serve(model)
+    servers.rest()
+    assert bool(servers._servers) == stays == ("whose head is tied" not in caplog.text)
 
 
 @pytest.mark.parametrize("fault, obeyed", [("no_reload", ["/wake_up?tags=weights"]), ("no_sleep", [])])

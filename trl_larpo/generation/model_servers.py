@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+from transformers import AutoConfig
 
 from ..errors import LarPOError
 from ..storage import read_json
@@ -120,7 +121,14 @@ class ModelServers:
             self._check_adapters()
         if self.reload != "never":
             try:
-                self._stay = dict(self._each(lambda server: (server, self._routes(server).sleeps())))
+                stay = dict(self._each(lambda server: (server, self._routes(server).sleeps())))
+                # A base on a CPU keeps its weights, and is only suspended
+                if (any(stay.values()) or not with_adapters) and has_tied_head(model):
+                    raise RouteError(
+                        "vLLM keeps the old output head of a model whose head is tied to the embeddings, so that its "
+                        "samples would be neither model's"
+                    )
+                self._stay = stay
             except RouteError as error:
                 if self.reload == "always":
                     raise LarPOError(f"`server_reload` is 'always', and a server cannot stay: {error}.") from None
@@ -218,6 +226,14 @@ def base_of_adapter(path: str) -> str | None:
     """The model that an adapter belongs to; `None` if the path is none of an adapter."""
     config = Path(path) / _ADAPTER_OF
     return read_json(config)["base_model_name_or_path"] if config.is_file() else None
+
+
+def has_tied_head(model: str) -> bool:
+    """Whether the output head of a model shares its weights with the embeddings."""
+    try:
+        return bool(AutoConfig.from_pretrained(model).get_text_config().tie_word_embeddings)
+    except (OSError, ValueError):  # it is on the servers alone
+        return False
 
 
 def _for_each_process(server: Server, function: Callable[[psutil.Process], None]) -> None:
