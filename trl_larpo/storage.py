@@ -169,6 +169,9 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): the file is damaged.") from None
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """
     Names and values of a YAML file.
@@ -178,7 +181,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     with open_file(path, "rb") as file:
         try:
-            found = yaml.safe_load(file)
+            found = yaml.load(file, _LOADER)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
