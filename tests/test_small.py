@@ -1,6 +1,7 @@
 """`larpo run --small`: what stays, what is replaced, and what it says when it cannot."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -54,3 +55,12 @@ def test_what_cannot_be_made_small(tmp_path, monkeypatch, capsys, flags, message
     (tmp_path / "empty.yaml").touch()
     assert cli.main(["run", "--small", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sources, schedule, rows", [(1, "drawn", 24), (1, "fresh", 24), (1, "same", 8), (3, "drawn", 8)]
+)
+def test_each_iteration_has_prompts_enough_for_a_list(tmp_path, sources, schedule, rows):
+    config = {"output_dir": "out", "prompts": ["a/b"] * sources, "prompt_schedule": schedule, "num_iterations": 3}
+    small = shrink(config | {"reward_funcs": "math"}, tmp_path)
+    assert [len(Path(path).read_text().splitlines()) for path in small["prompts"]] == [rows] * sources

@@ -92,8 +92,12 @@ def shrink(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),
     }
     paths = _as_list(config.get("prompts"))
+    num_rows = _NUM_PROMPTS
+    if config.get("prompt_schedule", "same") != "same" and len(paths) == 1:  # iterations share the prompts of one file
+        num_rows *= config.get("num_iterations", 3)
     small["prompts"] = [
-        _prompts(path, folder / f"prompts_{number}.jsonl", config, number) for number, path in enumerate(paths)
+        _prompts(path, folder / f"prompts_{number}.jsonl", config, number, num_rows)
+        for number, path in enumerate(paths)
     ]
     if config.get("held_out_prompts"):
         small["held_out_prompts"] = _prompts(config["held_out_prompts"], folder / "held_out.jsonl", config, len(paths))
@@ -143,14 +147,14 @@ def _reward(name: str, folder: Path) -> str:
     return save_small_reward_model(folder / "reward_model")
 
 
-def _prompts(path: str, target: Path, config: dict[str, Any], seed: int) -> str:
+def _prompts(path: str, target: Path, config: dict[str, Any], seed: int, num_rows: int = _NUM_PROMPTS) -> str:
     """The first rows of a JSONL file; in place of any other source, sums in the form that the configuration expects."""
     if Path(path).suffix == ".jsonl" and Path(path).is_file():
-        lines = Path(path).read_text(encoding="utf-8").splitlines()[:_NUM_PROMPTS]
+        lines = Path(path).read_text(encoding="utf-8").splitlines()[:num_rows]
         write_jsonl(target, map(json.loads, lines))
         return str(target)
     rng, rows = random.Random(seed), []
-    for _ in range(_NUM_PROMPTS):
+    for _ in range(num_rows):
         first, second, third = (rng.randint(0, 200) for _ in range(3))
         answer = rng.randint(1, 4)
         text = f"{first} birds sit on a roof, {second} leave, {third} come: {first - second + third} + {answer}?"
