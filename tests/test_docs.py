@@ -73,7 +73,6 @@ NOT_RUN = {
     "torchrun --nproc_per_node 8": "needs 8 GPUs",
     "larpo run --config it.yaml --num_processes 8": "needs 8 GPUs",
     "larpo run --config it.yaml --generation_processes 8": "needs 8 GPUs",
-    "python examples/benchmarks/training_step.py lists --shape 7b": "needs a GPU of 80 GB",
     "python examples/benchmarks/gpu.py": "needs a GPU; tests/test_benchmarks.py runs it with tiny models",
     # Run by other tests, in a shorter form or with other models
     "python examples/studies/lists_vs_pairs/study.py --small": "needs a model that can do the tasks; else as the next",
