@@ -247,8 +247,8 @@ COMMAND = re.compile(
     r"^(?:#|//)?\s{2,}((?:\w+=\S+ )*(?:larpo|python|accelerate launch|torchrun|pip|sbatch) .*)$", re.MULTILINE
 )
 
-IN_FILES = {
-    "python examples/benchmarks/training_step.py lists --shape 7b": "needs a GPU of 80 GB",  # further commands in the heads of examples: why they are not run here
+IN_FILES = {  # further commands in the heads of examples: why they are not run here
+    "python examples/benchmarks/training_step.py lists --shape 7b": "needs a GPU of 80 GB",
     "sbatch": "needs Slurm",
     "accelerate launch --config_file zero3_two_machines.yaml": "needs two machines with GPUs",
     "pip install 'trl-larpo[eval]'": "installs",
