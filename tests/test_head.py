@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from trl_larpo.training import head as head_module
 from trl_larpo.training.head import OutputHead, TiledLogProbs, score_logits, score_tokens
@@ -115,6 +116,13 @@ def test_logits_of_a_model_say_the_same(with_statistics):
     assert list(values) == (names if with_statistics else names[:1])
     for name, expected in zip(values, plain(hidden, weight, bias, targets, 1.0, None), strict=False):
         torch.testing.assert_close(values[name], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_has_more_to_train_is_left_to_the_model(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert OutputHead.from_config(model).linear
+    model.lm_head.register_parameter("logit_scale", torch.nn.Parameter(torch.ones(model.config.vocab_size)))
+    assert not OutputHead.from_config(model).linear
 
 
 def test_triton_is_used_where_there_is_one(monkeypatch):

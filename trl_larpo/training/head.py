@@ -43,7 +43,13 @@ class OutputHead:
         """What a model's configuration says. Whether it is right is for [`trl_larpo.training.proof`] to find out."""
         config = model.config.get_text_config()
         layer = model.get_output_embeddings()
-        linear = isinstance(getattr(layer, "weight", None), Tensor) and not hasattr(layer, "base_layer")  # an adapter
+        # More parameters, such as a scale for each token or an adapter, have to be trained as well
+        parameters = {name.rpartition(".")[2] for name, _ in layer.named_parameters()}
+        linear = (
+            isinstance(getattr(layer, "weight", None), Tensor)
+            and parameters <= {"weight", "bias"}
+            and not hasattr(layer, "base_layer")
+        )
         scale = 1.0
         for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
             if isinstance(value := getattr(config, name, None), int | float):
