@@ -116,9 +116,10 @@ def test_the_whole_chain_on_a_few_prompts(project, capsys):
     found = json.loads((project / "out-try/trial.json").read_text())
     assert set(found["seconds"]) == set(STAGES) and found["prompts"] == 4
     times = rows_of(project / "out-try/timings.jsonl")
-    assert all(0 < row["work"] <= row["seconds"] + 0.01 for row in times)
+    assert all(0 <= row["work"] <= row["seconds"] + 0.01 for row in times), times
     # Loading the model is no work
-    assert all(row["work"] < row["seconds"] for row in times if row["stage"] in ("generate", "reference", "train"))
+    loading = ("generate", "reference", "train")
+    assert all(row["work"] < row["seconds"] for row in times if row["stage"] in loading), times
 
 
 @pytest.mark.parametrize(
