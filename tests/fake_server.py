@@ -117,6 +117,8 @@ class JsonHandler(BaseHTTPRequestHandler):
 
 class _Handler(JsonHandler):
     def do_GET(self):
+        if self.headers["Content-Length"]:  # a real server does not read it, and resets the connection
+            return self._send(400, {"detail": "GET has no body"})
         if self.path == "/health":
             self._send(503 if self.server.fault == "slow_start" else 200, {})
         elif self.path == "/server_info?config_format=json":

@@ -120,7 +120,9 @@ class ServerRoutes:
         self._ask("/v1/unload_lora_adapter", {"lora_name": folder})
 
     def _ask(self, route: str, body: dict[str, Any] | None = None, method: str = "POST") -> dict[str, Any]:
-        request = urllib.request.Request(self.server.root + route, json.dumps(body or {}).encode(), method=method)
+        # A body that is not asked for stays unread, and then the server resets the connection as it closes it
+        data = None if method == "GET" else json.dumps(body or {}).encode()
+        request = urllib.request.Request(self.server.root + route, data, method=method)
         request.add_header("Content-Type", "application/json")
         request.add_header("Authorization", f"Bearer {os.environ.get(self.api_key_variable) or 'EMPTY'}")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches the loopback
