@@ -20,6 +20,8 @@ from trl_larpo.errors import ProcessError
 from trl_larpo.lifetime import SECONDS_TO_END, Stopped
 from trl_larpo.run import launch
 
+needs_online = pytest.mark.skipif(not tiny.HAS_ONLINE, reason="`larpo online` needs TRL 1.16")
+
 COMMANDS = [name for name, (_, text) in cli.COMMANDS.items() if text is not None]
 RERUN, FROM_CHECKPOINT = "Run the same command again to resume; nothing is lost.", "`--resume_from_checkpoint last`"
 RESUMES = {**dict.fromkeys(("run", "generate", "reward", "recall"), RERUN),
@@ -67,7 +69,7 @@ def child_failed(*codes):
     return ChildFailedError("larpo", failures)
 
 
-@pytest.mark.parametrize("command", ["train", "online"])
+@pytest.mark.parametrize("command", ["train", pytest.param("online", marks=needs_online)])
 @pytest.mark.parametrize(
     "error, status, said",
     [
