@@ -119,6 +119,19 @@ def project(tmp_path, talkative_model, monkeypatch):
     sys.modules.pop("run_rewards", None)
 
 
+@pytest.fixture
+def generate(project, talkative_model):
+    """`larpo generate` for four prompts."""
+    import small_run
+
+    from trl_larpo import cli
+
+    small_run.write_prompts(project, [f"{i} why is the dog blue" for i in range(4)])
+    flags = ["--model_name_or_path", talkative_model, "--prompts", "prompts.jsonl", "--use_cpu", "--num_samples", 2]
+    flags += ["--max_new_tokens", 4, "--output", "samples.jsonl"]
+    return lambda *more: cli.main(["generate", *map(str, (*flags, *more))])
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, talkative_model):
     """Folder of a run that has ended. Not to be changed: make a copy."""

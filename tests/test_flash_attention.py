@@ -11,9 +11,10 @@ from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trl_larpo.training.attention import enable_sharing
 from trl_larpo.training.passes import Layout
 from trl_larpo.training.token_rows import candidate_rows, pack, prompt_rows, shared_prompt_rows
-from trl_larpo.training.variable_length import enable_variable_lengths, uses_variable_lengths, variable_lengths
+from trl_larpo.training.variable_length import uses_variable_lengths, variable_lengths
 
 
 @pytest.fixture(autouse=True)
@@ -97,9 +98,9 @@ def test_kernels_from_the_hub():
         model.config._attn_implementation = name
         assert uses_variable_lengths(model) == ("other" not in name)
         if uses_variable_lengths(model):
-            enable_variable_lengths(model)
+            enable_sharing(model)
             knowing = ALL_ATTENTION_FUNCTIONS[name]
             assert knowing is not function and uses_variable_lengths(model)
-            enable_variable_lengths(model)
+            enable_sharing(model)
             assert ALL_ATTENTION_FUNCTIONS[name] is knowing
             assert model.config._attn_implementation == name  # by which transformers knows what to load

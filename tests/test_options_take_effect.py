@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_server import FakeServer
-from small_run import change_options, larpo_run, rows_of, write_prompts
+from small_run import change_options, larpo_run, rows_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,15 +24,6 @@ from trl_larpo.generation.sampler import generation_dtype
 from trl_larpo.run.small import save_small_reward_model
 
 FAKE_SERVER = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
-
-
-@pytest.fixture
-def generate(project, talkative_model):
-    """`larpo generate` for four prompts."""
-    write_prompts(project, [f"{i} why is the dog blue" for i in range(4)])
-    flags = ["--model_name_or_path", talkative_model, "--prompts", "prompts.jsonl", "--use_cpu", "--num_samples", 2]
-    flags += ["--max_new_tokens", 4, "--output", "samples.jsonl"]
-    return lambda *more: cli.main(["generate", *map(str, (*flags, *more))])
 
 
 @pytest.fixture

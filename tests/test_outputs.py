@@ -16,15 +16,6 @@ from trl_larpo.storage import write_jsonl
 
 
 @pytest.fixture
-def generate(project, talkative_model):
-    """`larpo generate` for four prompts."""
-    write_prompts(project, [f"{i} why is the dog blue" for i in range(4)])
-    flags = ["--model_name_or_path", talkative_model, "--prompts", "prompts.jsonl", "--use_cpu", "--num_samples", 2]
-    flags += ["--max_new_tokens", 4, "--output", "samples.jsonl"]
-    return lambda *more: cli.main(["generate", *map(str, (*flags, *more))])
-
-
-@pytest.fixture
 def reward(project):
     """`larpo reward` for the completions of four prompts."""
     rows = [{"prompt": f"{i}", "responses": ["a", "bae", f"{i} oui"], "mine": i} for i in range(4)]

@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..layers import state_obstacle
 from .token_rows import KeysAndValues, Rows
-from .variable_length import enable_variable_lengths, uses_variable_lengths
+from .variable_length import VariableLengths, enable_variable_lengths, uses_variable_lengths
 
 _PREFIX = "larpo_"  # of the attention implementations registered here
 
@@ -139,6 +139,10 @@ class SplitRows:
         """Length of the longest prompt, of which every row's first columns are taken."""
         return self.mask.size(3) - self.mask.size(2)
 
+    def attend(self, attention, module, query: Tensor, key: Tensor, value: Tensor, prompts, *args, **kwargs):
+        """SDPA over prompts and candidates, which are both in the rows."""
+        return _attend_in_parts(module, query, key, value, self, *args, **kwargs), None
+
 
 def split_rows(rows: Rows) -> SplitRows | None:
     """Takes shared rows apart. `None` where there is nothing to gain, because no prompt has a token to share."""
@@ -250,7 +254,7 @@ def enable_sharing(model: PreTrainedModel) -> None:
         model: The model, bare or as a `PeftModel`, without [`sharing_obstacle`].
     """
     if uses_variable_lengths(model):
-        enable_variable_lengths(model)
+        enable_variable_lengths(model, _knowing_shared_prompts)
         return
     config = model.config.get_text_config()
     if _PREFIX + config._attn_implementation in _KNOWING_SHARED_PROMPTS:
@@ -277,18 +281,18 @@ def _knowing_shared_prompts(attention):
         value: Tensor,
         attention_mask: Tensor | None,
         *args,
-        split: SplitRows | None = None,
+        split: SplitRows | VariableLengths | None = None,
         record: KeysAndValues | None = None,
         recorded: KeysAndValues | None = None,
         **kwargs,
     ):
-        if split is not None:
-            return _attend_in_parts(module, query, key, value, split, *args, **kwargs), None
         if record is not None:
             record.setdefault(module.layer_idx, (key, value))  # not again when it is recomputed for the backward pass
-        if recorded:
-            prompt_key, prompt_value = recorded[module.layer_idx]
-            key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
+        prompts = recorded[module.layer_idx] if recorded else None
+        if split is not None:
+            return split.attend(attention, module, query, key, value, prompts, *args, **kwargs)
+        if prompts is not None:
+            key, value = torch.cat([prompts[0], key], dim=2), torch.cat([prompts[1], value], dim=2)
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
     return forward

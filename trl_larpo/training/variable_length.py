@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_rows import KeysAndValues, Rows
+from .token_rows import Rows
 
 _ORIGINALS: dict[Callable, Callable] = {}
 """Attention functions registered here → those of transformers that they call."""
@@ -51,6 +51,20 @@ class VariableLengths:
     def tensors(self) -> list[Tensor]:
         """Those whose sizes change from batch to batch."""
         return [self.keys, self.query_ends, self.key_ends]
+
+    def attend(self, attention, module, query: Tensor, key: Tensor, value: Tensor, prompts, *args, **kwargs):
+        """FlashAttention over the sequences; `prompts` are keys and values that are kept outside the row, or `None`."""
+        of_prompts = (None, None) if prompts is None else prompts
+        key, value = (_gather(states, before, self) for states, before in zip((key, value), of_prompts, strict=True))
+        kwargs |= {
+            "cu_seq_lens_q": self.query_ends,
+            "cu_seq_lens_k": self.key_ends,
+            "max_length_q": self.max_queries,
+            "max_length_k": self.max_keys,
+            "position_ids": None,  # the other way to say where sequences begin
+            "is_causal": True,
+        }
+        return attention(module, query, key, value, None, *args, **kwargs)
 
 
 def variable_lengths(rows: Rows, prompt_real: Tensor | None = None) -> VariableLengths:
@@ -109,54 +123,22 @@ def uses_variable_lengths(model: PreTrainedModel) -> bool:
     return attention is flash_attention_forward
 
 
-def enable_variable_lengths(model: PreTrainedModel) -> None:
+def enable_variable_lengths(model: PreTrainedModel, wrap: Callable[[Callable], Callable]) -> None:
     """
-    Lets the FlashAttention of `model` take [`VariableLengths`]; without them it computes what it did before.
+    Lets the FlashAttention of `model` take [`VariableLengths`].
 
     The function is registered under the name that it had: transformers reads from the name which kernel to load.
+
+    Args:
+        model: Bare model that [`uses_variable_lengths`].
+        wrap: Makes an attention function of transformers one that does.
     """
     name = model.config.get_text_config()._attn_implementation
     attention = ALL_ATTENTION_FUNCTIONS[name]
     if attention not in _ORIGINALS:
-        knowing = _with_variable_lengths(attention)
+        knowing = wrap(attention)
         _ORIGINALS[knowing] = attention
         AttentionInterface.register(name, knowing)
-
-
-def _with_variable_lengths(attention):
-    """Wraps an attention function of transformers."""
-
-    def forward(
-        module,
-        query: Tensor,  # (rows, heads, length, head_size), as the keys and values
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *args,
-        split: VariableLengths | None = None,
-        record: KeysAndValues | None = None,
-        recorded: KeysAndValues | None = None,
-        **kwargs,
-    ):
-        if record is not None:
-            record.setdefault(module.layer_idx, (key, value))  # not again when it is recomputed for the backward pass
-        if split is None:
-            return attention(module, query, key, value, attention_mask, *args, **kwargs)
-        prompts = (None, None) if recorded is None else recorded[module.layer_idx]
-        key, value = (
-            _gather(states, of_prompts, split) for states, of_prompts in zip((key, value), prompts, strict=True)
-        )
-        kwargs |= {
-            "cu_seq_lens_q": split.query_ends,
-            "cu_seq_lens_k": split.key_ends,
-            "max_length_q": split.max_queries,
-            "max_length_k": split.max_keys,
-            "position_ids": None,  # the other way to say where sequences begin
-            "is_causal": True,
-        }
-        return attention(module, query, key, value, None, *args, **kwargs)
-
-    return forward
 
 
 def _gather(states: Tensor, of_prompts: Tensor | None, split: VariableLengths) -> Tensor:
