@@ -4,6 +4,7 @@ Every architecture of causal language models in transformers, small, with random
     python tests/architectures.py             # prints a table, a line for each model type
     python tests/architectures.py gpt2 llama  # of some of them
     python tests/architectures.py --flash     # on FlashAttention, with a stand-in in plain torch for its kernels
+    python tests/architectures.py --parts     # with attention in two parts, as on a GPU, in plain torch
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from flash_stand_in import FLASH, flash_attention
+from flash_stand_in import FLASH, flash_attention, two_parts_without_a_gpu
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -220,7 +221,8 @@ def time_limit(seconds: int):
 def main(model_types: list[str], attn_implementation: str | None = None) -> None:
     print("| model type | a list at once | in chunks | log-probabilities off by | gradients off by |")
     print("|---|---|---|---|---|")
-    names = {Layout.SPLIT: "shared", Layout.SHARED: "shared", Layout.PROMPT_FIRST: "shared, prompt first"}
+    names = {Layout.SPLIT: "shared", Layout.SHARED: "shared", Layout.PROMPT_FIRST: "shared, prompt first",
+             Layout.PACKED: "shared, in two parts"}  # fmt: skip
     num_shared = num_chunked = num_tried = 0
     for model_type in model_types or MODEL_TYPES:
         try:
@@ -241,5 +243,8 @@ if __name__ == "__main__":
     if "--flash" in sys.argv:
         with flash_attention():
             main([name for name in sys.argv[1:] if name != "--flash"], FLASH)
+    elif "--parts" in sys.argv:
+        with two_parts_without_a_gpu():
+            main([name for name in sys.argv[1:] if name != "--parts"])
     else:
         main(sys.argv[1:])

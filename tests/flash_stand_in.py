@@ -83,3 +83,10 @@ def flash_attention():
         stack.enter_context(mock.patch.object(flash_integration, "get_target_dtype", lambda *args: None, create=True))
         stack.enter_context(mock.patch.object(PreTrainedModel, "_check_and_adjust_attn_implementation", _accept))
         yield
+
+
+@contextlib.contextmanager
+def two_parts_without_a_gpu():
+    """Lets attention in two parts be chosen on a CPU, where plain torch stands in for PyTorch's kernels."""
+    with mock.patch("trl_larpo.training.scorer.has_kernel", return_value=True):
+        yield

@@ -47,7 +47,8 @@ def spoil(monkeypatch):
                     outputs.logps = outputs.logps * float("nan") if kind == "loss" else Spoilt.apply(outputs.logps)
                 return outputs
 
-            spoilt.shares_prompt, spoilt.chunk_size = inner.shares_prompt, inner.chunk_size
+            spoilt.shares_prompt = inner.shares_prompt
+            spoilt.__dict__ |= vars(inner)
             return spoilt
 
         class Scorer:

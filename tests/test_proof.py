@@ -7,11 +7,12 @@ import lanes
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 from trl_larpo import ConfigError, LarPOTrainer
 from trl_larpo.training import attention
 from trl_larpo.training.head import OutputHead
-from trl_larpo.training.passes import Layout
+from trl_larpo.training.passes import Layout, whole_pass
 from trl_larpo.training.token_rows import Rows
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -156,3 +157,24 @@ def test_layers_that_round_more_than_the_embeddings_say(tmp_path):
 
 def in_bfloat16(module, x):
     return torch.nn.functional.linear(x.bfloat16(), module.weight.bfloat16()).float()
+
+
+def test_rows_are_laid_out_once_for_policy_and_reference(tiny_model, config, monkeypatch):
+    laid_out = []
+
+    def counted(*args, **kwargs):
+        laid_out.append(args[0])
+        return whole_pass(*args, **kwargs)
+
+    monkeypatch.setattr("trl_larpo.training.scorer.whole_pass", counted)
+    losses = {}
+    for same in (True, False):
+        reference = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa" if same else "eager")
+        trainer = LarPOTrainer(
+            model=tiny_model, ref_model=reference, args=config(shared_prompt="on"), train_dataset=tiny.lists()
+        )
+        batches = [trainer.data_collator([trainer.train_dataset[i] for i in rows]) for rows in ((0, 1), (2, 3), (0, 1))]
+        laid_out.clear()
+        losses[same] = [trainer.compute_loss(trainer.model, batch).item() for batch in batches]
+        assert len(laid_out) == (3 if same else 6)
+    assert losses[True] == pytest.approx(losses[False], abs=1e-5)

@@ -14,7 +14,6 @@ policy, and 2 of the reference, attention left out, against a product of large m
 """
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import importlib.util
@@ -43,6 +42,7 @@ LAYOUTS = {
     "chunks of 2": {"shared_prompt": "on", "candidate_chunk_size": 2},
     "checkpointed": {"shared_prompt": "on", "gradient_checkpointing": True},
 }
+FORCED = {"parts, masked": Layout.SPLIT, "dense mask": Layout.SHARED}  # shared, and done otherwise than chosen
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest log-probability, and of the gradients' norm
 
 
@@ -137,10 +137,10 @@ def fits(shape: str) -> bool:
     return torch.cuda.mem_get_info()[0] > 6 * parameters + 10 * 2**30
 
 
-def attentions(bench: Bench, table: Table) -> list[str]:
-    """Those that are installed and train on this device."""
+def attentions(bench: Bench, table: Table, names: list[str]) -> list[str]:
+    """Those of some that are installed and train on this device."""
     found = []
-    for name in ATTENTIONS:
+    for name in names:
         try:
             trainer = bench.trainer(LarPOTrainer, [make_list(bench.config.vocab_size, 8, 6, 2)], attention=name)
             bench.step(trainer, 0, 1)()
@@ -164,12 +164,14 @@ def time_step(
 ) -> dict:
     """Adds a row: one step on one list of the trainer's dataset."""
     prompt, completion, list_size = size
-    what = f"{bench.options.shape} {values['attention']} {values['layout']}, {list_size} x {prompt}/{completion}"
+    checkpointed = ", checkpointed" * values.get("checkpointing", False)
+    what = f"{bench.options.shape} {values['attention']} {values['layout']}{checkpointed}, "
+    what += f"{list_size} x {prompt}/{completion}"
     values |= {"shape": bench.options.shape, "prompt": prompt, "completion": completion, "list_size": list_size}
     try:
         run = bench.step(trainer, row, row + 1)
         peak = peak_bytes(bench, run)
-        seconds = statistics.median(run() for _ in range(table.plan.steps))
+        [seconds] = median_of_steps(table, run)
     except torch.OutOfMemoryError:
         trainer.model.zero_grad(set_to_none=True)
         free()
@@ -180,6 +182,16 @@ def time_step(
         section, what, **values, seconds=seconds, tokens_per_second=rate, utilisation=flops / table.peak_flops,
         peak_bytes=peak,
     )  # fmt: skip
+
+
+def median_of_steps(table: Table, *runs) -> list[float]:
+    """Of steps by turns: as many as the plan says, and more where they are short, because the host's time varies."""
+    for run in runs:
+        run()
+    times = [[run() for run in runs] for _ in range(table.plan.steps)]
+    while sum(map(sum, times)) < 0.5 * table.plan.steps * len(runs) and len(times) < 5 * table.plan.steps:
+        times.append([run() for run in runs])
+    return [statistics.median(of_run) for of_run in zip(*times, strict=True)]
 
 
 def lists_of(bench: Bench, sizes) -> list[dict]:
@@ -204,7 +216,7 @@ def measure_matrix_product(table: Table) -> None:
 def check_numbers(table: Table) -> None:
     """Every layout and attention against separate rows with SDPA, and pairs against DPOTrainer."""
     sizes = [(24, 6, 3), (9, 12, 3)]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
         precision = str(dtype).removeprefix("torch.")
         for lora in (False, True):
             if lora and importlib.util.find_spec("peft") is None:
@@ -259,27 +271,44 @@ def _compare(table: Table, what: str, found, expected, tolerance: float) -> None
 def time_large(table: Table) -> None:
     """A long list and a short pair with the largest shape that fits: layouts, and DPOTrainer over all pairs."""
     shape = next((x for x in (table.plan.large, table.plan.medium, table.plan.small) if fits(x)), table.plan.small)
-    bench = make_bench(shape, table.plan, checkpointing=True)
+    bench = make_bench(shape, table.plan)
     for size in (table.plan.large_list, table.plan.large_pair):
         [row] = lists_of(bench, [size])
-        for attention in table.attentions:
-            layouts = ["shared", "separate"] + (["shared, dense mask"] if attention == "sdpa" else [])
-            for layout in layouts:
-                trainer = bench.trainer(LarPOTrainer, [row], attention, **LAYOUTS.get(layout, {}))
-                if "dense" in layout:
+        for checkpointing in (False, True):
+            for attention in table.attentions:
+                forced = FORCED if attention == "sdpa" and not checkpointing else {}
+                for layout in ("shared", "separate", *forced):
+                    options = LAYOUTS["shared" if layout in forced else layout]
+                    trainer = bench.trainer(
+                        LarPOTrainer, [row], attention, gradient_checkpointing=checkpointing, **options
+                    )
                     for scorer in (trainer._policy_scorer, trainer._reference_scorer):
-                        scorer.layout = Layout.SHARED
-                time_step(table, bench, trainer, 0, size, "large", attention=attention, layout=layout)
-        pairs = all_pairs(row)
-        trainer = bench.trainer(DPOTrainer, pairs)
-        count = min(2, len(pairs))  # at a time, as with gradient accumulation
-        with contextlib.suppress(torch.OutOfMemoryError):
-            run = bench.step(trainer, 0, count)
-            run()
-            seconds = statistics.median(run() for _ in range(table.plan.steps)) * len(pairs) / count
-            what = f"{shape} DPOTrainer, {len(pairs)} pairs of {size[2]} x {size[0]}/{size[1]}"
-            table.add("large", what, shape=shape, layout="DPOTrainer", attention="sdpa", seconds=seconds,
-                      prompt=size[0], completion=size[1], list_size=size[2])  # fmt: skip
+                        scorer.layout = forced.get(layout, scorer.layout)
+                    time_step(table, bench, trainer, 0, size, "large", attention=attention, layout=layout,
+                              checkpointing=checkpointing)  # fmt: skip
+            time_against_pairs(table, bench, row, size, checkpointing)
+
+
+def time_against_pairs(table: Table, bench: Bench, row: dict, size: tuple[int, int, int], checkpointing: bool) -> None:
+    """Adds two rows, timed by turns: the layout that is chosen by itself, and DPOTrainer over all pairs of the list."""
+    shape, (prompt, completion, list_size) = bench.options.shape, size
+    pairs = all_pairs(row)
+    count = min(2, len(pairs))  # at a time, as with gradient accumulation
+    of = f"{', checkpointed' * checkpointing}, {list_size} x {prompt}/{completion}"
+    names = {"auto": f"{shape} sdpa auto{of}", "DPOTrainer": f"{shape} DPOTrainer{of}, {len(pairs)} pairs"}
+    values = {"shape": shape, "attention": "sdpa", "prompt": prompt, "completion": completion, "list_size": list_size,
+              "checkpointing": checkpointing}  # fmt: skip
+    options = {"gradient_checkpointing": checkpointing}
+    theirs = bench.step(bench.trainer(DPOTrainer, pairs, **options), 0, count)
+    ours = bench.step(bench.trainer(LarPOTrainer, [row], **options), 0, 1)
+    try:
+        seconds = median_of_steps(table, ours, theirs)
+    except torch.OutOfMemoryError:
+        free()
+        table.add("large", names["DPOTrainer"], **values, layout="DPOTrainer", note="out of memory")
+        return
+    for name, of_step in zip(names, (seconds[0], seconds[1] * len(pairs) / count), strict=True):
+        table.add("large", names[name], **values, layout=name, seconds=of_step)
 
 
 def time_sizes(table: Table) -> None:
@@ -317,6 +346,7 @@ def time_sampling(table: Table) -> None:
     bench = make_bench(shape, plan, lora=True)  # one model
     model = bench.models[0].eval()
     prompts = [row["prompt"] for row in lists_of(bench, [(64, 2, 2)] * max(plan.batch_sizes))]
+    generate_completions(model, bench.tokenizer, prompts[:1], num_samples=2, max_new_tokens=2)  # warm-up
     for batch_size in plan.batch_sizes:
         start = time.perf_counter()
         samples = generate_completions(
@@ -334,14 +364,15 @@ def compare_layouts(table: Table) -> None:
     timed = {}
     for row in table.rows:
         if row["section"] in ("large", "sizes") and "seconds" in row:
-            size = (row["section"], row["shape"], row["prompt"], row["completion"], row["list_size"])
+            names = ("section", "shape", "prompt", "completion", "list_size", "checkpointing")
+            size = tuple(row.get(name) for name in names)
             timed[size, row["attention"], row["layout"]] = row
     for (size, attention, layout), row in timed.items():
         others = {"separate rows": (size, attention, "separate"), "DPOTrainer": (size, "sdpa", "DPOTrainer")}
         for name, key in others.items():
-            if layout == "shared" and key in timed:
+            if layout in ("auto", "shared") and key in timed and "seconds" in timed[key]:
                 ratio = timed[key]["seconds"] / row["seconds"]
-                table.add("ratios", f"{row['what']}: {name} / shared", ratio=ratio)
+                table.add("ratios", f"{row['what']}: {name} / {layout}", ratio=ratio)
 
 
 def fit_prices(table: Table) -> None:
@@ -351,13 +382,13 @@ def fit_prices(table: Table) -> None:
     """
     kernels = {"sdpa": "mask", "flex_attention": "blocks"}
     for attention in table.attentions:
-        rows = [row for row in table.rows if row["section"] == "sizes" and row["attention"] == attention]
+        rows = [row for row in table.rows if row["section"] == "sizes" and row.get("attention") == attention]
         rows = [row for row in rows if "seconds" in row]
         if len({row["layout"] for row in rows}) < 2:
             continue
         shape, quantities = SHAPES[rows[0]["shape"]], []
         kernel = kernels.get(attention, "lengths")
-        shared = Layout.SHARED if kernel == "blocks" else Layout.SPLIT
+        shared = {"mask": Layout.PACKED, "blocks": Layout.SHARED}.get(kernel, Layout.SPLIT)
         for row in rows:
             lengths = Lengths([row["prompt"]], [[row["completion"]] * row["list_size"]])
             work = count_work(lengths, Layout.SEPARATE if row["layout"] == "separate" else shared, kernel)
@@ -380,34 +411,60 @@ def fit_prices(table: Table) -> None:
 
 
 def draw(results: dict, picture: Path) -> None:
-    """Speed of shared rows against separate ones by list size, and memory by chunk size."""
+    """Time of the large list by layout, shared rows against separate ones by list size, and memory by chunk size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    rows = [row for row in results["rows"] if "seconds" in row and "prompt" in row]
+    large = [row for row in rows if row["section"] == "large" and row["prompt"] == results["plan"]["large_list"][0]]
+    ratios: dict[tuple, dict[int, dict[str, float]]] = {}
+    for row in rows:
+        if row["section"] == "sizes":
+            line = ratios.setdefault((row["attention"], row["prompt"], row["completion"]), {})
+            line.setdefault(row["list_size"], {})[row["layout"]] = row["seconds"]
+    chunks = [row for row in rows if row["section"] == "chunks"]
+    panels = [name for name, has in (("large", large), ("sizes", ratios), ("chunks", chunks)) if has]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 4.5), layout="constrained", squeeze=False)
     figure.suptitle(results["machine"], fontsize=10)
-    sizes = [row for row in results["rows"] if row["section"] == "sizes" and "seconds" in row]
-    lines: dict[tuple, dict[int, dict[str, float]]] = {}
-    for row in sizes:
-        line = lines.setdefault((row["attention"], row["prompt"], row["completion"]), {})
-        line.setdefault(row["list_size"], {})[row["layout"]] = row["seconds"]
-    for (attention, prompt, completion), points in lines.items():
-        ratios = {n: of["separate"] / of["shared"] for n, of in points.items() if len(of) == 2}
-        if ratios:
-            speed.plot(*zip(*sorted(ratios.items()), strict=True), "o-", label=f"{attention}, {prompt}/{completion}")
-    speed.axhline(1, color="#999999", linewidth=1)
-    speed.set(title="Separate rows / shared prompts", xlabel="list size", ylabel="time of a step, ratio")
-    if speed.get_legend_handles_labels()[0]:
-        speed.legend(fontsize=7)
-    chunks = [row for row in results["rows"] if row["section"] == "chunks" and "peak_bytes" in row]
-    labels = [f"{row['list_size']} x, {row['layout']}" for row in chunks]
-    memory.barh(labels, [row["peak_bytes"] / 2**30 for row in chunks], color="#2a6f97")
-    memory.invert_yaxis()
-    memory.set(title="Peak memory of a step", xlabel="GiB")
-    for axes in (speed, memory):
-        axes.spines[["top", "right"]].set_visible(False)
+    of = dict(zip(panels, axes[0], strict=True))
+    if large:
+        large.sort(key=lambda row: row["seconds"])
+        names = [
+            f"{row['layout']}{', checkpointed' * row['checkpointing']}" for row in large if row["layout"] != "auto"
+        ]
+        times = [row["seconds"] * 1000 for row in large if row["layout"] != "auto"]
+        bars = of["large"].barh(names, times, color="#2a6f97")
+        of["large"].bar_label(bars, [f" {x:,.0f}" for x in times], fontsize=8)
+        prompt, completion, list_size = results["plan"]["large_list"]
+        title = f"A list of {list_size}, {prompt}/{completion} tokens, {large[0]['shape']}"
+        of["large"].set(title=title, xlabel="ms for a step, log scale", xscale="log")
+        of["large"].margins(x=0.15)
+        of["large"].invert_yaxis()
+    if ratios:
+        for (attention, prompt, completion), points in ratios.items():
+            line = {n: times["separate"] / times["shared"] for n, times in points.items() if len(times) == 2}
+            if line:
+                label = f"{attention}, {prompt}/{completion}"
+                of["sizes"].plot(*zip(*sorted(line.items()), strict=True), "o-", label=label)
+        of["sizes"].axhline(1, color="#999999", linewidth=1)
+        of["sizes"].set(title="Separate rows / shared prompts", xlabel="list size", ylabel="time of a step, ratio")
+        if of["sizes"].get_legend_handles_labels()[0]:
+            of["sizes"].legend(fontsize=7)
+    if chunks:
+        names = [f"{row['list_size']}, {row['layout']}" for row in chunks]
+        bars = of["chunks"].barh(names, [row["peak_bytes"] / 2**30 for row in chunks], color="#2a6f97")
+        of["chunks"].bar_label(bars, [f" {row['seconds'] * 1000:,.0f} ms" for row in chunks], fontsize=8)
+        prompt, completion = chunks[0]["prompt"], chunks[0]["completion"]
+        title = f"Memory by list size and chunks, {prompt}/{completion} tokens, {chunks[0]['shape']}"
+        of["chunks"].set(title=title, xlabel="GiB, largest during a step")
+        of["chunks"].margins(x=0.15)
+        of["chunks"].invert_yaxis()
+    for panel in of.values():
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=100)
 
 
@@ -424,6 +481,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models: whether the script runs, not how fast")
     parser.add_argument("--minutes", type=float, help="no section begins after that many minutes")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
+    parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="and with which")
     parser.add_argument("--output", type=Path, help="JSON file for the results; the picture is written beside it")
     options = parser.parse_args(argv)
     if not options.quick and not ON_GPU:
@@ -438,13 +497,15 @@ def main(argv: list[str] | None = None) -> dict:
         + ", ".join(f"{k} {v}" for k, v in table.head["versions"].items())
     )
     measure_matrix_product(table)
-    table.attentions = attentions(make_bench(plan.small, plan), table)
-    for name, section in SECTIONS.items():
+    table.attentions = attentions(make_bench(plan.small, plan), table, options.attentions)
+    for name in options.sections:
         if time.monotonic() > table.deadline:
             table.add(name, "", note="not measured: no time is left")
             continue
-        section(table)
+        start = time.monotonic()
+        SECTIONS[name](table)
         free()
+        table.add("time", name, seconds=time.monotonic() - start)
         table.save()
     compare_layouts(table)
     fit_prices(table)

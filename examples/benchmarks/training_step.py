@@ -113,7 +113,12 @@ class Bench:
             model.__dict__.pop("forward", None)
             model.set_attn_implementation(attention)
         dataset = Dataset.from_list(rows)
-        return cls(model=self.models[0], args=args, train_dataset=dataset, processing_class=self.tokenizer, **extra)
+        trainer = cls(model=self.models[0], args=args, train_dataset=dataset, processing_class=self.tokenizer, **extra)
+        for model in self.models:  # what `train` begins with
+            model.gradient_checkpointing_disable()
+        if args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return trainer
 
     def step(self, trainer, first: int, last: int):
         """A function that runs one step on the rows from `first` to `last`."""

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..layers import state_obstacle
 from .token_rows import KeysAndValues, Rows
+from .two_part_attention import TwoParts
 from .variable_length import VariableLengths, enable_variable_lengths, uses_variable_lengths
 
 _PREFIX = "larpo_"  # of the attention implementations registered here
@@ -210,6 +212,13 @@ def attention_masks(
     return mask(window)
 
 
+def what_masks_depend_on(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Of a model, to tell whether two of the same class can do with the same ones."""
+    config = model.config.get_text_config()
+    layer_types = tuple(getattr(config, "layer_types", None) or ())
+    return config._attn_implementation, sliding_window(model), layer_types, model.dtype
+
+
 def _block_mask(rows: Rows, window: int | None) -> BlockMask:
     """What [`visible`] says, as FlexAttention wants it. Padding sees the padding before it."""
     lists = rows.segments.new_zeros(rows.segments.shape) if rows.lists is None else rows.lists
@@ -234,7 +243,7 @@ def uses_blocks(model: PreTrainedModel) -> bool:
 
 
 def splits_rows(model: PreTrainedModel) -> bool:
-    """Whether attention of the model, after [`enable_sharing`], can work on [`SplitRows`]."""
+    """Whether attention of the model, after [`enable_sharing`], can be worked out in parts, by SDPA or in its place."""
     implementation = model.config.get_text_config()._attn_implementation
     return implementation == _PREFIX + "sdpa" and sliding_window(model) is None
 
@@ -244,8 +253,9 @@ def enable_sharing(model: PreTrainedModel) -> None:
     Gives `model` an attention that knows shared prompts. Without the arguments below it computes what it did before.
     FlexAttention stays as it is; its block masks say all.
 
-    - `split`: [`SplitRows`], for rows whose attention is worked out in parts; for FlashAttention,
-      [`VariableLengths`][trl_larpo.training.variable_length.VariableLengths].
+    - `split`: how to work out attention in parts: [`SplitRows`] or
+      [`TwoParts`][trl_larpo.training.two_part_attention.TwoParts] for SDPA,
+      [`VariableLengths`][trl_larpo.training.variable_length.VariableLengths] for FlashAttention.
     - `record`: an empty dictionary, which keeps the keys and values of this pass.
     - `recorded`: the dictionary after that pass; they stand in front of this pass's own, and the mask has room for
       them.
@@ -281,7 +291,7 @@ def _knowing_shared_prompts(attention):
         value: Tensor,
         attention_mask: Tensor | None,
         *args,
-        split: SplitRows | VariableLengths | None = None,
+        split: SplitRows | VariableLengths | TwoParts | None = None,
         record: KeysAndValues | None = None,
         recorded: KeysAndValues | None = None,
         **kwargs,

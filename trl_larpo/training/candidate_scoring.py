@@ -31,7 +31,7 @@ class CandidateScoring:
     def _reference_scorer(self) -> CandidateScorer:
         """Of a reference model; where there is none, the policy's scorer runs the policy instead."""
         model = self.accelerator.unwrap_model(self.ref_model, keep_fp32_wrapper=False)
-        return CandidateScorer(model, self.args, self.accelerator, "Reference")
+        return CandidateScorer(model, self.args, self.accelerator, "Reference", policy=self._policy_scorer)
 
     def _score_reference(self, model: nn.Module, batch: Batch) -> Tensor:
         """

@@ -85,10 +85,9 @@ def run_plainly(model, call: Call, with_statistics: bool, **kwargs) -> TokenValu
     """
     rows = call.rows
     logits = model(input_ids=rows.input_ids, attention_mask=call.mask, use_cache=False, **kwargs).logits
-    targets = rows.labels[:, 1:].to(logits.device)
-    scored = targets != -100
-    values = score_logits(logits[:, -rows.labels.size(1) : -1][scored], targets[scored], with_statistics)
-    return _in_rows(values, scored)
+    logits = logits[:, -rows.labels.size(1) :].flatten(0, 1)
+    values = score_logits(logits[call.scored.to(logits.device)], _targets(call), with_statistics)
+    return _in_rows(values, rows)
 
 
 _Part: TypeAlias = Tensor | TokenValues
@@ -106,16 +105,14 @@ def _run(
         kwargs["split"] = call.split
     arguments = {"input_ids": rows.input_ids, "attention_mask": call.mask, "use_cache": False} | kwargs
     _expect_other_sizes(arguments)
-    scored = _scored(rows)
     if head.linear:
         outputs = model.base_model(**arguments)
-        hidden = outputs.last_hidden_state[:, :-1]
-        return hidden[scored.to(hidden.device)], _router_logits(outputs)
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        return hidden.index_select(0, call.scored.to(hidden.device)), _router_logits(outputs)
     outputs = original_forward(**arguments)
-    logits = outputs.logits[:, :-1]
-    targets, scored = rows.labels[:, 1:].to(logits.device), scored.to(logits.device)
-    values = score_logits(logits[scored], targets[scored], with_statistics)
-    return _in_rows(values, scored), _router_logits(outputs)
+    logits = outputs.logits.flatten(0, 1)
+    values = score_logits(logits[call.scored.to(logits.device)], _targets(call), with_statistics)
+    return _in_rows(values, rows), _router_logits(outputs)
 
 
 @torch.compiler.disable
@@ -126,24 +123,24 @@ def _score(
     The values of all calls at once: hidden states of the tokens that are scored are small, and the head is faster on
     many of them, and need not be worked out again together with a call.
     """
-    scored = [_scored(call.rows) for call in calls]
-    targets = torch.cat([call.rows.labels[:, 1:][of_call] for call, of_call in zip(calls, scored, strict=True)])
+    targets = torch.cat([_targets(call) for call in calls])
     values = score_tokens(model, head, torch.cat(parts), targets, with_statistics)
     of_calls = zip(*(value.split([len(part) for part in parts]) for value in values.values()), strict=True)
     return [
-        _in_rows(dict(zip(values, of_call, strict=True)), of_rows)
-        for of_call, of_rows in zip(of_calls, scored, strict=True)
+        _in_rows(dict(zip(values, of_call, strict=True)), call.rows)
+        for of_call, call in zip(of_calls, calls, strict=True)
     ]
 
 
-def _scored(rows: Rows) -> Tensor:
-    """bool `(rows, length - 1)`, where the next token is scored."""
-    return rows.labels[:, 1:] != -100
+def _targets(call: Call) -> Tensor:
+    """The tokens that are scored, `(scored tokens,)`."""
+    return call.rows.labels.flatten()[call.scored + 1]
 
 
 @torch.compiler.disable
-def _in_rows(values: TokenValues, scored: Tensor) -> TokenValues:
+def _in_rows(values: TokenValues, rows: Rows) -> TokenValues:
     """Puts values of scored tokens into rows. `masked_scatter` keeps the model in the graph where nothing is scored."""
+    scored = rows.scored[:, :-1]
     return {
         name: value.new_zeros(scored.shape).masked_scatter(scored.to(value.device), value)
         for name, value in values.items()

@@ -2,7 +2,8 @@
 What a layout of rows costs for a batch: a small model of time, fitted to measurements.
 
 Shared prompts run fewer tokens through the layers. They lose where lists of very different sizes are padded to one
-another, or where prompts are so short that taking rows apart costs more than it saves.
+another, or where prompts are so short that taking rows apart costs more than it saves. Nor do fewer tokens help where a
+device waits for the host, which starts its kernels one by one.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from .variable_length import uses_variable_lengths
 
 logger = get_logger(__name__)
 
+MOST_TOKENS = 1.5
+"""
+Separate rows may hold this many times the tokens of shared ones where the time is the host's: they need memory.
+"""
+
 MARGIN = 0.05
 """Separate rows must be cheaper by this share: the model is small, and changes of layout cost something, too."""
 
@@ -31,14 +37,18 @@ class Prices:
         flops: A floating-point operation of attention, as a share of the price of one in the layers.
         apart: Taking rows apart for attention, for each of their tokens.
         batch: The same, once for each batch.
+        launch: What the host needs to start the kernels of a layer, in floating-point operations of the device.
+        launch_apart: The share that comes on top of it where rows are taken apart.
     """
 
     flops: float = 1.0
     apart: float = 0.0
     batch: float = 0.0
+    launch: float = 0.0
+    launch_apart: float = 0.0
 
 
-PRICES = {"cpu": Prices(apart=0.05), "cuda": Prices()}
+PRICES = {"cpu": Prices(apart=0.05), "cuda": Prices(launch=5e11, launch_apart=0.2)}
 """
 By type of device. That of CPUs is from steps of lists of 2 and 6, prompts of 4, 64 and 192 and completions of 16 and 64
 tokens (layers of the 135M shape): what it chooses is at most 6 % slower than the other layout in any of them. Least
@@ -90,7 +100,7 @@ def count_work(lengths: Lengths, layout: Layout, attention: str) -> Work:
 
     Args:
         lengths: Lengths of the batch.
-        layout: `SPLIT`, `SHARED` or `SEPARATE`.
+        layout: `PACKED`, `SPLIT`, `SHARED` or `SEPARATE`.
         attention: `"mask"` (SDPA, eager), `"blocks"` (FlexAttention) or `"lengths"` (FlashAttention).
     """
     if layout is Layout.SEPARATE:
@@ -105,34 +115,44 @@ def count_work(lengths: Lengths, layout: Layout, attention: str) -> Work:
     shared = [prompt - 1 for prompt in lengths.prompts]
     segments = [[n + 1 for n in of_list] for of_list in lengths.completions]
     totals = [prompt + sum(of_list) for prompt, of_list in zip(shared, segments, strict=True)]
-    if attention != "mask":
+    if attention != "mask" or (layout is Layout.PACKED and min(shared) > 0):
         seen = [
             prompt * prompt / 2 + sum(n * (prompt + n / 2) for n in of_list)
             for prompt, of_list in zip(shared, segments, strict=True)
         ]
-        tokens = sum(totals) if attention == "lengths" else -(-sum(totals) // BLOCK) * BLOCK
-        return Work(tokens, sum(seen), attention == "lengths")
+        tokens = -(-sum(totals) // BLOCK) * BLOCK if attention == "blocks" else sum(totals)
+        return Work(tokens, sum(seen), attention != "blocks")
     tokens = len(totals) * max(totals)
-    if layout is Layout.SHARED or max(shared) == 0:
+    if layout is not Layout.SPLIT or max(shared) == 0:
         return Work(tokens, tokens * max(totals), False)
     most, longest, prompt = max(map(len, segments)), max(n for of_list in segments for n in of_list), max(shared)
     return Work(tokens, len(totals) * (prompt * prompt / 2 + most * longest * (prompt + longest)), True)
 
 
-def flops_of_pair(config: Any) -> float:
+def flops_of_token(config: Any) -> float:
     """
-    Floating-point operations of a pair of a query and a key in a layer, as a share of those of a token elsewhere in it.
+    Floating-point operations of a token in a layer but for attention, in a forward pass.
 
     Args:
         config: Of the text model. Sizes that it does not have are taken as usual.
     """
-    hidden = config.hidden_size
+    hidden, width = config.hidden_size, _width(config)
     heads = getattr(config, "num_attention_heads", None) or 1
-    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
     key_width = width * (getattr(config, "num_key_value_heads", None) or heads) // heads
     experts = getattr(config, "num_experts_per_tok", None) or 1
     inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
-    return 2 * width / (hidden * (2 * width + 2 * key_width + 3 * inner * experts))
+    return 2 * hidden * (2 * width + 2 * key_width + 3 * inner * experts)
+
+
+def flops_of_pair(config: Any) -> float:
+    """The same of a pair of a query and a key in attention, as a share of `flops_of_token`."""
+    return 4 * _width(config) / flops_of_token(config)
+
+
+def _width(config: Any) -> int:
+    """Of all attention heads together."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 class LayoutChoice:
@@ -149,19 +169,22 @@ class LayoutChoice:
     def __init__(self, model: PreTrainedModel, shared: Layout, prices: Prices, name: str = "Model"):
         self.shared, self.prices, self.name = shared, prices, name
         self.attention = "lengths" if uses_variable_lengths(model) else "blocks" if uses_blocks(model) else "mask"
-        self.of_pair = flops_of_pair(model.config.get_text_config())
+        config = model.config.get_text_config()
+        self.of_pair = flops_of_pair(config)
+        self.launch = prices.launch / flops_of_token(config)
         self._has_told = False
 
-    def cost(self, lengths: Lengths, layout: Layout) -> float:
+    def cost(self, work: Work) -> float:
         """Time, in that of a token in the layers."""
-        work = count_work(lengths, layout, self.attention)
         cost = work.tokens + self.prices.flops * self.of_pair * work.pairs
-        return cost + (self.prices.apart * work.tokens + self.prices.batch) * work.is_apart
+        cost += (self.prices.apart * work.tokens + self.prices.batch) * work.is_apart
+        return max(cost, self.launch * (1 + self.prices.launch_apart * work.is_apart))
 
     def __call__(self, batch: Batch) -> Layout:
         lengths = Lengths.of(batch)
-        separate, shared = self.cost(lengths, Layout.SEPARATE), self.cost(lengths, self.shared)
-        if separate >= (1 - MARGIN) * shared:
+        in_rows, together = (count_work(lengths, layout, self.attention) for layout in (Layout.SEPARATE, self.shared))
+        separate, shared = self.cost(in_rows), self.cost(together)
+        if separate >= (1 - MARGIN) * shared or (self.launch > 0 and in_rows.tokens > MOST_TOKENS * together.tokens):
             return self.shared
         if not self._has_told:
             self._has_told = True

@@ -18,7 +18,7 @@ from .candidate_scoring import CandidateScoring
 from .datasets import has_images
 from .finite import FiniteTraining
 from .groups import collate_groups, total_rewards, whole_groups
-from .list_metrics import ListMetrics, list_averages
+from .list_metrics import ListMetrics, Measurements
 from .objective import RankingObjective
 from .online_config import OnlineLarPOConfig
 from .online_state import OnlineState
@@ -134,7 +134,7 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
             args.beta = beta
         self.beta = 0.0  # of GRPO's KL term, which there is none of; that of the scores is in `args`
         self._objective = RankingObjective(args.loss_type, args.loss_weights, args, loss_fn)
-        self._list_metrics = ListMetrics(self.accelerator)
+        self._list_metrics = ListMetrics(self.accelerator, self.args.beta)
         self._memory = SampleMemory(args.memory_size)
         self._judged: tuple[Tensor, list[bool]] | None = None  # rewards of the last samples, and which of them ended
         self._ref_logps: dict[int, tuple[Batch, int, Tensor]] = {}  # batch of the last samples → of which reference
@@ -212,15 +212,16 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
         self._finite.check_loss(loss, inputs)
-        with torch.no_grad():
-            averages = list_averages(inputs, policy, objective, self.args.beta)
-            averages.pop("completions/mean_length")  # GRPOTrainer logs that of the new samples
-            self._list_metrics.add("train" if self.model.training else "eval", averages)
+        measurements = Measurements.of(inputs, policy, objective)
+        self._list_metrics.add("train" if self.model.training else "eval", measurements)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode].update({name: [value] for name, value in self._list_metrics.take(mode).items()})
+        averages = self._list_metrics.take(mode)
+        for name in ("completions/mean_length", "num_tokens"):  # GRPOTrainer logs those of the new samples
+            averages.pop(name, None)
+        self._metrics[mode].update({name: [value] for name, value in averages.items()})
         super().log(logs, start_time)
 
     # Checkpoints

@@ -8,6 +8,7 @@ the head reads. So memory hardly grows with the list, gradients are exact, and t
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention import SplitRows, attention_masks, split_rows, uses_blocks
 from .token_rows import Batch, Rows, candidate_rows, extend, pack, prompt_rows, separate_rows, shared_prompt_rows
+from .two_part_attention import TwoParts, two_parts
 from .variable_length import VariableLengths, uses_variable_lengths, variable_lengths
 
 BLOCK = 128
@@ -26,6 +28,7 @@ BLOCK = 128
 class Layout(Enum):
     """What the rows of a model hold, and how its attention treats them."""
 
+    PACKED = "one row for all lists, whose attention is worked out in two parts"
     SPLIT = "one row for each list, taken apart for attention"
     SHARED = "one row for each list"
     PROMPT_FIRST = "the prompt of a list once, then its candidates, which read its keys and values"
@@ -46,12 +49,16 @@ class Call:
         mask: What they see, as `attention_mask`. `None` where `split` says it.
         with_positions: Whether to tell the model the positions of the tokens, which it works out itself in plain rows.
         split: How attention takes the rows apart, `None` where it does not.
+        scored: int64 `(scored tokens,)`, the places that predict them, in flattened rows.
     """
 
     rows: Rows
     mask: "Tensor | BlockMask | dict[str, Tensor | BlockMask] | None"
     with_positions: bool
-    split: SplitRows | VariableLengths | None = None
+    split: SplitRows | VariableLengths | TwoParts | None = None
+
+    def __post_init__(self):
+        self.scored = self.rows.scored.flatten().nonzero()[:, 0]  # now, as it makes the host wait for the device
 
 
 @dataclass
@@ -88,6 +95,28 @@ class Pass:
     recompute: bool = field(default=True)
 
 
+class PassMemory:
+    """The passes of the last batch, for the second of two models that score each batch one after the other."""
+
+    def __init__(self):
+        self._kept: tuple[Batch, Any, list[Pass]] | None = None
+
+    def keep(self, batch: Batch, kind: Any, passes: list[Pass]) -> None:
+        """Args as in `take`."""
+        self._kept = batch, kind, passes
+
+    def take(self, batch: Batch, kind: Any) -> list[Pass] | None:
+        """
+        Passes are given back once.
+
+        Args:
+            batch: The batch; the same object, not one that is equal.
+            kind: What passes depend on beside it. None are given to a scorer of another kind.
+        """
+        kept, self._kept = self._kept, None
+        return kept[2] if kept is not None and kept[0] is batch and kept[1] == kind else None
+
+
 def whole_pass(
     model: PreTrainedModel, batch: Batch, layout: Layout, pad_to_multiple_of: int | None = None
 ) -> list[Pass]:
@@ -97,7 +126,7 @@ def whole_pass(
     Args:
         model: Model the pass is for, bare or as a `PeftModel`.
         batch: As [`DataCollatorForCandidateLists`] makes it.
-        layout: `SPLIT`, `SHARED` or `SEPARATE`.
+        layout: `PACKED`, `SPLIT`, `SHARED` or `SEPARATE`.
         pad_to_multiple_of: The length of the rows is padded to a multiple of this.
     """
     lay_out = shared_prompt_rows if layout.shares_prompt else separate_rows
@@ -172,6 +201,10 @@ def _call(
         # A row that is all padding must see something, or its softmax is over nothing
         seen = rows.real | (torch.arange(rows.real.size(1), device=rows.real.device) == 0)
         return Call(rows, seen.long(), with_positions=longest is not None)
+    if layout is Layout.PACKED:
+        packed = pack(rows, multiple or 1, prompts_first=True)
+        if (parts := two_parts(packed)) is not None:
+            return Call(packed, packed.real[:, None, None], True, parts)  # a mask that models leave as it is
     has_variable_lengths = uses_variable_lengths(model)
     if has_variable_lengths:
         rows = pack(rows, multiple or 1)

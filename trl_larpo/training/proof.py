@@ -31,7 +31,7 @@ FULL_PRECISION = 1e-3
 """Largest difference in float32: as a share of what the prompt changes in log-probabilities, and of a gradient."""
 
 HALF_PRECISION = 0.05
-"""The same in half precision, where rounding alone changes a few per cent."""
+"""The same in half precision, where rounding alone changes a few per cent; also for attention of one layer."""
 
 _CHANGE = 1e-4  # of embeddings: little in float32, and enough to be rounded otherwise in half precision
 
@@ -47,6 +47,7 @@ class Difference:
         logps: Largest difference of a log-probability, in nats.
         of_prompt: The same as a share of what another prompt changes.
         gradients: Norm of the difference in gradients, as a share of the gradients'. `None`: not measured.
+        attention: The same of what a layer's attention returns, and of its gradients. `None`: not measured.
         accepted: Whether all of it is rounding.
         error: What the model raised, in place of numbers.
     """
@@ -54,12 +55,15 @@ class Difference:
     logps: float = float("nan")
     of_prompt: float = float("nan")
     gradients: float | None = None
+    attention: float | None = None
     accepted: bool = False
     error: str | None = None
 
     def __str__(self) -> str:
         if self.error is not None:
             return f"it raises {self.error}"
+        if self.attention is not None:
+            return f"attention of a layer differs by {self.attention:.1e}"
         text = f"log-probabilities differ by {self.logps:.1e} nats ({self.of_prompt:.1e} of what the prompt changes)"
         return text if self.gradients is None else f"{text}, gradients by {self.gradients:.1e} of their norm"
 
@@ -148,6 +152,28 @@ class Proof:
             noise = self._measure_noise()
             accepted |= found is not None and unsure and self._is_noise(found, noise)
         difference.accepted = not self._on_some_process(not accepted)
+        return difference
+
+    def compare_attention(self, deviations: Callable[[Batch], list[float]]) -> Difference:
+        """
+        How far attention of each layer is from a softmax in float32 over the same states.
+
+        In half precision, other kernels round otherwise, and differences grow from layer to layer until they say little
+        about where they come from. Within a layer they do not.
+
+        Args:
+            deviations: Runs the model on a batch and returns the difference in each layer.
+        """
+        difference = Difference()
+        try:
+            with _evaluating(self._model), torch.no_grad():
+                difference.attention = max(deviations(self._batch), default=float("inf"))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            difference.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        is_off = difference.attention is None or not difference.attention <= HALF_PRECISION
+        difference.accepted = not self._on_some_process(is_off)
         return difference
 
     def _measure_noise(self) -> _Measured:

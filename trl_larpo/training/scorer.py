@@ -1,7 +1,8 @@
 """[`CandidateScorer`]: one model's log-probabilities of candidates."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,15 +20,17 @@ from .attention import (
     sharing_obstacle,
     splits_rows,
     uses_blocks,
+    what_masks_depend_on,
 )
 from .forward import enable_passes, run_plainly
 from .head import OutputHead, TokenValues
 from .layout_costs import PRICES, LayoutChoice, Prices
 from .load_balancing import experts_per_token, load_balancing_loss
-from .passes import Layout, Pass, passes_in_chunks, whole_pass
-from .proof import Proof
+from .passes import Layout, Pass, PassMemory, passes_in_chunks, whole_pass
+from .proof import Difference, Proof
 from .token_rows import Batch, Rows, sequence_lengths
 from .trl_compat import forget_order_of_modules
+from .two_part_attention import has_kernel, recorded_deviations
 from .variable_length import uses_variable_lengths
 
 logger = get_logger(__name__)
@@ -72,6 +75,7 @@ class CandidateScorer:
         accelerator: That of the training.
         name: What the log calls the model.
         is_trained: Whether gradients are wanted, so that they are proved too.
+        policy: Scorer of the model that scores each batch first, so that what is equal is not worked out twice.
 
     Attributes:
         layout: How candidates are laid out in rows; `None` before it is decided. With `shared_prompt='auto'`, batches
@@ -88,6 +92,7 @@ class CandidateScorer:
         accelerator: Accelerator,
         name: str = "Model",
         is_trained: bool = False,
+        policy: "CandidateScorer | None" = None,
     ):
         self.model, self.args, self.accelerator, self.name, self.is_trained = model, args, accelerator, name, is_trained
         self.chunk_size: int | None = getattr(args, "candidate_chunk_size", None)
@@ -95,6 +100,7 @@ class CandidateScorer:
         self._bare: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
         self.layout: Layout | None = None
         self._choice: LayoutChoice | None = None
+        self._memory: PassMemory = PassMemory() if policy is None else policy._memory
         self._head = OutputHead()
         self._engine: nn.Module | None = None  # of ZeRO-3
         self._longest_matters = positions_depend_on_length(self._bare)
@@ -165,7 +171,9 @@ class CandidateScorer:
             for layout in self._sharing_layouts():
                 difference = proof.compare(partial(self._logps, self._head, layout))
                 if difference.accepted:
-                    self._settle(layout, str(difference))
+                    in_two_parts = self._prove_two_parts(proof) if splits_rows(self.model) else None
+                    reason = str(difference) if in_two_parts is None else f"{difference}; {in_two_parts}"
+                    self._settle(layout if in_two_parts is None else Layout.PACKED, reason)
                     return
                 reasons.append(str(difference))
         disable_sharing(self.model)
@@ -173,6 +181,25 @@ class CandidateScorer:
         if self._wish == "on":
             self._refuse(obstacle)
         self._settle(Layout.SEPARATE, obstacle)
+
+    def _prove_two_parts(self, proof: Proof) -> Difference | None:
+        """Whether attention of shared rows can be worked out in two parts, by kernels in half precision."""
+        weights = self.model.get_input_embeddings().weight.dtype
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, weights)
+        # Compiled code is left to SDPA, and so are chunks, whose prompts run first
+        if self.chunk_size is not None or self.args.torch_compile or not has_kernel(self.accelerator.device, dtype):
+            return None
+        if weights == torch.float32 and not proof.compare(partial(self._logps, self._head, Layout.PACKED)).accepted:
+            return None
+
+        def deviations(batch: Batch) -> list[float]:
+            passes = self._passes(batch, Layout.PACKED)
+            with self.accelerator.autocast(), recorded_deviations(passes[0].calls[0].split) as of_layers:
+                self._run(self.model, self._head, passes)
+            return of_layers
+
+        difference = proof.compare_attention(deviations)
+        return difference if difference.accepted else None
 
     def _settle(self, layout: Layout, reason: str | None) -> None:
         self.layout = layout
@@ -226,13 +253,21 @@ class CandidateScorer:
             self._engine = model if zero is not None and zero.zero_stage == 3 else None
             self._decide()
         assert self.layout is not None
-        layout = self.layout if self._choice is None else self._choice(batch)
-        # Whole logits come from the model's own forward, which takes no other mask together with router logits
-        if router_logits and not self._head.linear:
-            layout = Layout.SEPARATE
-        passes = self._passes(batch, layout)
+        passes = self._memory.take(batch, self._kind)
+        if passes is None:
+            layout = self.layout if self._choice is None else self._choice(batch)
+            # Whole logits come from the model's own forward, which takes no other mask together with router logits
+            if router_logits and not self._head.linear:
+                layout = Layout.SEPARATE
+            passes = self._passes(batch, layout)
+            self._memory.keep(batch, self._kind, passes)
         outputs = self._run(model, self._head, passes, with_statistics, router_logits)
         return outputs.up_to(batch["candidate_mask"].size(1))
+
+    @cached_property
+    def _kind(self) -> tuple[Any, ...]:
+        """What passes depend on, beside the batch."""
+        return self.layout, self._longest_matters, type(self._bare), *what_masks_depend_on(self._bare)
 
     def _passes(self, batch: Batch, layout: Layout) -> list[Pass]:
         if self.chunk_size is None:

@@ -44,6 +44,11 @@ class Rows:
     weights: Tensor
     lists: Tensor | None = None
 
+    @property
+    def scored(self) -> Tensor:
+        """bool `(rows, length)`, where the next token is scored."""
+        return F.pad(self.labels[:, 1:] != -100, (0, 1))
+
     def per_token(self, values: Tensor) -> Tensor:
         """
         Takes what the model says of each token to the completions.
@@ -99,7 +104,7 @@ def shared_prompt_rows(batch: Batch, pad_to_multiple_of: int | None = None) -> R
     return _shared_rows(batch, pad_to_multiple_of or 1, with_prompt=True)
 
 
-def pack(rows: Rows, multiple: int) -> Rows:
+def pack(rows: Rows, multiple: int, prompts_first: bool = False) -> Rows:
     """
     All rows behind one another in one, without the padding between them.
 
@@ -108,8 +113,12 @@ def pack(rows: Rows, multiple: int) -> Rows:
     Args:
         rows: The rows.
         multiple: The length is padded to a multiple of this.
+        prompts_first: Whether all prompts come before all candidates.
     """
     order = rows.real.flatten().nonzero()[:, 0]
+    if prompts_first:
+        is_candidate = rows.segments.flatten()[order] > 0
+        order = torch.cat([order[~is_candidate], order[is_candidate]])
     length = rows.input_ids.size(1)
     padding = -(-max(2, len(order)) // multiple) * multiple - len(order)  # 2: something to predict, and from what
 

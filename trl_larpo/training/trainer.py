@@ -19,11 +19,10 @@ from .collator import DataCollatorForCandidateLists
 from .config import LarPOConfig, trains_lists
 from .datasets import column_names, has_images
 from .finite import FiniteTraining
-from .list_metrics import ListMetrics, list_averages
+from .list_metrics import ListMetrics, Measurements
 from .log_probabilities import score_dataset
-from .objective import Objective, RankingObjective
+from .objective import RankingObjective
 from .ranking_options import DPO_LOSSES, check_loss_types
-from .scorer import CandidateOutputs
 from .token_rows import count_tokens
 from .tokenization import tokenize_dataset
 from .trl_compat import (
@@ -194,7 +193,7 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
             if self._reference_free:
                 self.precompute_ref_logps = False
             self.use_liger_kernel = False  # up to TRL 1.13, Liger's loss on pairs; its layer kernels stay
-            self._list_metrics = ListMetrics(self.accelerator)
+            self._list_metrics = ListMetrics(self.accelerator, self.beta)
             self._finite = FiniteTraining(self)
             self.add_callback(self._finite)
             _ = self._policy_scorer  # now, in case an option is impossible
@@ -325,8 +324,8 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
         self._finite.check_loss(loss, inputs)
 
-        with torch.no_grad():
-            self._log_list_metrics(inputs, policy, objective)
+        measurements = Measurements.of(inputs, policy, objective)
+        self._list_metrics.add("train" if self.model.training else "eval", measurements)
         return (loss, {"scores": objective.scores.detach()}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
@@ -349,20 +348,13 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
 
     # What is logged
 
-    def _log_list_metrics(self, inputs: dict[str, Tensor], policy: CandidateOutputs, objective: Objective) -> None:
-        """Adds a batch to the metrics: see [`list_averages`]."""
-        mode = "train" if self.model.training else "eval"
-        averages = list_averages(inputs, policy, objective, self.beta)
-        averages["num_tokens"] = (count_tokens(inputs), torch.tensor(1))
-        sums = self._list_metrics.add(mode, averages)
-        if mode == "train":
-            self._total_train_tokens += int(sums["num_tokens"][0]) // getattr(self, "_tp_size", 1)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._list_mode:
             mode = "train" if self.model.training else "eval"
             averages = self._list_metrics.take(mode)
             if averages:
+                if mode == "train":
+                    self._total_train_tokens += int(averages["num_tokens"]) // getattr(self, "_tp_size", 1)
                 averages["num_tokens"] = self._total_train_tokens
             self._metrics[mode].update({name: [value] for name, value in averages.items()})
         super().log(logs, start_time)
