@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import DataError
@@ -16,6 +16,12 @@ from .validation import canonical_row
 
 logger = get_logger(__name__)
 Row = dict[str, Any]
+
+_FEATURES = {
+    "prompt_ids": Sequence(Value("int32")),  # tokens take most of the space on disk, and of what is mapped into memory
+    "completion_ids": Sequence(Sequence(Value("int32"))),
+    "relevance": Sequence(Value("float64")),
+}
 
 _warned_of: set[tuple[str, str]] = set()  # data set and kind of trouble, of the data set that is being tokenised
 
@@ -66,7 +72,8 @@ def tokenize_dataset(
     # Nothing but plain values is handed to `map` and `filter`, so that datasets can find their results in its cache
     map_kwargs: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
-        map_kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {where}"}
+        features = Features({length_column: Value("int64")} | dataset.features | _FEATURES)
+        map_kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {where}", "features": features}
     dataset = dataset.map(
         _tokenize_row,
         with_indices=True,
