@@ -7,7 +7,15 @@ from accelerate import PartialState
 from flash_stand_in import FLASH, flash_attention
 
 from trl_larpo import DataCollatorForCandidateLists
-from trl_larpo.training.layout_costs import LayoutChoice, Lengths, Prices, Work, count_work, flops_of_pair
+from trl_larpo.training.layout_costs import (
+    LayoutChoice,
+    Lengths,
+    Prices,
+    Work,
+    count_work,
+    flops_of_pair,
+    flops_of_token,
+)
 from trl_larpo.training.passes import Layout, whole_pass
 
 RAGGED = Lengths(prompts=[20, 13], completions=[[5, 9, 3], [7, 4]])
@@ -79,6 +87,28 @@ def test_prices_decide():
         (Prices(batch=20), Layout.SEPARATE),
     ):
         assert LayoutChoice(model, Layout.SPLIT, prices)(batch) is layout
+
+
+@pytest.mark.parametrize(
+    "prompts, completions, layout",
+    [
+        ([64], [[192, 192]], Layout.SEPARATE),  # the host takes longer than the device in both
+        ([1500], [[256] * 8], Layout.PACKED),
+        ([200], [[30] * 3], Layout.PACKED),  # separate rows have more than twice the tokens, and would need the memory
+        ([1], [[192, 192]], Layout.SEPARATE),  # nothing is shared, and one row would need a mask
+    ],
+)
+def test_small_batches_on_a_device_that_waits_for_its_host(prompts, completions, layout):
+    model = architectures.tiny_model("llama")
+    launch = 1000 * flops_of_token(model.config)  # as long as 1,000 tokens take
+    choice = LayoutChoice(model, Layout.PACKED, Prices(launch=launch, launch_apart=0.2))
+    assert choice(batch_of(Lengths(prompts, completions))) is layout
+
+
+def test_work_of_packed_rows_is_that_of_variable_lengths():
+    assert count_work(RAGGED, Layout.PACKED, "mask") == count_work(RAGGED, Layout.SPLIT, "lengths")
+    without_prompt = Lengths([1, 20], RAGGED.completions)
+    assert count_work(without_prompt, Layout.PACKED, "mask") == count_work(without_prompt, Layout.SHARED, "mask")
 
 
 def test_batches_get_the_cheaper_layout(tmp_path, caplog):

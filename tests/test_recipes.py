@@ -1,10 +1,11 @@
 """
 Every recipe has the paper's settings, is listed with the paper's figures, and can be started in small form.
 
-One of each kind runs from end to end. The others differ from it in the model, a number or the loss, and go as far as
-the plan. `python examples/recipes/run_small.py` runs all of them.
+One of each kind runs from end to end. All others run too, without watching the training and
+without pictures.
 """
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -18,7 +19,7 @@ from trl_larpo import cli
 from trl_larpo.candidates import Candidate, CandidatePool, build_lists
 from trl_larpo.prompts import Prompt
 from trl_larpo.report.page import write_report as page
-from trl_larpo.run import loop
+from trl_larpo.run import loop, small
 from trl_larpo.run.options import SelectionOptions
 from trl_larpo.storage import read_json, read_jsonl
 
@@ -340,6 +341,40 @@ def test_one_of_each_kind_runs_in_small_form(kind, tmp_path, monkeypatch):
     if recipe.get("negatives") == "random_prompt":
         assert worst.count("random_prompt") > len(worst) / 3
     assert sources <= {"policy", recipe.get("negatives")} and len(sources) == 1 + ("negatives" in recipe)
+
+
+NUM_PARTS = 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_every_small_form_runs(part, tmp_path, monkeypatch):
+    """Recipes that have the same small form, as those of two models, run once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "write_report", lambda path, ends: None)
+    forms = {}
+    for name in sorted(RECIPES):
+        forms.setdefault(small_form(name, tmp_path / "forms" / name), name)
+    assert len(RECIPES) > len(forms) > 40
+    remaining = sorted(set(forms.values()) - {f"{kind}.yaml" for kind in KINDS})
+    for name in remaining[part::NUM_PARTS]:
+        assert cli.main(["run", "--config", str(FOLDER / name), "--small", "--monitor_evals", "0"]) == 0, name
+        out = tmp_path / f"outputs/recipes/{name.removesuffix('.yaml')}-small"
+        for iteration in range(1, RECIPES[name]["num_iterations"] + 1):
+            assert read_jsonl(out / f"iteration_{iteration}/lists.jsonl"), name
+            assert read_json(out / f"iteration_{iteration}/evaluation.json")["prompts"] == 2, name
+            assert (out / f"iteration_{iteration}/model/model.safetensors").exists(), name
+
+
+def small_form(name, folder):
+    """The options of a recipe's small form, without what it is called."""
+    names = ("save_small_model", "save_small_pairrm", "save_small_reward_model")
+    with pytest.MonkeyPatch.context() as patch:
+        for stand_in in names:
+            patch.setattr(small, stand_in, lambda folder, stand_in=stand_in: stand_in)
+        form = small.shrink(RECIPES[name], folder) | {"output_dir": ""}
+    prompts = [Path(path).read_text() for path in form["prompts"]]
+    return json.dumps([form, prompts], sort_keys=True).replace(str(folder), "")
 
 
 def test_all_small_forms_can_be_run_by_one_script(monkeypatch, capsys):

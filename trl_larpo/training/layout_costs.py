@@ -52,8 +52,9 @@ PRICES = {"cpu": Prices(apart=0.05), "cuda": Prices(launch=5e11, launch_apart=0.
 """
 By type of device. That of CPUs is from steps of lists of 2 and 6, prompts of 4, 64 and 192 and completions of 16 and 64
 tokens (layers of the 135M shape): what it chooses is at most 6 % slower than the other layout in any of them. Least
-squares say 0.17 for `apart`, with which the shortest prompts would lose up to 19 %. That of GPUs is a count of
-operations, until `examples/benchmarks/gpu.py`, which prints what to put here, has been run on one.
+squares say 0.17 for `apart`, with which the shortest prompts would lose up to 19 %. Of GPUs, operations are
+counted, and `launch` is from steps of a 7B model on one H200, which take as long up to about 1,100 tokens;
+`examples/benchmarks/gpu.py` prints what to put here.
 """
 
 
