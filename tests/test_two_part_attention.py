@@ -84,6 +84,21 @@ def test_kernels_are_compared_in_the_precision_that_they_run_in(dtype, tmp_path,
     assert set(seen) == {dtype, torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_wrong_are_found(dtype, tmp_path, monkeypatch, caplog):
+    def with_positions_of_the_row(*args, **kwargs):
+        rows = pack(*args, **kwargs)
+        rows.positions = torch.arange(rows.positions.size(1))[None]
+        return rows
+
+    monkeypatch.setattr("trl_larpo.training.passes.pack", with_positions_of_the_row)
+    model = architectures.tiny_model("llama").to(dtype)
+    with caplog.at_level("INFO", logger="trl_larpo"):
+        scorer = architectures.make_scorer(model, str(tmp_path))
+    assert scorer.layout is Layout.SPLIT
+    assert "attention is not worked out in two parts, because otherwise log-probabilities differ by" in caplog.text
+
+
 def test_gradients_are_those_of_one_softmax():
     generator = torch.Generator().manual_seed(0)
     rows = pack(shared_prompt_rows(lists_with_prompts_of(7, 4)), 1, prompts_first=True)

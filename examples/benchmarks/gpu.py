@@ -32,7 +32,7 @@ from trl import DPOTrainer
 
 from trl_larpo import ConfigError, LarPOTrainer
 from trl_larpo.generation.in_process import generate_completions
-from trl_larpo.training.layout_costs import Lengths, count_work, flops_of_pair
+from trl_larpo.training.layout_costs import PRICES, Lengths, count_work, flops_of_pair
 from trl_larpo.training.passes import Layout
 
 ATTENTIONS = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -406,7 +406,8 @@ def fit_prices(table: Table) -> None:
         if found[1] > 0:
             off = (relative @ found - 1).abs().mean()
             flops, apart, batch = (found[2:] / found[1]).tolist()
-            prices = f"Prices(flops={flops:.2f}, apart={apart:.3f}, batch={batch:.1f})"
+            launch = f"launch={PRICES['cuda'].launch:g}, launch_apart={PRICES['cuda'].launch_apart}"  # not fitted here
+            prices = f"Prices(flops={flops:.2f}, apart={apart:.3f}, batch={batch:.1f}, {launch})"
             table.add("prices", f"{attention}: {prices}", note=f"steps are {off:.0%} off on average")
 
 

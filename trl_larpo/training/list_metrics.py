@@ -16,7 +16,7 @@ from .token_rows import Batch, count_tokens
 Averages = dict[str, tuple[Tensor, Tensor]]
 """Name → sum, and the number of things summed."""
 
-_MOST_KEPT = 64
+_MOST_KEPT = 64  # batches whose metrics are still to be worked out
 
 
 @dataclass
@@ -130,13 +130,22 @@ class ListMetrics:
             self._count(mode)
 
     def take(self, mode: str) -> dict[str, float]:
-        """The averages since the last time, and the sum that `num_tokens` is."""
+        """The averages since the last time."""
         self._count(mode)
         totals = self._totals[mode]
-        num_tokens = totals.pop("num_tokens", None)
-        averages = {name: float(total / count) for name, (total, count) in totals.items() if count > 0}
+        averages = {
+            name: float(total / count)
+            for name, (total, count) in totals.items()
+            if count > 0 and name != "num_tokens"  # which is summed up
+        }
         totals.clear()
-        return averages if num_tokens is None else averages | {"num_tokens": float(num_tokens[0])}
+        return averages
+
+    def take_tokens(self, mode: str) -> int:
+        """The tokens since the last time; to be asked for before the averages."""
+        self._count(mode)
+        tokens = self._totals[mode].pop("num_tokens", None)
+        return 0 if tokens is None else int(tokens[0])
 
     def _count(self, mode: str) -> None:
         if not self._kept[mode]:

@@ -219,8 +219,7 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         averages = self._list_metrics.take(mode)
-        for name in ("completions/mean_length", "num_tokens"):  # GRPOTrainer logs those of the new samples
-            averages.pop(name, None)
+        averages.pop("completions/mean_length", None)  # GRPOTrainer logs that of the new samples
         self._metrics[mode].update({name: [value] for name, value in averages.items()})
         super().log(logs, start_time)
 

@@ -96,14 +96,21 @@ class Pass:
 
 
 class PassMemory:
-    """The passes of the last batch, for the second of two models that score each batch one after the other."""
+    """
+    The passes of the last batch, for the second of two models that score each batch one after the other.
+
+    They are kept from the first time on that a batch was scored twice.
+    """
 
     def __init__(self):
         self._kept: tuple[Batch, Any, list[Pass]] | None = None
+        self._last_batch: int | None = None
+        self._is_asked_for = False
 
     def keep(self, batch: Batch, kind: Any, passes: list[Pass]) -> None:
         """Args as in `take`."""
-        self._kept = batch, kind, passes
+        self._last_batch = id(batch)
+        self._kept = (batch, kind, passes) if self._is_asked_for else None
 
     def take(self, batch: Batch, kind: Any) -> list[Pass] | None:
         """
@@ -113,6 +120,7 @@ class PassMemory:
             batch: The batch; the same object, not one that is equal.
             kind: What passes depend on beside it. None are given to a scorer of another kind.
         """
+        self._is_asked_for |= id(batch) == self._last_batch
         kept, self._kept = self._kept, None
         return kept[2] if kept is not None and kept[0] is batch and kept[1] == kind else None
 

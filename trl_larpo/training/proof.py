@@ -33,6 +33,9 @@ FULL_PRECISION = 1e-3
 HALF_PRECISION = 0.05
 """The same in half precision, where rounding alone changes a few per cent; also for attention of one layer."""
 
+ROUGHLY = 0.4
+"""A share of what the prompt changes in log-probabilities that no rounding reaches, and mistakes in rows exceed."""
+
 _CHANGE = 1e-4  # of embeddings: little in float32, and enough to be rounded otherwise in half precision
 
 _NOISE = 4.0  # a difference of this many times what rounding alone makes is allowed as well
@@ -125,8 +128,14 @@ class Proof:
         batch = DataCollatorForCandidateLists(pad_token_id=0)(examples)
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
-    def compare(self, score: Score) -> Difference:
-        """How far another way to score the lists is from separate rows. All processes come to the same verdict."""
+    def compare(self, score: Score, roughly: float | None = None) -> Difference:
+        """
+        How far another way to score the lists is from separate rows. All processes come to the same verdict.
+
+        Args:
+            score: The other way.
+            roughly: Accept log-probabilities up to this share of what the prompt changes, whatever the gradients are.
+        """
         found, difference = None, Difference()
         try:
             found = self._measure(score, self._batch)
@@ -151,6 +160,8 @@ class Proof:
         if self._on_some_process(unsure):  # then all of them measure it
             noise = self._measure_noise()
             accepted |= found is not None and unsure and self._is_noise(found, noise)
+        if roughly is not None:
+            accepted = difference.of_prompt <= roughly
         difference.accepted = not self._on_some_process(not accepted)
         return difference
 

@@ -27,7 +27,7 @@ from .head import OutputHead, TokenValues
 from .layout_costs import PRICES, LayoutChoice, Prices
 from .load_balancing import experts_per_token, load_balancing_loss
 from .passes import Layout, Pass, PassMemory, passes_in_chunks, whole_pass
-from .proof import Difference, Proof
+from .proof import ROUGHLY, Difference, Proof
 from .token_rows import Batch, Rows, sequence_lengths
 from .trl_compat import forget_order_of_modules
 from .two_part_attention import has_kernel, recorded_deviations
@@ -171,7 +171,7 @@ class CandidateScorer:
             for layout in self._sharing_layouts():
                 difference = proof.compare(partial(self._logps, self._head, layout))
                 if difference.accepted:
-                    in_two_parts = self._prove_two_parts(proof) if splits_rows(self.model) else None
+                    in_two_parts = _prove_two_parts(self, proof)
                     reason = str(difference) if in_two_parts is None else f"{difference}; {in_two_parts}"
                     self._settle(layout if in_two_parts is None else Layout.PACKED, reason)
                     return
@@ -181,25 +181,6 @@ class CandidateScorer:
         if self._wish == "on":
             self._refuse(obstacle)
         self._settle(Layout.SEPARATE, obstacle)
-
-    def _prove_two_parts(self, proof: Proof) -> Difference | None:
-        """Whether attention of shared rows can be worked out in two parts, by kernels in half precision."""
-        weights = self.model.get_input_embeddings().weight.dtype
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, weights)
-        # Compiled code is left to SDPA, and so are chunks, whose prompts run first
-        if self.chunk_size is not None or self.args.torch_compile or not has_kernel(self.accelerator.device, dtype):
-            return None
-        if weights == torch.float32 and not proof.compare(partial(self._logps, self._head, Layout.PACKED)).accepted:
-            return None
-
-        def deviations(batch: Batch) -> list[float]:
-            passes = self._passes(batch, Layout.PACKED)
-            with self.accelerator.autocast(), recorded_deviations(passes[0].calls[0].split) as of_layers:
-                self._run(self.model, self._head, passes)
-            return of_layers
-
-        difference = proof.compare_attention(deviations)
-        return difference if difference.accepted else None
 
     def _settle(self, layout: Layout, reason: str | None) -> None:
         self.layout = layout
@@ -229,10 +210,15 @@ class CandidateScorer:
         return [in_rows] if is_fsdp or uses_blocks(self.model) else [Layout.PROMPT_FIRST, in_rows]
 
     def _logps(self, head: OutputHead, layout: Layout, batch: Batch) -> Tensor:
-        logps = self._run(self.model, head, self._passes(batch, layout)).logps
-        if self._engine is not None:
-            forget_order_of_modules(self._engine)
-        return logps
+        return self._tried(head, self._passes(batch, layout)).logps
+
+    def _tried(self, head: OutputHead, passes: list[Pass]) -> CandidateOutputs:
+        """What is found while the layout is being decided."""
+        try:
+            return self._run(self.model, head, passes)
+        finally:
+            if self._engine is not None:
+                forget_order_of_modules(self._engine)
 
     # Scoring
 
@@ -253,14 +239,14 @@ class CandidateScorer:
             self._engine = model if zero is not None and zero.zero_stage == 3 else None
             self._decide()
         assert self.layout is not None
-        passes = self._memory.take(batch, self._kind)
+        # Whole logits come from the model's own forward, which takes no other mask together with router logits
+        in_separate_rows = router_logits and not self._head.linear
+        kind = in_separate_rows, *self._kind
+        passes = self._memory.take(batch, kind)
         if passes is None:
             layout = self.layout if self._choice is None else self._choice(batch)
-            # Whole logits come from the model's own forward, which takes no other mask together with router logits
-            if router_logits and not self._head.linear:
-                layout = Layout.SEPARATE
-            passes = self._passes(batch, layout)
-            self._memory.keep(batch, self._kind, passes)
+            passes = self._passes(batch, Layout.SEPARATE if in_separate_rows else layout)
+            self._memory.keep(batch, kind, passes)
         outputs = self._run(model, self._head, passes, with_statistics, router_logits)
         return outputs.up_to(batch["candidate_mask"].size(1))
 
@@ -310,6 +296,33 @@ class CandidateScorer:
             top_k = experts_per_token(self._bare.config.get_text_config())
             outputs.aux_loss = load_balancing_loss(logits, _token_weights(passes), top_k)
         return outputs
+
+
+def _prove_two_parts(scorer: CandidateScorer, proof: Proof) -> Difference | None:
+    """Whether attention of shared rows can be worked out in two parts, by kernels in half precision."""
+    weights = scorer.model.get_input_embeddings().weight.dtype
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(scorer.accelerator.mixed_precision, weights)
+    # Chunks, whose prompts run first, and compiled code are left to SDPA
+    is_possible = scorer.chunk_size is None and not scorer.args.torch_compile and splits_rows(scorer.model)
+    if not is_possible or not has_kernel(scorer.accelerator.device, dtype):
+        return None
+
+    def deviations(batch: Batch) -> list[float]:
+        passes = scorer._passes(batch, Layout.PACKED)
+        with scorer.accelerator.autocast(), recorded_deviations(passes[0].calls[0].split) as of_layers:
+            scorer._tried(scorer._head, passes)
+        return of_layers
+
+    # In half precision, other kernels round otherwise, which deep models amplify: only gross mistakes show in the whole
+    difference = proof.compare(
+        partial(scorer._logps, scorer._head, Layout.PACKED), ROUGHLY if weights != torch.float32 else None
+    )
+    if difference.accepted:
+        difference = proof.compare_attention(deviations)
+    if difference.accepted:
+        return difference
+    logger.info(f"{scorer.name}: attention is not worked out in two parts, because otherwise {difference}.")
+    return None
 
 
 def _token_weights(passes: list[Pass]) -> Tensor:

@@ -350,11 +350,10 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._list_mode:
+            self._total_train_tokens += self._list_metrics.take_tokens("train") // getattr(self, "_tp_size", 1)
             mode = "train" if self.model.training else "eval"
             averages = self._list_metrics.take(mode)
             if averages:
-                if mode == "train":
-                    self._total_train_tokens += int(averages["num_tokens"]) // getattr(self, "_tp_size", 1)
                 averages["num_tokens"] = self._total_train_tokens
             self._metrics[mode].update({name: [value] for name, value in averages.items()})
         super().log(logs, start_time)
