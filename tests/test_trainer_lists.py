@@ -543,12 +543,14 @@ def test_stream_of_unknown_columns_names_its_bad_row(trained):
 def test_evaluation_during_training_and_on_new_sets(trained):
     trainer = trained(
         tiny.lists(),
-        {"eval_strategy": "steps", "eval_steps": 1},
+        {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 3},
         eval_dataset={"lists": tiny.lists(num_rows=5, seed=1), "pairs": tiny.pairs(num_rows=3)},
     )
     logged = [entry for entry in trainer.state.log_history if "eval_lists_loss" in entry]
     assert len(logged) == 3
     assert all(0 < entry["eval_ranking/ndcg"] <= 1 for entry in logged)
+    tokens = [entry["eval_num_tokens"] for entry in logged]  # of the training so far, logged or not
+    assert 0 < tokens[0] < tokens[1] < tokens[2]
     new_set = tiny.lists(num_rows=4, seed=2)
     assert trainer.evaluate(new_set)["eval_list_size"] == sum(len(row["completions"]) for row in new_set) / 4
     assert trainer.evaluate(tiny.pairs(num_rows=3))["eval_list_size"] == 2
