@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import tiny
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not tiny.HAS_ONLINE, reason="OnlineLarPOTrainer needs TRL 1.16"),
-]
+pytestmark = pytest.mark.skipif(not tiny.HAS_ONLINE, reason="OnlineLarPOTrainer needs TRL 1.16")
 
 STUDY = Path(__file__).parents[1] / "examples" / "studies" / "online" / "compare.py"
 
 
+def test_the_table_of_the_docs_is_that_of_the_results(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(STUDY), "--table"])
+    runpy.run_path(str(STUDY), run_name="__main__")
+    assert capsys.readouterr().out in (Path(__file__).parents[1] / "docs" / "online.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_all_arms(project, talkative_model, tmp_path, monkeypatch, capsys):
     flags = ["--model", talkative_model, "--seeds", "0", "--steps", "2", "--prompts-per-step", "4", "--max-tokens", "8"]
     folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--held-out", "2"]
