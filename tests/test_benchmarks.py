@@ -144,7 +144,7 @@ def test_the_script_for_gpus_on_a_cpu(tmp_path, monkeypatch, capsys):
         for what in ("sdpa shared", "sdpa chunks of 2", "sdpa checkpointed LoRA", "pairs, against DPOTrainer"):
             assert f"{precision} {what}" in compared
     timed = {row["section"] for row in results["rows"] if "seconds" in row}
-    assert timed == {"large", "chunks", "sampling", "sizes"}
+    assert timed == {"large", "chunks", "sampling", "sizes", "time"}
     ratios = [row["what"] for row in results["rows"] if row["section"] == "ratios"]
     assert "tiny sdpa shared, 3 x 24/6: DPOTrainer / shared" in ratios
     assert "flash_attention_2" in [row["what"] for row in results["rows"] if "not measured" in row.get("note", "")]
