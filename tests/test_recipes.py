@@ -1,8 +1,7 @@
 """
 Every recipe has the paper's settings, is listed with the paper's figures, and can be started in small form.
 
-One of each kind runs from end to end. All others run too, without watching the training and
-without pictures.
+One of each kind runs from end to end. All others run too, without watching the training and without pictures.
 """
 
 import json

@@ -290,7 +290,10 @@ def time_large(table: Table) -> None:
 
 
 def time_against_pairs(table: Table, bench: Bench, row: dict, size: tuple[int, int, int], checkpointing: bool) -> None:
-    """Adds two rows, timed by turns: the layout that is chosen by itself, and DPOTrainer over all pairs of the list."""
+    """
+    Adds two rows, timed by turns: the layout that is chosen by itself, and DPOTrainer over all pairs of the list. Of
+    those, two are timed, as they all have the same size.
+    """
     shape, (prompt, completion, list_size) = bench.options.shape, size
     pairs = all_pairs(row)
     count = min(2, len(pairs))  # at a time, as with gradient accumulation
