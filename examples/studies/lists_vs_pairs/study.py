@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 
 STAGES = ("tune", "screen", "confirm")
 
-LEARNING_RATES = (1e-5, 2e-5, 5e-5)
+LEARNING_RATES = (1e-5, 3e-5, 1e-4)
 TUNING_SEED = 100
 SCREENING_SEEDS = (0, 1)
 CONFIRMING_SEEDS = (2, 3, 4)
