@@ -1,11 +1,14 @@
 """Sampling from OpenAI-compatible servers: what comes back is checked, and servers may fail."""
 
+import contextlib
 import gc
 import json
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -313,6 +316,23 @@ def test_commands_are_read_as_a_shell_would(monkeypatch):
 def test_a_silent_address_is_named():
     with pytest.raises(ConfigError, match=r"`server_urls`: http://127.0.0.1:9/v1 does not answer"):
         check_url("http://127.0.0.1:9/v1", "NONE")
+
+
+def test_an_address_that_drips_is_named():
+    closing = threading.Event()
+
+    def drip(listening):
+        connection, _ = listening.accept()
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nDate: ")
+            while not closing.wait(0.1):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=drip, args=[listening], daemon=True).start()
+        with pytest.raises(ConfigError, match=r"does not answer \(no answer in 0.5 s\)"):
+            check_url(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "NONE", timeout=0.5)
+    closing.set()
 
 
 @pytest.mark.slow

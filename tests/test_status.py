@@ -121,7 +121,17 @@ def test_a_command_is_told_of_the_end_and_of_a_failure(project, monkeypatch, cap
     monkeypatch.setattr(loop, "_run_all", fails)
     with pytest.raises(RuntimeError):
         cli.main(flags)
-    assert (project / "told.txt").read_text() == "finished: The report is out/report.html.\nfailed: no power\n"
+
+    def is_stopped(folder, mirror):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_run_all", is_stopped)
+    cli.main(flags)
+    assert (project / "told.txt").read_text().splitlines() == [
+        "finished: The report is out/report.html.",
+        "failed: no power",
+        "stopped: KeyboardInterrupt",
+    ]
 
 
 def test_a_command_that_fails_is_a_warning(tmp_path, caplog):

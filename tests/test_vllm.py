@@ -1,5 +1,5 @@
 """
-The real vLLM, on a CPU: servers that stay, rest, and take weights and adapters.
+The real vLLM, on a CPU: two iterations on servers of which one dies, and servers that take weights and adapters.
 
     .ci/vllm_environment FOLDER
     VLLM_ENVIRONMENT=FOLDER pytest -n 0 tests/test_vllm.py
@@ -8,17 +8,23 @@ The real vLLM, on a CPU: servers that stay, rest, and take weights and adapters.
 import contextlib
 import json
 import os
+import string
+import threading
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
+from small_run import larpo_run, rows_of, write_project, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.generation.model_servers import ModelServers, has_tied_head
 from trl_larpo.generation.options import GenerationOptions
+from trl_larpo.storage import read_json
 
 pytestmark = pytest.mark.skipif("VLLM_ENVIRONMENT" not in os.environ, reason="needs the real vLLM")
 
@@ -38,22 +44,111 @@ def command():
     return COMMAND.format(vllm=Path(os.environ["VLLM_ENVIRONMENT"]).absolute() / "bin" / "vllm")
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Writes letters, and ends one answer in two within 24 of them. vLLM has no attention for the heads of `tiny`."""
+    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("model"), hidden_size=64, num_attention_heads=1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        # One direction of the residual stream that every token has
+        model.model.embed_tokens.weight[:, 0] = 10.0
+        model.lm_head.weight *= 0.2
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids([*string.ascii_lowercase]), 0] = 8.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = 8.5
+    model.save_pretrained(folder)
+    return folder
+
+
+# The loop
+
+
+@pytest.fixture(scope="module")
+def finished_run(command, model, tmp_path_factory):
+    """Two iterations, with a prompt that is too long. One of two servers is killed in the first. The folder, and what
+    was printed."""
+    folder = tmp_path_factory.mktemp("run")
+    write_project(
+        folder, model, server_command=command, num_servers=2, server_requests_in_flight=1, server_patience=2.0,
+        max_failed_share=0.3, monitor_evals=0, memory="none", learning_rate=3e-3,
+    )  # fmt: skip
+    write_prompts(folder, [*(f"Tell a story about {i} dogs." for i in range(17)), "too long " * 35])
+    killed = threading.Thread(target=_kill_half_way, args=[folder / "out"], daemon=True)
+    with contextlib.chdir(folder), open("printed.txt", "w") as printed, contextlib.redirect_stdout(printed):
+        killed.start()
+        status = larpo_run("--seed", 1)
+    text = (folder / "printed.txt").read_text()
+    print(text)  # pytest shows it where a test fails
+    assert status == 0
+    killed.join(timeout=1)
+    assert not killed.is_alive(), "no server was killed"
+    return folder / "out", text
+
+
+def _kill_half_way(out):
+    """Kills one of the servers when the first samples of the first iteration are there."""
+    while not list(out.glob("iteration_1/samples.jsonl.partial-*")):
+        time.sleep(0.01)
+    (first, _), *_ = read_json(out / "servers/servers.json")
+    for process in [*psutil.Process(first).children(recursive=True), psutil.Process(first)]:
+        process.kill()
+
+
+def test_the_other_server_goes_on_and_both_start_again(finished_run):
+    out, printed = finished_run
+    assert printed.count("Starting 2 server(s)") == 2, "at first, and after one of them died"
+    assert "iteration_2/model into 2 running server(s)" in printed
+    for iteration in (1, 2):
+        assert all(len(row["completions"]) == 4 for row in rows_of(out / f"iteration_{iteration}/samples.jsonl"))
+
+
+def test_no_sample_comes_twice(finished_run):
+    out, _ = finished_run
+    texts = [
+        completion[0]["content"]
+        for iteration in (1, 2)
+        for row in rows_of(out / f"iteration_{iteration}/samples.jsonl")
+        for completion in row["completions"]
+    ]
+    long = [text for text in texts if len(text) >= 8]
+    assert len(long) > 30 and len(set(long)) == len(long)
+
+
+def test_tokens_are_kept_of_answers_that_were_cut_off(finished_run):
+    out, _ = finished_run
+    tokenizer = AutoTokenizer.from_pretrained(out / "iteration_1/model")
+    kept = 0
+    for row in rows_of(out / "iteration_1/samples.jsonl"):
+        for completion, about in zip(row["completions"], row["candidates"], strict=True):
+            if (ids := about.get("token_ids")) is None:
+                assert about["finished"]
+            else:
+                kept += 1
+                assert len(ids) == about["num_tokens"]
+                # vLLM leaves out of a text what is no whole character
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                assert text.replace("\ufffd", "") == completion[0]["content"].replace("\ufffd", "")
+    assert kept
+
+
+def test_what_the_server_refuses_is_named(finished_run):
+    out, _ = finished_run
+    refused = [row for path in out.rglob("*.set_aside.jsonl") for row in rows_of(path)]
+    assert refused and all("too long" in row["prompt"] for row in refused)
+    assert all("maximum context length is 256 tokens" in row["reason"] for row in refused)
+
+
+# Weights and adapters
+
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Name a colour.", "Write one sentence about bees.")]
 
 
-def test_servers_that_take_weights_and_adapters_answer_as_those_that_start_with_them(command, tmp_path):
+def test_servers_that_take_weights_and_adapters_answer_as_those_that_start_with_them(
+    command, model, finished_run, tmp_path
+):
     peft = pytest.importorskip("peft")
-    # vLLM has no attention for the heads of other tests' models
-    first = tiny.save_tiny_model(tmp_path / "first", hidden_size=64, num_attention_heads=1)
-    second, adapter = str(tmp_path / "second"), str(tmp_path / "adapter")
-    tokenizer, model = AutoTokenizer.from_pretrained(first), AutoModelForCausalLM.from_pretrained(first)
+    first, second, adapter = model, str(finished_run[0] / "iteration_2/model"), str(tmp_path / "adapter")
     assert not has_tied_head(first)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights.add_(0.3 * weights.std(correction=0) * torch.randn_like(weights))
-    model.save_pretrained(second)
-    tokenizer.save_pretrained(second)
+    tokenizer, trained = AutoTokenizer.from_pretrained(second), AutoModelForCausalLM.from_pretrained(second)
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     with_adapter = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(second), config)
     with_adapter.save_pretrained(adapter)
@@ -72,7 +167,7 @@ def test_servers_that_take_weights_and_adapters_answer_as_those_that_start_with_
         after = _samples(url, name)
         assert after == _samples(started, second) and after != before
         for address, known in ((url, name), (started, second)):
-            _compare(address, known, model, tokenizer, after)
+            _compare(address, known, trained, tokenizer, after)
 
         [url], name = stays.serve(adapter)
         starts.serve(adapter)

@@ -27,7 +27,17 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import disable_progress_bars
-from training_step import ON_GPU, SHAPES, Bench, all_pairs, kept_bytes, machine, make_list, synchronize, weights_of
+from training_step import (
+    ON_GPU,
+    SHAPES,
+    Bench,
+    all_pairs,
+    kept_bytes,
+    machine,
+    make_list,
+    matrix_product_flops,
+    weights_of,
+)
 from trl import DPOTrainer
 
 from trl_larpo import ConfigError, LarPOTrainer
@@ -200,17 +210,9 @@ def lists_of(bench: Bench, sizes) -> list[dict]:
 
 def measure_matrix_product(table: Table) -> None:
     """What the device reaches on a product of large matrices, and what utilisation is a share of."""
-    size, device = table.plan.matrix, "cuda" if ON_GPU else "cpu"
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if ON_GPU else torch.float32)
-    times = []
-    for _ in range(8):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        times.append(time.perf_counter() - start)
-    table.peak_flops = 2 * size**3 / statistics.median(times[3:])
-    table.add("matrix", f"product of {size} x {size}, {str(a.dtype).removeprefix('torch.')}", flops=table.peak_flops)
+    size, dtype = table.plan.matrix, torch.bfloat16 if ON_GPU else torch.float32
+    table.peak_flops = matrix_product_flops(dtype, size)
+    table.add("matrix", f"product of {size} x {size}, {str(dtype).removeprefix('torch.')}", flops=table.peak_flops)
 
 
 def check_numbers(table: Table) -> None:

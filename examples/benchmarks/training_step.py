@@ -185,6 +185,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def matrix_product_flops(dtype: torch.dtype, size: int = 8192 if ON_GPU else 2048) -> float:
+    """What the device reaches on a product of large matrices, per second."""
+    a, b = torch.randn(2, size, size, device="cuda" if ON_GPU else "cpu", dtype=dtype)
+    times = []
+    for _ in range(8):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[3:])
+
+
 def kept_bytes(run, weights: set[int]) -> int:
     """
     Peak memory that autograd keeps for the backward pass, in bytes, without the weights.

@@ -12,12 +12,15 @@ logger = logging.getLogger(__name__)
 _FOR_CACHE = 0.8  # share of the free memory that keys and values may take
 
 _limits: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
-"""Completions at the same time, of models for which the memory was too small for more."""
+"""Completions at the same time, of models whose memory has run out with more."""
+
+_told: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+"""The smallest number of completions at the same time that a warning has named."""
 
 
-def lower_batch_size(model: PreTrainedModel, batch_size: int, reason: str) -> None:
-    """Keeps the batch of a model as small from now on, and frees what is not in use."""
-    logger.warning(f"Completions are sampled {batch_size} at a time, fewer than `generation_batch_size`: {reason}.")
+def lower_batch_size(model: PreTrainedModel, batch_size: int) -> None:
+    """Memory ran out: keeps the batch of a model as small from now on, and frees what is not in use."""
+    _warn(model, batch_size, "memory ran out")
     _limits[model] = batch_size
     gc.collect()
     if model.device.type == "cuda":
@@ -39,8 +42,15 @@ def fitting_batch_size(model: PreTrainedModel, batch_size: int, length: int) -> 
         return batch_size
     fitting = max(1, int(_FOR_CACHE * free / (of_token * length)))
     if fitting < batch_size:
-        lower_batch_size(model, fitting, f"more do not fit into the {free / 2**30:.1f} GiB of memory that are free")
+        _warn(model, fitting, f"more do not fit into the {free / 2**30:.1f} GiB of memory that are free")
     return min(fitting, batch_size)
+
+
+def _warn(model: PreTrainedModel, batch_size: int, reason: str) -> None:
+    """Once for each size: some calls have longer prompts than others."""
+    if batch_size < _told.get(model, batch_size + 1):
+        logger.warning(f"Completions are sampled {batch_size} at a time, fewer than `generation_batch_size`: {reason}.")
+        _told[model] = batch_size
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -107,7 +107,7 @@ def sample(
                 ) from error
         # Completions that had not ended are sampled from their beginning, with the same random numbers
         batch_size //= 2
-        lower_batch_size(model, batch_size, "memory ran out")
+        lower_batch_size(model, batch_size)
 
 
 @dataclass(frozen=True)

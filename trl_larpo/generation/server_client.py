@@ -295,6 +295,7 @@ class _Run:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # a signal ends the loop with this coroutine
             for endpoint in self.endpoints:
                 await endpoint.client.close()
         if self.num_unanswered:

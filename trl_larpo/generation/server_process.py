@@ -17,7 +17,7 @@ import psutil
 from ..errors import ConfigError, LarPOError
 from ..lifetime import end_family
 from ..storage import read_json, write_json
-from .urls import open_url
+from .urls import check_answer
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +178,7 @@ def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
     request = urllib.request.Request(url.rstrip("/") + "/models")
     request.add_header("Authorization", f"Bearer {os.environ.get(api_key_variable) or 'EMPTY'}")
     try:
-        with open_url(request, timeout):
-            pass
+        check_answer(request, timeout)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`server_urls`: {url} does not answer ({' '.join(str(error).split())}). Start the server, or correct the "
@@ -193,9 +192,9 @@ def _await_health(process: subprocess.Popen, url: str, timeout: float, log: Path
         if process.poll() is not None:
             raise LarPOError(f"The server ended with status {process.returncode} before it was ready; see {log}.")
         try:
-            with open_url(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError, ValueError):
+            check_answer(url, timeout=5)
+            return
+        except (OSError, ValueError):
             time.sleep(0.5)
     raise LarPOError(f"The server was not ready after {timeout:.0f} s ({url}); see {log}.")
 

@@ -1,8 +1,11 @@
 """Requests to servers: what goes to which host."""
 
+import http.client
 import ipaddress
+import threading
+import urllib.error
 import urllib.request
-from typing import Any
+from concurrent.futures import Future
 from urllib.parse import urlsplit
 
 
@@ -36,13 +39,40 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def open_url(request: str | urllib.request.Request, timeout: float) -> Any:
+def check_answer(request: str | urllib.request.Request, timeout: float) -> None:
     """
-    As `urllib.request.urlopen`, but without a proxy on this machine, and without the key where a redirect leads to
-    another server.
+    Checks that a server answers, and not with an error. No proxy is used on this machine, and the key is not sent to
+    another server that a redirect leads to.
+
+    Args:
+        request: URL or request.
+        timeout: Seconds until the head of the answer is there, however slowly it drips in.
+
+    Raises:
+        OSError: If the server does not answer, or not in time, or with an error.
+        ValueError: If it is no URL, or no answer in HTTP.
     """
     url = request if isinstance(request, str) else request.full_url
     handlers: list[urllib.request.BaseHandler] = [_KeepKey()]
     if is_loopback(url):
         handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers).open(request, timeout=timeout)
+    answered: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            with urllib.request.build_opener(*handlers).open(request, timeout=timeout):
+                answered.set_result(None)
+        except urllib.error.HTTPError as error:
+            error.close()
+            answered.set_exception(error)
+        except http.client.HTTPException as error:
+            answered.set_exception(ValueError(f"{type(error).__name__}: {error}"))
+        except BaseException as error:
+            answered.set_exception(error)
+
+    # The timeout of a socket is one for each of its reads
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answered.result(timeout)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {timeout:g} s") from None

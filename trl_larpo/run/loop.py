@@ -81,7 +81,8 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         try:
             page = _run_all(folder, mirror)
         except BaseException as error:
-            notify(options.notify_command, folder.path, "failed", str(error) or type(error).__name__)
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            notify(options.notify_command, folder.path, state, str(error) or type(error).__name__)
             raise
         notify(options.notify_command, folder.path, "finished", f"The report is {page}.")
         return page

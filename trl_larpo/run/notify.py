@@ -19,7 +19,7 @@ def notify(command: str | None, run: Path, state: str, message: str) -> None:
         command: For a shell; it finds the rest in the environment variables LARPO_RUN, LARPO_STATE and LARPO_MESSAGE.
             `None`: nobody is told.
         run: Folder of the run.
-        state: `"finished"` or `"failed"`.
+        state: `"finished"`, `"failed"`, or `"stopped"` by a signal or Ctrl-C.
         message: What happened.
     """
     if command is None:

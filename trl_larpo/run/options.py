@@ -205,8 +205,8 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     )
     notify_command: str | None = option(
         None,
-        "Command for a shell that is run when the run has ended or failed. The environment variables LARPO_RUN, "
-        "LARPO_STATE ('finished' or 'failed') and LARPO_MESSAGE say what happened.",
+        "Command for a shell that is run when the run has ended, failed or been stopped. The environment variables "
+        "LARPO_RUN, LARPO_STATE ('finished', 'failed' or 'stopped') and LARPO_MESSAGE say what happened.",
     )
     dry_run: bool = option(False, "Check everything, print the plan, and stop.")
 
