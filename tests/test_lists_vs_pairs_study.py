@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "studies" / "lists_vs_pairs"
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("arms", "effects", "experiment", "results", "study", "tasks")
+    names = ("arms", "claims", "effects", "experiment", "figures", "results", "study", "tasks")
     yield lambda name: __import__(name)
     for name in names:
         sys.modules.pop(name, None)
@@ -126,6 +126,77 @@ def tiny_study(modules, project, talkative_model, monkeypatch):
         return {path.name: path.read_bytes() for path in Path("outputs/lists_vs_pairs_small").rglob("*_seed*.json")}
 
     return run
+
+
+def test_claims_compare_runs_that_there_are(modules):
+    claims, config = modules("claims"), modules("claims").RunConfig
+    compared = {name for claim in claims.CLAIMS.values() for name in claim}
+    assert compared == claims.RUNS.keys()
+    train = modules("tasks").four_rules().train
+    for name, options in claims.RUNS.items():
+        assert claims.num_prompts(options) <= len(train), name
+        config(**{key: value for key, value in options.items() if key != "loss_type"})
+    # At equal numbers of samples
+    of = {name: claims.num_prompts(options) * options["num_samples"] for name, options in claims.RUNS.items()}
+    assert of["list_8"] == of["list_2_more_prompts"]
+    assert of["fresh_none"] == of["iterations_1"] == of["iterations_6"] == of["reference_initial"]
+
+
+def write_results(folder, gains, num_seeds=3):
+    """Results of the arms and runs with given gains over a reward of 0.5, on 20 prompts."""
+    budget = {"steps": 4, "samples": 8, "candidates": 8, "tokens": 99}
+    for seed in range(num_seeds):
+        for name, gain in gains.items():
+            rewards = list(np.linspace(0.4, 0.6, 20) + gain)
+            measured = {"reward": float(np.mean(rewards)), "finished": 1.0, "tokens": 20.0}
+            result = {"seed": seed, "settings": {"learning_rate": 1e-5}, "budget": budget, "rewards": rewards}
+            result |= {"start": measured, "end": measured}
+            path = folder / (
+                f"{name}_seed{seed}.json"
+                if name.startswith("claims/")
+                else f"reported/four_rules_{name}_seed{seed}.json"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result))
+
+
+def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
+    gains = {"best_worst": 0.0, "lambdarank": 0.1, "listmle": -0.05, "best_worst_sums": 0.02}
+    of_claims = {"claims/memory_none": 0.0, "claims/memory_all": 0.04}
+    write_results(tmp_path, gains | of_claims)
+    results = modules("results").Results(tmp_path)
+    assert "| LambdaRank | 3 | 1e-05 | 0.600 | +0.100 [+0.100, +0.100] | 4 | 99 | 100% | 20 |" in results.table(
+        "four_rules"
+    )
+    modules("claims").print_tables(results, ["memory", "reference"])
+    printed = capsys.readouterr().out
+    assert "| all | 3 | 0.540 | +0.040 [+0.040, +0.040] | 8 | 8 | 99 | 20 |" in printed and "reference" not in printed
+    modules("figures").main(["--results", str(tmp_path), "--output", str(tmp_path / "pictures")])
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"lists_vs_pairs_four_rules.png", "lists_vs_pairs_claims.png"}
+
+
+@pytest.mark.slow
+def test_a_claim_runs_resumes_and_repeats_itself(tiny_study, modules, monkeypatch, capsys):
+    claims = modules("claims")
+    monkeypatch.setattr(claims, "GRADED_TASKS", modules("experiment").GRADED_TASKS)
+    monkeypatch.setattr(claims, "LEARNING_RATE", 1e-2)
+
+    def run():
+        monkeypatch.setattr(sys, "argv", ["claims.py", "--small", "--workers", "0", "--claims", "reference"])
+        claims.main()
+        return {path.name: path.read_bytes() for path in Path("outputs/lists_vs_pairs_small/results/claims").iterdir()}
+
+    whole = run()
+    table = capsys.readouterr().out
+    assert "| start of the iteration | 1 |" in table and "| initial model | 1 |" in table
+    policy, initial = (json.loads(whole[f"{name}_seed0.json"]) for name in ("fresh_none", "reference_initial"))
+    assert policy["start"] == initial["start"] and policy["rewards"] != initial["rewards"]
+    assert policy["budget"]["samples"] == initial["budget"]["samples"] == 2 * 2 * 4
+    assert not list(Path("outputs").rglob("*.safetensors"))
+    next(Path("outputs").rglob("reference_initial_seed0.json")).unlink()
+    assert run() == whole
+    assert "claims: 1 of 2 results to compute." in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from datasets import Dataset
@@ -97,24 +98,51 @@ class Experiment:
     tuning: bool = False
 
     @property
+    def folder(self) -> str:
+        """The folder of its result: `tuning` holds what learning rates are chosen by, `reported` what counts."""
+        return "tuning" if self.tuning else "reported"
+
+    @property
     def file_name(self) -> str:
         rate = f"_lr{self.learning_rate:g}" if self.tuning else ""
         return f"{self.task}_{self.arm}{rate}_seed{self.seed}.json"
 
 
+@dataclass(frozen=True)
+class Variation:
+    """
+    A run of `larpo run`, one of those that a claim compares.
+
+    Attributes:
+        task: Name of the task.
+        name: Name of its options.
+        seed: Seed of the choice of prompts, and of the run.
+    """
+
+    task: str
+    name: str
+    seed: int
+    tuning: ClassVar[bool] = False
+    folder: ClassVar[str] = "claims"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}_seed{self.seed}.json"
+
+
 def prepare(task: str, seed: int, tuning: bool, setup: Setup) -> None:
     """Samples of the initial model, their rewards and log-probabilities; all arms of a task and seed share them."""
-    size, folder = setup.size, _folder_of_samples(task, seed, tuning, setup)
+    size, folder = setup.size, folder_of_samples(task, seed, tuning, setup)
     if (folder / "ref_logps.json").exists():
         return
-    with _quiet(setup.output):
+    with quiet(setup.output):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(setup.model), _tokenizer(setup)
         made = GRADED_TASKS[task]()
-        prompts = random.Random(seed).sample(_prompts(made.train), size.prompts)
-        samples = _sampled(model, tokenizer, made, prompts, size.samples, f"train/{seed}", seed)
-        held_out = _prompts(made.tuning if tuning else made.held_out)[: size.held_out]
+        prompts = random.Random(seed).sample(prompts_of(made.train), size.prompts)
+        samples = sampled(model, tokenizer, made, prompts, size.samples, f"train/{seed}", seed)
+        held_out = prompts_of(made.tuning if tuning else made.held_out)[: size.held_out]
         num_samples = size.tuning_samples if tuning else size.eval_samples
-        start = _sampled(model, tokenizer, made, held_out, num_samples, "held_out", seed)
+        start = sampled(model, tokenizer, made, held_out, num_samples, "held_out", seed)
         del model
         # Those without any text teach nothing, and have no log-probability
         samples = [pool.with_candidates([c for c in pool.candidates if c.text.strip()]) for pool in samples]
@@ -139,7 +167,7 @@ def run(experiment: Experiment, setup: Setup) -> dict:
     arm, task = ARMS[experiment.arm], GRADED_TASKS[experiment.task]()
     settings = SETTINGS | arm.options | {"learning_rate": experiment.learning_rate}
     scratch = setup.output / "scratch" / experiment.file_name
-    with _quiet(setup.output):
+    with quiet(setup.output):
         samples, start = read_samples(experiment, setup)
         lists = make_lists(arm, samples, random.Random(f"{experiment.arm} {experiment.seed}"))
         if not lists:
@@ -153,7 +181,7 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         )
         trainer.train()
         prompts, num_samples = [pool.prompt for pool in start], len(start[0].candidates)
-        end = _sampled(trainer.model, tokenizer, task, prompts, num_samples, "held_out", experiment.seed)
+        end = sampled(trainer.model, tokenizer, task, prompts, num_samples, "held_out", experiment.seed)
         shutil.rmtree(scratch, ignore_errors=True)
     trained = [candidate for made in lists for candidate in made.selected]
     return {
@@ -168,8 +196,8 @@ def run(experiment: Experiment, setup: Setup) -> dict:
             "steps": trainer.state.global_step,
             "tokens": sum(candidate.num_tokens or 0 for candidate in trained) * settings["num_train_epochs"],
         },
-        "start": _summary(start),
-        "end": _summary(end),
+        "start": summary(start),
+        "end": summary(end),
         "rewards": [round(value, 4) for value in means_by_prompt(end).values()],
     }
 
@@ -187,7 +215,7 @@ def make_lists(arm: Arm, pools: list[CandidatePool], rng: random.Random) -> list
 
 def read_samples(experiment: Experiment, setup: Setup) -> tuple[list[CandidatePool], list[CandidatePool]]:
     """The rewarded samples with their log-probabilities, and the initial model's on held-out prompts."""
-    folder = _folder_of_samples(experiment.task, experiment.seed, experiment.tuning, setup)
+    folder = folder_of_samples(experiment.task, experiment.seed, experiment.tuning, setup)
     samples, start = (
         [CandidatePool.from_row(row) for row in read_jsonl(folder / f"{name}.jsonl")] for name in ("samples", "start")
     )
@@ -198,10 +226,10 @@ def read_samples(experiment: Experiment, setup: Setup) -> tuple[list[CandidatePo
     return samples, start
 
 
-def _sampled(
+def sampled(
     model: PreTrainedModel, tokenizer, task: Task, prompts: list[Prompt], count: int, key: str, seed: int
 ) -> list[CandidatePool]:
-    """Samples with their rewards."""
+    """Samples of each prompt with their rewards."""
     how = SamplingTask([SampleKind("policy", TEMPERATURE)] * count, "", iteration=1, key=key)
     options = GenerationOptions(max_new_tokens=task.max_new_tokens, generation_batch_size=128)
     with tqdm(disable=True) as silent:
@@ -209,7 +237,7 @@ def _sampled(
     return score_pools(load_rewards([task.reward]), pools)
 
 
-def _summary(pools: list[CandidatePool]) -> dict[str, float]:
+def summary(pools: list[CandidatePool]) -> dict[str, float]:
     found = evaluate(pools, pools)
     return {
         "reward": round(found["reward"]["mean"], 4),
@@ -219,7 +247,7 @@ def _summary(pools: list[CandidatePool]) -> dict[str, float]:
     }
 
 
-def _prompts(rows: list[dict]) -> list[Prompt]:
+def prompts_of(rows: list[dict]) -> list[Prompt]:
     return [Prompt.of(row["prompt"], {name: row[name] for name in row if name != "prompt"}) for row in rows]
 
 
@@ -227,12 +255,12 @@ def _tokenizer(setup: Setup):
     return AutoTokenizer.from_pretrained(setup.model)
 
 
-def _folder_of_samples(task: str, seed: int, tuning: bool, setup: Setup) -> Path:
+def folder_of_samples(task: str, seed: int, tuning: bool, setup: Setup) -> Path:
     return setup.output / "samples" / f"{task}{'_tuning' if tuning else ''}_seed{seed}"
 
 
 @contextlib.contextmanager
-def _quiet(output: Path):
+def quiet(output: Path):
     """On one thread, so that results do not depend on how many run side by side; what is printed goes to a log."""
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from arms import ARMS, BASELINE
 from effects import Effect, effect
-from experiment import Experiment
+from experiment import Experiment, Variation
 
 from trl_larpo.storage import read_json
 
@@ -19,19 +19,24 @@ class Results:
     A folder of results.
 
     Args:
-        folder: `tuning/` holds what learning rates are chosen by, `reported/` what counts.
+        folder: With `tuning/`, `reported/` and `claims/`.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def path(self, experiment: Experiment) -> Path:
-        folder = self.folder / ("tuning" if experiment.tuning else "reported")
+    def path(self, experiment: Experiment | Variation) -> Path:
+        folder = self.folder / experiment.folder
         folder.mkdir(parents=True, exist_ok=True)
         return folder / experiment.file_name
 
     def read(self, task: str, arm: str, seed: int) -> dict:
         return read_json(self.folder / "reported" / f"{task}_{arm}_seed{seed}.json")
+
+    def claims(self, name: str) -> dict[int, dict]:
+        """Results of a run of `claims.py`, by seed."""
+        found = [read_json(path) for path in sorted(self.folder.glob(f"claims/{name}_seed*.json"))]
+        return {result["seed"]: result for result in found}
 
     def tasks(self) -> list[str]:
         return sorted({task for task, _, _ in self._found()}, reverse=True)

@@ -16,13 +16,13 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from arms import ARMS, BASELINE
-from experiment import GRADED_TASKS, MODEL, SMALL, WHOLE, Experiment, Setup, prepare, run
+from experiment import GRADED_TASKS, MODEL, SMALL, WHOLE, Experiment, Setup, Variation, prepare, run
 from results import Results
 
 from trl_larpo.storage import write_json
@@ -49,23 +49,27 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(GRADED_TASKS), choices=GRADED_TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the stage `confirm`")
-    parser.add_argument("--workers", type=int, default=2, help="results computed side by side; 0: in this process")
-    parser.add_argument("--small", action="store_true", help="8 prompts, three arms: less than 20 minutes in all")
-    parser.add_argument("--output", type=Path, help="folder of samples and logs")
-    parser.add_argument("--results", type=Path, help="folder of the JSON files")
-    parser.add_argument("--table", action="store_true", help="only print the results")
-    arguments = parser.parse_args()
-    name = "lists_vs_pairs_small" if arguments.small else "lists_vs_pairs"
-    output = arguments.output or Path("outputs") / name
-    results = Results(arguments.results or (output / "results" if arguments.small else HERE / "results"))
+    arguments, setup, results = parse(parser)
     arms = arguments.arms or list(SMALL_ARMS if arguments.small else ARMS)
-    setup = Setup(SMALL if arguments.small else WHOLE, output, MODEL)
     if not arguments.table:
         for stage in arguments.stages:
             for task in arguments.tasks:  # one after the other: the first is finished sooner
                 experiments = experiments_of(stage, task, arms, results, arguments.seeds, arguments.small)
                 run_all(experiments, setup, results, arguments.workers, f"{stage} {task}")
     print_table(results)
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Setup, Results]:
+    """Reads the command line, with the options that the scripts of the study have in common."""
+    parser.add_argument("--workers", type=int, default=2, help="results computed side by side; 0: in this process")
+    parser.add_argument("--small", action="store_true", help="few prompts and comparisons: does it run here?")
+    parser.add_argument("--output", type=Path, help="folder of samples and logs")
+    parser.add_argument("--results", type=Path, help="folder of the JSON files")
+    parser.add_argument("--table", action="store_true", help="only print the results")
+    arguments = parser.parse_args()
+    output = arguments.output or Path("outputs") / ("lists_vs_pairs_small" if arguments.small else "lists_vs_pairs")
+    results = Results(arguments.results or (output / "results" if arguments.small else HERE / "results"))
+    return arguments, Setup(SMALL if arguments.small else WHOLE, output, MODEL), results
 
 
 def experiments_of(
@@ -93,15 +97,22 @@ def confirmed_arms(task: str, results: Results) -> list[str]:
     return [*ALWAYS_CONFIRMED, *others[:NUM_PROMISING]]
 
 
-def run_all(experiments: list[Experiment], setup: Setup, results: Results, num_workers: int, title: str) -> None:
-    """Computes what is not there yet."""
+def run_all(
+    experiments: Sequence[Experiment] | Sequence[Variation],
+    setup: Setup,
+    results: Results,
+    num_workers: int,
+    title: str,
+    function: Callable[[Any, Setup], dict] = run,
+) -> None:
+    """Computes what is not there yet, with a function that makes the result of one of them."""
     missing = [each for each in experiments if not results.path(each).exists()]
     print(f"{title}: {len(missing)} of {len(experiments)} results to compute.", flush=True)
     samples = dict.fromkeys((each.task, each.seed, each.tuning) for each in missing)
     for _ in _done(prepare, [(*which, setup) for which in samples], num_workers):
         pass
     started = time.monotonic()
-    done = _done(run, [(each, setup) for each in missing], num_workers)
+    done = _done(function, [(each, setup) for each in missing], num_workers)
     for number, ((each, _), result) in enumerate(done, start=1):
         write_json(results.path(each), result)
         minutes = (time.monotonic() - started) / 60
