@@ -253,6 +253,8 @@ IN_FILES = {  # further commands in the heads of examples: why they are not run 
     "accelerate launch --config_file zero3_two_machines.yaml": "needs two machines with GPUs",
     "pip install 'trl-larpo[eval]'": "installs",
     "python examples/benchmarks/memory_estimate.py": "tests/test_benchmarks.py runs it",
+    "accelerate launch --config_file examples/accelerate_configs/zero3.yaml": "gpu.py starts it",
+    "python examples/benchmarks/gpu_training.py": "gpu.py starts it",
     "python examples/benchmarks/generation.py": "examples/benchmarks/README.md has it, and it is run from there",
     "python examples/benchmarks/whole_run.py": "the same",
     "python examples/quickstart/get_model.py": "the same",

@@ -18,8 +18,11 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -52,6 +55,16 @@ LAYOUTS = {
     "chunks of 2": {"shared_prompt": "on", "candidate_chunk_size": 2},
     "checkpointed": {"shared_prompt": "on", "gradient_checkpointing": True},
 }
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "accelerate_configs"
+TRAININGS = {  # name: configuration of accelerate, options of gpu_training.py, the package that it needs
+    "plain": (None, [], "torch"),
+    "ZeRO-3": (CONFIGS / "zero3.yaml", [], "deepspeed"),
+    "ZeRO-3, offloaded": (CONFIGS / "zero3_offload.yaml", [], "deepspeed"),
+    "QLoRA in 24 GiB": (None, ["--qlora", "--memory", "24"], "bitsandbytes"),
+}
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--main_process_port", "0",
+          "--mixed_precision", "bf16" if ON_GPU else "no"]  # fmt: skip
 FORCED = {"parts, masked": Layout.SPLIT, "dense mask": Layout.SHARED}  # shared, and done otherwise than chosen
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest log-probability, and of the gradients' norm
 
@@ -72,6 +85,8 @@ class Plan:
     chunked_list: tuple[int, int, int] = (384, 512, 16)
     chunk_sizes: tuple[int, ...] = (1, 2, 4, 8)
     batch_sizes: tuple[int, ...] = (16, 64, 256)
+    trained: str = "1.5b"  # with all weights; the largest shape with LoRA
+    trained_list: tuple[int, int, int] = (384, 256, 4)
     new_tokens: int = 128
     matrix: int = 8192
     steps: int = 3
@@ -80,6 +95,7 @@ class Plan:
 QUICK = Plan(
     minutes=1.0, small="tiny", medium="tiny", large="tiny", sizes=(2, 3), prompts=(8, 24), completions=(6,),
     large_list=(24, 6, 3), large_pair=(8, 6, 2), chunked_list=(24, 6, 4), chunk_sizes=(2,), batch_sizes=(1, 2, 4),
+    trained="tiny", trained_list=(24, 6, 3),
     new_tokens=4, matrix=128, steps=1,
 )  # fmt: skip
 
@@ -364,6 +380,56 @@ def time_sampling(table: Table) -> None:
                   batch_size=batch_size, seconds=seconds, tokens_per_second=tokens / seconds)  # fmt: skip
 
 
+def time_training(table: Table) -> None:
+    """Whole steps, each kind in a process of its own: plain, ZeRO-3, ZeRO-3 offloaded to the CPU, and QLoRA."""
+    plan, expected = table.plan, None
+    shapes = [shape for shape in (plan.trained, plan.large) if fits(shape)] or [plan.small]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (config, flags, package) in TRAININGS.items():
+            shape = shapes[-1] if "--qlora" in flags else shapes[0]
+            what = f"{shape} {name}, {'/'.join(map(str, plan.trained_list))}"
+            if importlib.util.find_spec(package) is None or ("--qlora" in flags and not ON_GPU):
+                table.add("training", what, note=f"not measured: {package} is not installed, or there is no GPU")
+            elif time.monotonic() > table.deadline:
+                table.add("training", what, note="not measured: no time is left")
+            else:
+                found = run_training(saved_model(shape, Path(folder), plan), config, flags, plan)
+                if "note" not in found and "--qlora" not in flags:
+                    losses = torch.tensor(found.pop("losses"))
+                    expected = losses if expected is None else expected
+                    off = float((losses - expected).abs().max() / expected.abs().max())
+                    is_right = off <= TOLERANCE[torch.bfloat16 if ON_GPU else torch.float32]
+                    found |= {"is_right": is_right, "note": "" if is_right else "WRONG"}
+                table.add("training", what, shape=shape, **found)
+
+
+def saved_model(shape: str, folder: Path, plan: Plan) -> Path:
+    """A folder with random weights and the tokenizer."""
+    path = folder / shape
+    if not path.exists():
+        bench = make_bench(shape, plan, lora=True)  # one model
+        bench.models[0].save_pretrained(path)
+        bench.tokenizer.save_pretrained(path)
+        del bench
+        free()
+    return path
+
+
+def run_training(model: Path, config: Path | None, flags: list[str], plan: Plan) -> dict:
+    """What gpu_training.py finds; a note if it failed."""
+    launch = [] if config is None else [*LAUNCH, "--config_file", str(config)]
+    size, result = "/".join(map(str, plan.trained_list)), model.with_suffix(".json")
+    own = ["--model", str(model), "--list", size, "--steps", str(plan.steps + 1), "--output", str(result), *flags]
+    done = subprocess.run(
+        [sys.executable, *launch, str(HERE / "gpu_training.py"), *own], capture_output=True, text=True,
+        env=os.environ | ({} if ON_GPU else {"DS_ACCELERATOR": "cpu"}),
+    )  # fmt: skip
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or ["no message"]
+        return {"note": f"failed: {lines[0].strip()[:100]}"}
+    return json.loads(result.read_text())
+
+
 def compare_layouts(table: Table) -> None:
     """How many times faster shared prompts are than separate rows, and than DPOTrainer over all pairs."""
     timed = {}
@@ -479,6 +545,7 @@ SECTIONS = {
     "large": time_large,
     "chunks": time_chunks,
     "sampling": time_sampling,
+    "training": time_training,
     "sizes": time_sizes,
 }
 
