@@ -88,7 +88,7 @@ def test_the_batch_is_lowered_to_what_fits(sample, memory_for, monkeypatch, capl
     monkeypatch.setattr(batch_memory, "_free_memory", lambda device: int(5.2 * of_token * longest / 0.8))
     assert sample() == expected
     assert max(sizes) == 5
-    assert "sampled 5 at a time, fewer than `generation_batch_size`: more do not fit into the 0.0 GiB" in caplog.text
+    assert f"Completions of up to {longest} tokens, prompts included, are sampled 5 at a time" in caplog.text
     caplog.clear()
     assert sample() == expected and not caplog.text  # said once
     monkeypatch.setattr(batch_memory, "_free_memory", lambda device: 2**40)

@@ -63,7 +63,7 @@ def test_where_the_time_of_a_run_went(finished_run, capsys):
     assert result["lists"] == sum(selection["lists"] for selection in selections)
     assert result["samples"] == 48  # 6 prompts, 4 samples, 2 iterations
     assert all(seconds > 0 for stage, seconds in result["seconds"].items() if stage not in ("reward", "select"))
-    assert "lists/s" in capsys.readouterr().out
+    assert f"{result['lists']} lists in each epoch" in capsys.readouterr().out
 
 
 def test_memory_of_a_command_is_that_of_the_process_that_works(tmp_path):

@@ -1,5 +1,6 @@
 """Sampling from OpenAI-compatible servers: what comes back is checked, and servers may fail."""
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -243,6 +244,23 @@ def test_a_signal_while_requests_are_in_flight_is_no_error_of_theirs(fake, caplo
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def test_an_error_ends_the_sampling_although_answers_come(fake, monkeypatch):
+    answered = []
+
+    async def answer(self, endpoint, request):
+        with contextlib.suppress(asyncio.CancelledError):  # as libraries do whose answer is there already
+            await asyncio.sleep(0.01)
+        answered.append(request.key)
+        if len(answered) == 5:
+            raise RuntimeError("no power")
+        return []
+
+    monkeypatch.setattr(servers._Run, "_all_samples", answer)
+    with pytest.raises(RuntimeError, match="no power"):
+        sample([fake()], num_requests=300, requests_in_flight=4)
+    assert len(answered) < 50
+
+
 def test_what_was_sampled_before_all_servers_died_is_kept(fake, monkeypatch):
     monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
     with pytest.raises(LarPOError, match=r"No server answers any more .* prompts are left. Start the servers") as error:
@@ -316,6 +334,8 @@ def test_commands_are_read_as_a_shell_would(monkeypatch):
 def test_a_silent_address_is_named():
     with pytest.raises(ConfigError, match=r"`server_urls`: http://127.0.0.1:9/v1 does not answer"):
         check_url("http://127.0.0.1:9/v1", "NONE")
+    with pytest.raises(ConfigError, match=r"`server_urls`: localhost does not answer \(unknown url type"):
+        check_url("localhost", "NONE")
 
 
 def test_an_address_that_drips_is_named():
@@ -328,11 +348,11 @@ def test_an_address_that_drips_is_named():
             while not closing.wait(0.1):
                 connection.sendall(b"x")
 
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as stack:
+        stack.callback(closing.set)
         threading.Thread(target=drip, args=[listening], daemon=True).start()
         with pytest.raises(ConfigError, match=r"does not answer \(no answer in 0.5 s\)"):
             check_url(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "NONE", timeout=0.5)
-    closing.set()
 
 
 @pytest.mark.slow

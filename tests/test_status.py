@@ -112,17 +112,19 @@ def test_no_run_is_named(tmp_path, capsys):
 def test_a_command_is_told_of_the_end_and_of_a_failure(project, monkeypatch, capsys):
     command = 'echo "$LARPO_STATE: $LARPO_MESSAGE" >> told.txt'
     flags = ["run", "--config", "it.yaml", "--notify_command", command]
-    monkeypatch.setattr(loop, "_run_all", lambda folder, mirror: folder.path / "report.html")
+    monkeypatch.setattr(loop, "_run_all", lambda context, mirror: context.folder.path / "report.html")
     assert cli.main(flags) == 0
 
-    def fails(folder, mirror):
+    def fails(context, mirror):
         raise RuntimeError("no power")
 
     monkeypatch.setattr(loop, "_run_all", fails)
     with pytest.raises(RuntimeError):
         cli.main(flags)
 
-    def is_stopped(folder, mirror):
+    def is_stopped(context, mirror):
+        # Closing servers may take longer than a command that is told to stop has
+        monkeypatch.setattr(context, "close", lambda: (project / "told.txt").open("a").write("closed\n"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "_run_all", is_stopped)
@@ -131,6 +133,7 @@ def test_a_command_is_told_of_the_end_and_of_a_failure(project, monkeypatch, cap
         "finished: The report is out/report.html.",
         "failed: no power",
         "stopped: KeyboardInterrupt",
+        "closed",
     ]
 
 

@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> dict:
     seconds, loading = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
     for entry in read_jsonl(run / "timings.jsonl"):
         seconds[entry["stage"]] += entry["seconds"]
-        loading[entry["stage"]] += entry["seconds"] - entry["work"]
+        loading[entry["stage"]] += entry["seconds"] - entry.get("work", entry["seconds"])
+    if not any(seconds.values()):
+        parser.error(f"no stage of {run} is finished yet")
     tokenizer = None
     if arguments.floor:
         from transformers import AutoTokenizer
@@ -89,7 +91,7 @@ def count_work(run: Path, tokenizer=None) -> Work:
 def measure_floors(run: Path, work: Work, tokenizer) -> dict[str, float]:
     """Seconds of the stages that sample and train, by name."""
     import torch
-    from training_step import matrix_product_flops
+    from training_step import ON_GPU, matrix_product_flops
     from transformers import AutoModelForCausalLM
 
     options = read_yaml(run / "run.yaml")
@@ -100,8 +102,9 @@ def measure_floors(run: Path, work: Work, tokenizer) -> dict[str, float]:
     body = sum(weights.numel() for weights in model.parameters()) - head - embeddings
     # The head has to see the tokens of completions alone
     forward = 2 * (body * (work.prompt_tokens + work.completion_tokens) + head * work.completion_tokens)
-    forward /= matrix_product_flops(precision)
-    passes = 4 if options["gradient_checkpointing"] else 3
+    forward /= matrix_product_flops(precision if ON_GPU else torch.float32)
+    # Forward and backward, which with frozen weights needs only the gradients of what goes through them
+    passes = (2 if options["use_peft"] else 3) + bool(options["gradient_checkpointing"])
     floors = {"reference": forward, "train": passes * options["num_train_epochs"] * forward}
     if not (options["server_command"] or options["server_urls"]):  # they are gone
         rate = sampling_rate(model, tokenizer, run, options)
@@ -134,7 +137,7 @@ def print_table(seconds: dict[str, float], loading: dict[str, float], floors: di
         count, rate = work.samples[stage], _rate(work.tokens[stage], seconds[stage] - loading[stage])
         what[stage] = f"{count} {STAGES[stage]}, {rate} tokens/s without loading"
     what["reference"] = f"{_rate(work.candidates, seconds['reference'] - loading['reference'])} candidates/s"
-    what["train"] = f"{work.lists} lists, {_rate(work.lists, seconds['train'] - loading['train'])} lists/s"
+    what["train"] = f"{work.lists} lists in each epoch"
     total = sum(seconds.values())
     print(f"  {'':16} {'time':>10} {'share':>6} {'loading':>10} {'floor':>10}")
     for stage in STAGES:

@@ -15,12 +15,14 @@ _limits: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 """Completions at the same time, of models whose memory has run out with more."""
 
 _told: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
-"""The smallest number of completions at the same time that a warning has named."""
+"""The smallest batch that a warning has named: some calls have longer prompts than others."""
 
 
 def lower_batch_size(model: PreTrainedModel, batch_size: int) -> None:
     """Memory ran out: keeps the batch of a model as small from now on, and frees what is not in use."""
-    _warn(model, batch_size, "memory ran out")
+    logger.warning(
+        f"Completions are sampled {batch_size} at a time, fewer than `generation_batch_size`: memory ran out."
+    )
     _limits[model] = batch_size
     gc.collect()
     if model.device.type == "cuda":
@@ -41,16 +43,13 @@ def fitting_batch_size(model: PreTrainedModel, batch_size: int, length: int) -> 
     if free is None or of_token is None:
         return batch_size
     fitting = max(1, int(_FOR_CACHE * free / (of_token * length)))
-    if fitting < batch_size:
-        _warn(model, fitting, f"more do not fit into the {free / 2**30:.1f} GiB of memory that are free")
+    if fitting < _told.get(model, batch_size):
+        logger.warning(
+            f"Completions of up to {length} tokens, prompts included, are sampled {fitting} at a time, fewer than "
+            f"`generation_batch_size`: more do not fit into the {free / 2**30:.1f} GiB of memory that are free."
+        )
+        _told[model] = fitting
     return min(fitting, batch_size)
-
-
-def _warn(model: PreTrainedModel, batch_size: int, reason: str) -> None:
-    """Once for each size: some calls have longer prompts than others."""
-    if batch_size < _told.get(model, batch_size + 1):
-        logger.warning(f"Completions are sampled {batch_size} at a time, fewer than `generation_batch_size`: {reason}.")
-        _told[model] = batch_size
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -235,7 +235,8 @@ class _Endpoint:
         else:
             asked = self.client.chat.completions.create(messages=prompt, extra_body=extra_body, **options)
         # The client's own limit begins again with each byte that comes
-        return await asyncio.wait_for(asked, self.sampler.timeout)
+        async with asyncio.timeout(self.sampler.timeout):  # in Python 3.11, `wait_for` may swallow a cancel
+            return await asked
 
     async def first_model(self) -> str:
         models = (await self.client.models.list()).data
@@ -246,7 +247,8 @@ class _Endpoint:
     async def is_well(self) -> bool:
         """Whether it answers a question that has nothing to do with a prompt."""
         try:
-            await asyncio.wait_for(self.first_model(), timeout=10)
+            async with asyncio.timeout(10):
+                await self.first_model()
         except Exception:  # whatever it is
             return False
         return True
@@ -284,6 +286,7 @@ class _Run:
         self.set_aside: list[tuple[Request, str]] = []
         self.num_answered = 0
         self.last_error = ""
+        self.is_ending = False
 
     async def run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(_log_unless_stopped)
@@ -293,6 +296,7 @@ class _Run:
         try:
             await asyncio.gather(*tasks)
         finally:
+            self.is_ending = True
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # a signal ends the loop with this coroutine
@@ -307,7 +311,7 @@ class _Run:
         self._hand_over_set_aside()
 
     async def _work(self, endpoint: _Endpoint) -> None:
-        while self.num_unanswered and not endpoint.dead:
+        while self.num_unanswered and not endpoint.dead and not self.is_ending:
             request = self._next_for(endpoint)
             if request is None:  # others may still fail and give their requests back
                 await asyncio.sleep(0.05)

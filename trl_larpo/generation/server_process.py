@@ -175,9 +175,9 @@ def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
     Raises:
         ConfigError: If it does not answer.
     """
-    request = urllib.request.Request(url.rstrip("/") + "/models")
-    request.add_header("Authorization", f"Bearer {os.environ.get(api_key_variable) or 'EMPTY'}")
     try:
+        request = urllib.request.Request(url.rstrip("/") + "/models")
+        request.add_header("Authorization", f"Bearer {os.environ.get(api_key_variable) or 'EMPTY'}")
         check_answer(request, timeout)
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -78,12 +78,16 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         folder.save_configuration()
         repair(folder)
         print(plan(folder))
+        context = RunContext(folder)
         try:
-            page = _run_all(folder, mirror)
+            page = _run_all(context, mirror)
         except BaseException as error:
+            # Before servers are closed: a command that is told to stop has seconds
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             notify(options.notify_command, folder.path, state, str(error) or type(error).__name__)
             raise
+        finally:
+            context.close()
         notify(options.notify_command, folder.path, "finished", f"The report is {page}.")
         return page
 
@@ -93,9 +97,9 @@ def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
 
 
-def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
-    options, started = folder.options, time.monotonic()
-    context, tracking = RunContext(folder), Tracking(folder)
+def _run_all(context: RunContext, mirror: Mirror | None) -> Path:
+    folder, options, started = context.folder, context.folder.options, time.monotonic()
+    tracking = Tracking(folder)
     page, warnings = folder.path / "report.html", keep_warnings(folder.path)
     try:
         for iteration in range(options.num_iterations + 1):
@@ -128,7 +132,6 @@ def _run_all(folder: RunFolder, mirror: Mirror | None) -> Path:
                     "command with `--stop_on none`."
                 )
     finally:
-        context.close()
         forget_warnings(warnings)
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes. Model: {folder.model_path(options.num_iterations)}\nReport: {page}")

@@ -206,7 +206,8 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     notify_command: str | None = option(
         None,
         "Command for a shell that is run when the run has ended, failed or been stopped. The environment variables "
-        "LARPO_RUN, LARPO_STATE ('finished', 'failed' or 'stopped') and LARPO_MESSAGE say what happened.",
+        "LARPO_RUN, LARPO_STATE ('finished', 'failed', also by `stop_on`, or 'stopped' by a signal) and LARPO_MESSAGE "
+        "say what happened. After a signal it has less than four seconds.",
     )
     dry_run: bool = option(False, "Check everything, print the plan, and stop.")
 
