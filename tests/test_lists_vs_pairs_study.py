@@ -119,6 +119,7 @@ def tiny_study(modules, project, talkative_model, monkeypatch):
     monkeypatch.setattr(experiment, "GRADED_TASKS", {"four_rules": lambda: task})
     monkeypatch.setattr(study, "MODEL", talkative_model)
     monkeypatch.setattr(study, "LEARNING_RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(study, "FIRST_RATES", slice(0, 2))
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["study.py", "--small", "--workers", "0", "--tasks", "four_rules", *words])
@@ -176,6 +177,24 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     assert names == {"lists_vs_pairs_four_rules.png", "lists_vs_pairs_claims.png"}
 
 
+def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp_path):
+    study, results = modules("study"), modules("results").Results(tmp_path)
+
+    def try_all(reward_of):
+        tried = []
+        while rates := study.rates_to_try("four_rules", "lambdarank", results, small=False):
+            tried += rates
+            for rate in rates:
+                path = results.path(
+                    modules("experiment").Experiment("four_rules", "lambdarank", rate, 100, tuning=True)
+                )
+                path.write_text(json.dumps({"settings": {"learning_rate": rate}, "end": {"reward": reward_of(rate)}}))
+        return tried
+
+    assert try_all(lambda rate: -abs(np.log(rate / 2e-4))) == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
+    assert results.best_learning_rate("four_rules", "lambdarank") == 3e-4
+
+
 @pytest.mark.slow
 def test_a_claim_runs_resumes_and_repeats_itself(tiny_study, modules, monkeypatch, capsys):
     claims = modules("claims")
@@ -196,7 +215,7 @@ def test_a_claim_runs_resumes_and_repeats_itself(tiny_study, modules, monkeypatc
     assert not list(Path("outputs").rglob("*.safetensors"))
     next(Path("outputs").rglob("reference_initial_seed0.json")).unlink()
     assert run() == whole
-    assert "claims: 1 of 2 results to compute." in capsys.readouterr().out
+    assert "claims: 1 results to compute." in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -207,7 +226,7 @@ def test_smallest_form_runs_resumes_and_repeats_itself(tiny_study, capsys):
     for name in sorted(whole)[::5]:
         next(Path("outputs").rglob(name)).unlink()
     assert tiny_study() == whole
-    assert "tune four_rules: 2 of 6 results to compute." in capsys.readouterr().out
+    assert "tune four_rules: 2 results to compute." in capsys.readouterr().out
     # Arms of a seed share samples and evaluation
     pairs, lists = (json.loads(whole[f"four_rules_{arm}_seed0.json"]) for arm in ("best_worst", "lambdarank"))
     assert pairs["start"] == lists["start"] and pairs["rewards"] != lists["rewards"]

@@ -124,7 +124,7 @@ def main() -> None:
     if not arguments.table:
         names = dict.fromkeys(name for claim in arguments.claims for name in CLAIMS[claim])
         runs = [Variation(TASK, name, seed) for seed in seeds for name in names]
-        run_all(runs, setup, results, arguments.workers, "claims", run)
+        run_all(results.missing(runs), setup, results, arguments.workers, "claims", run)
     print_tables(results, arguments.claims)
 
 

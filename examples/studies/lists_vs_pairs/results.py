@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from arms import ARMS, BASELINE
@@ -12,6 +13,8 @@ from effects import Effect, effect
 from experiment import Experiment, Variation
 
 from trl_larpo.storage import read_json
+
+AnyExperiment = TypeVar("AnyExperiment", Experiment, Variation)
 
 
 class Results:
@@ -29,6 +32,10 @@ class Results:
         folder = self.folder / experiment.folder
         folder.mkdir(parents=True, exist_ok=True)
         return folder / experiment.file_name
+
+    def missing(self, experiments: Sequence[AnyExperiment]) -> list[AnyExperiment]:
+        """Those that have no result yet."""
+        return [each for each in experiments if not self.path(each).exists()]
 
     def read(self, task: str, arm: str, seed: int) -> dict:
         return read_json(self.folder / "reported" / f"{task}_{arm}_seed{seed}.json")
@@ -61,6 +68,11 @@ class Results:
 
     def start_rewards(self, task: str) -> list[float]:
         return [self.read(*names)["start"]["reward"] for names in self._found() if names[0] == task]
+
+    def learning_rates(self, task: str, arm: str) -> set[float]:
+        """Those that the arm has been tried with."""
+        paths = self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")
+        return {read_json(path)["settings"]["learning_rate"] for path in paths}
 
     def best_learning_rate(self, task: str, arm: str) -> float | None:
         """The one with the highest reward on the prompts for tuning; of equal ones the lowest."""

@@ -31,7 +31,10 @@ HERE = Path(__file__).parent
 
 STAGES = ("tune", "screen", "confirm")
 
-LEARNING_RATES = (1e-5, 3e-5, 1e-4)
+LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+FIRST_RATES = slice(2, 5)
+"""Those of them that every arm is tried with; further ones as long as the best one is the lowest or highest tried."""
+
 TUNING_SEED = 100
 SCREENING_SEEDS = (0, 1)
 CONFIRMING_SEEDS = (2, 3, 4)
@@ -54,8 +57,9 @@ def main() -> None:
     if not arguments.table:
         for stage in arguments.stages:
             for task in arguments.tasks:  # one after the other: the first is finished sooner
-                experiments = experiments_of(stage, task, arms, results, arguments.seeds, arguments.small)
-                run_all(experiments, setup, results, arguments.workers, f"{stage} {task}")
+                asked = (stage, task, arms, results, arguments.seeds, arguments.small)
+                while missing := results.missing(experiments_of(*asked)):
+                    run_all(missing, setup, results, arguments.workers, f"{stage} {task}")
     print_table(results)
 
 
@@ -75,10 +79,15 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Setup, R
 def experiments_of(
     stage: str, task: str, arms: list[str], results: Results, seeds: list[int] | None, small: bool
 ) -> list[Experiment]:
-    """What a stage consists of, given the results of the stages before it."""
+    """What a stage consists of, given the results that there are."""
     if stage == "tune":
-        rates = LEARNING_RATES[:2] if small else LEARNING_RATES
-        return [Experiment(task, arm, rate, TUNING_SEED, tuning=True) for rate in rates for arm in arms]
+        rates = {arm: rates_to_try(task, arm, results, small) for arm in arms}
+        return [
+            Experiment(task, arm, rate, TUNING_SEED, tuning=True)
+            for rate in LEARNING_RATES
+            for arm in arms
+            if rate in rates[arm]
+        ]
     if stage == "confirm":
         arms = [arm for arm in confirmed_arms(task, results) if arm in arms]
     seeds = list(SCREENING_SEEDS) if stage == "screen" else seeds or list(CONFIRMING_SEEDS)
@@ -87,6 +96,17 @@ def experiments_of(
     if missing:
         raise SystemExit(f"No learning rate was chosen for {', '.join(missing)} on {task}: run the stage `tune`.")
     return [Experiment(task, arm, rates[arm], seed) for seed in seeds for arm in arms]
+
+
+def rates_to_try(task: str, arm: str, results: Results, small: bool) -> list[float]:
+    """Learning rates that an arm has not been tried with yet."""
+    first = list(LEARNING_RATES[FIRST_RATES])[: 2 if small else None]
+    tried = results.learning_rates(task, arm)
+    if missing := [rate for rate in first if rate not in tried]:
+        return missing
+    best = LEARNING_RATES.index(results.best_learning_rate(task, arm))
+    neighbours = LEARNING_RATES[max(0, best - 1) : best + 2]
+    return [] if small else [rate for rate in neighbours if rate not in tried]
 
 
 def confirmed_arms(task: str, results: Results) -> list[str]:
@@ -98,16 +118,15 @@ def confirmed_arms(task: str, results: Results) -> list[str]:
 
 
 def run_all(
-    experiments: Sequence[Experiment] | Sequence[Variation],
+    missing: Sequence[Experiment] | Sequence[Variation],
     setup: Setup,
     results: Results,
     num_workers: int,
     title: str,
     function: Callable[[Any, Setup], dict] = run,
 ) -> None:
-    """Computes what is not there yet, with a function that makes the result of one of them."""
-    missing = [each for each in experiments if not results.path(each).exists()]
-    print(f"{title}: {len(missing)} of {len(experiments)} results to compute.", flush=True)
+    """Computes results, with a function that makes one of them."""
+    print(f"{title}: {len(missing)} results to compute.", flush=True)
     samples = dict.fromkeys((each.task, each.seed, each.tuning) for each in missing)
     for _ in _done(prepare, [(*which, setup) for which in samples], num_workers):
         pass
