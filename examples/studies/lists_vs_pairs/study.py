@@ -17,7 +17,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,8 @@ def run_all(
 ) -> None:
     """Computes results, with a function that makes one of them."""
     print(f"{title}: {len(missing)} results to compute.", flush=True)
-    samples = dict.fromkeys((each.task, each.seed, each.tuning) for each in missing)
-    for _ in _done(prepare, [(*which, setup) for which in samples], num_workers):
-        pass
     started = time.monotonic()
-    done = _done(function, [(each, setup) for each in missing], num_workers)
-    for number, ((each, _), result) in enumerate(done, start=1):
+    for number, (each, result) in enumerate(_results_of(missing, setup, num_workers, function), start=1):
         write_json(results.path(each), result)
         minutes = (time.monotonic() - started) / 60
         left = minutes / number * (len(missing) - number)
@@ -143,18 +139,34 @@ def run_all(
         )
 
 
-def _done(function: Callable, calls: list[tuple], num_workers: int) -> Iterator[tuple[tuple, Any]]:
-    """Arguments and result of each call, as they are done."""
+def _results_of(
+    experiments: Sequence[Any], setup: Setup, num_workers: int, function: Callable[[Any, Setup], dict]
+) -> Iterator[tuple[Any, dict]]:
+    """Each experiment and its result, as they are done; the samples of a seed come first."""
+    by_samples: dict[tuple, list] = {}
+    for each in experiments:
+        by_samples.setdefault((each.task, each.seed, each.tuning), []).append(each)
     if num_workers == 0:
-        for arguments in calls:
-            yield arguments, function(*arguments)
+        for which, group in by_samples.items():
+            prepare(*which, setup)
+            for each in group:
+                yield each, function(each, setup)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=_end_with, initargs=(os.getpid(),)) as workers:
-        futures = {workers.submit(function, *arguments): arguments for arguments in calls}
+        samples = {workers.submit(prepare, *which, setup): group for which, group in by_samples.items()}
+        runs: dict[Future, Any] = {}
+        pending = set(samples)
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result = future.result()
+                    if future in runs:
+                        yield runs[future], result
+                    else:
+                        new = {workers.submit(function, each, setup): each for each in samples[future]}
+                        runs, pending = runs | new, pending | new.keys()
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
 
