@@ -160,3 +160,24 @@ def test_forked_workers_end_as_they_always_do():
         "os.kill(pid, signal.SIGTERM); print(os.waitpid(pid, 0)[1])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "15\n"
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_worker_ends_with_its_launcher_also_if_that_ended_first(tmp_path, seconds):
+    """A worker imports for seconds before it can ask to end with its launcher."""
+    work = f"import time; time.sleep({1 - seconds}); from trl_larpo.lifetime import end_with_launcher as end; end(); "
+    (tmp_path / "launcher.py").write_text(
+        "import os, subprocess, sys, time\n"
+        "from trl_larpo.lifetime import mark_launcher\n"
+        "mark_launcher()\n"
+        f"worker = subprocess.Popen([sys.executable, '-c', {work + 'time.sleep(60)'!r}])\n"
+        "print(worker.pid, flush=True)\n"
+        f"time.sleep(2 * {seconds})\n"
+        "os._exit(0)\n"
+    )
+    launcher = subprocess.Popen([sys.executable, str(tmp_path / "launcher.py")], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(launcher.stdout.readline()))
+    launcher.wait()
+    launcher.stdout.close()
+    assert worker.wait(timeout=20) is None  # somebody else's child
+    assert not worker.is_running()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .arguments import Parser, asks_for_help, launch_training, parse_options
 from .errors import ConfigError, LarPOError
-from .lifetime import Stopped, end_now, guard, is_launched, take_time_to_stop
+from .lifetime import Stopped, end_now, end_with_launcher, guard, is_launched, take_time_to_stop
 from .version import __version__
 
 _LAST_CHECKPOINT = ("true", "last", "auto")
@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if is_guarded:
             guard(how_to_resume)
+        elif argv[0] == "stage":
+            end_with_launcher()  # before the imports, which take seconds
         if argv[0] not in COMMANDS:
             raise ConfigError(f"Unknown option `{argv[0]}`: a command comes first (`larpo --help` lists them).")
         return COMMANDS[argv[0]][0](argv[1:]) or 0

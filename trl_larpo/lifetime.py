@@ -36,7 +36,7 @@ if sys.platform == "linux":
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's <sys/prctl.h>
 
-_LAUNCHER = "LARPO_LAUNCHER"  # environment variable with the process id of what started a worker
+_LAUNCHER = "LARPO_LAUNCHER"  # environment variable with the process id and machine of what started a worker
 
 _Signals = dict[int, Callable[[int, Any], object]]
 
@@ -120,18 +120,26 @@ def launch_workers() -> None:
 
 def mark_launcher() -> None:
     """Lets what this process starts know that it is a launcher of ours."""
-    os.environ[_LAUNCHER] = str(os.getpid())
+    os.environ[_LAUNCHER] = _on_this_machine(os.getpid())
 
 
 def is_launched() -> bool:
     """Whether a launcher of ours has started this process."""
-    return os.environ.get(_LAUNCHER) == str(os.getppid())
+    return os.environ.get(_LAUNCHER) == _on_this_machine(os.getppid())
+
+
+def _on_this_machine(pid: int) -> str:
+    return f"{pid}@{socket.gethostname()}"
 
 
 def end_with_launcher() -> None:
-    """Ends this process with the launcher that started it, unless that is somebody else's."""
+    """Ends this process with the launcher that started it, unless that is somebody else's; at once if it has ended."""
     if is_launched():
         _end_with(os.getppid(), signal.SIGKILL)
+        return
+    pid, _, host = os.environ.get(_LAUNCHER, "").partition("@")
+    if host == socket.gethostname() and not psutil.pid_exists(int(pid)):  # this process is an orphan
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_now(status: int) -> NoReturn:

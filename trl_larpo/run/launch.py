@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 
 from ..errors import ConfigError, DataError, LarPOError
-from ..lifetime import end_now, end_with_launcher, ended_by, exit_status, launch_workers
+from ..lifetime import end_now, ended_by, exit_status, launch_workers
 from ..storage import write_text
 
 _EXPECTED_END = signal.SIGTERM  # with which the others are stopped when one has failed
@@ -99,7 +99,6 @@ def _text(message: str | dict, whole: bool = False) -> str:
 
 def run_as_worker(function) -> int:
     """Runs a function in one of several processes; its error goes to the launcher, not to the terminal."""
-    end_with_launcher()
     handler = get_error_handler()
     handler.initialize()
     try:
