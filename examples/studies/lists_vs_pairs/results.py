@@ -34,8 +34,15 @@ class Results:
         return folder / experiment.file_name
 
     def missing(self, experiments: Sequence[AnyExperiment]) -> list[AnyExperiment]:
-        """Those that have no result yet."""
-        return [each for each in experiments if not self.path(each).exists()]
+        """Those that have no result yet, or one of another learning rate."""
+        return [each for each in experiments if not self._is_there(each)]
+
+    def _is_there(self, experiment: Experiment | Variation) -> bool:
+        path = self.path(experiment)
+        if not path.exists():
+            return False
+        rate = getattr(experiment, "learning_rate", None)
+        return rate is None or read_json(path)["settings"]["learning_rate"] == rate
 
     def read(self, task: str, arm: str, seed: int) -> dict:
         return read_json(self.folder / "reported" / f"{task}_{arm}_seed{seed}.json")
@@ -47,6 +54,10 @@ class Results:
 
     def tasks(self) -> list[str]:
         return sorted({task for task, _, _ in self._found()}, reverse=True)
+
+    def tuned_tasks(self) -> list[str]:
+        tasks = (read_json(path)["task"] for path in self.folder.glob("tuning/*.json"))
+        return sorted(set(tasks), reverse=True)
 
     def arms(self, task: str) -> list[str]:
         """In the order of `ARMS`."""
@@ -69,21 +80,35 @@ class Results:
     def start_rewards(self, task: str) -> list[float]:
         return [self.read(*names)["start"]["reward"] for names in self._found() if names[0] == task]
 
-    def learning_rates(self, task: str, arm: str) -> set[float]:
-        """Those that the arm has been tried with."""
-        paths = self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")
-        return {read_json(path)["settings"]["learning_rate"] for path in paths}
+    def tuning(self, task: str, arm: str) -> dict[float, list[float]]:
+        """Rewards on the prompts for tuning, one for each seed, by learning rate."""
+        found: dict[float, list[float]] = {}
+        for path in sorted(self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")):
+            run = read_json(path)
+            found.setdefault(run["settings"]["learning_rate"], []).append(run["end"]["reward"])
+        return found
 
     def best_learning_rate(self, task: str, arm: str) -> float | None:
-        """The one with the highest reward on the prompts for tuning; of equal ones the lowest."""
-        found = [read_json(path) for path in self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")]
-        ordered = sorted(found, key=lambda run: (-run["end"]["reward"], run["settings"]["learning_rate"]))
-        return ordered[0]["settings"]["learning_rate"] if ordered else None
+        """The one with the highest mean reward on the prompts for tuning; of equal ones the lowest."""
+        found = self.tuning(task, arm)
+        return min(found, key=lambda rate: (-statistics.fmean(found[rate]), rate), default=None)
 
     def effect(self, task: str, arm: str, other: str = BASELINE) -> Effect | None:
         """How much more an arm earns than another, over the seeds that both have; `None` if there are none."""
         seeds = [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
         return effect(self.differences(task, arm, seeds, other)) if seeds and arm != other else None
+
+    def tuning_table(self, task: str) -> list[str]:
+        """Lines of a table in Markdown, with a column for each learning rate."""
+        found = {arm: self.tuning(task, arm) for arm in ARMS}
+        rates = sorted({rate for of_arm in found.values() for rate in of_arm})
+        lines = [f"| | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+        for arm, of_arm in found.items():
+            shown = [", ".join(f"{reward:.3f}" for reward in of_arm.get(rate, ())) for rate in rates]
+            if of_arm:
+                shown[rates.index(self.best_learning_rate(task, arm))] += " *"
+                lines.append(f"| {ARMS[arm].label} | {' | '.join(shown)} |")
+        return lines
 
     def table(self, task: str) -> list[str]:
         """Lines of a table in Markdown, a line for each arm."""

@@ -35,7 +35,7 @@ LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 FIRST_RATES = slice(2, 5)
 """Those of them that every arm is tried with; further ones as long as the best one is the lowest or highest tried."""
 
-TUNING_SEED = 100
+TUNING_SEEDS = (100, 101)
 SCREENING_SEEDS = (0, 1)
 CONFIRMING_SEEDS = (2, 3, 4)
 
@@ -81,13 +81,8 @@ def experiments_of(
 ) -> list[Experiment]:
     """What a stage consists of, given the results that there are."""
     if stage == "tune":
-        rates = {arm: rates_to_try(task, arm, results, small) for arm in arms}
-        return [
-            Experiment(task, arm, rate, TUNING_SEED, tuning=True)
-            for rate in LEARNING_RATES
-            for arm in arms
-            if rate in rates[arm]
-        ]
+        found = [each for arm in arms for each in rates_to_try(task, arm, results, small)]
+        return sorted(found, key=lambda each: (each.seed, each.learning_rate))
     if stage == "confirm":
         arms = [arm for arm in confirmed_arms(task, results) if arm in arms]
     seeds = list(SCREENING_SEEDS) if stage == "screen" else seeds or list(CONFIRMING_SEEDS)
@@ -98,15 +93,17 @@ def experiments_of(
     return [Experiment(task, arm, rates[arm], seed) for seed in seeds for arm in arms]
 
 
-def rates_to_try(task: str, arm: str, results: Results, small: bool) -> list[float]:
-    """Learning rates that an arm has not been tried with yet."""
-    first = list(LEARNING_RATES[FIRST_RATES])[: 2 if small else None]
-    tried = results.learning_rates(task, arm)
-    if missing := [rate for rate in first if rate not in tried]:
+def rates_to_try(task: str, arm: str, results: Results, small: bool) -> list[Experiment]:
+    """Learning rates, with their seeds, that an arm has not been tried with yet."""
+    seeds = TUNING_SEEDS[: 1 if small else None]
+
+    def untried(rates: Sequence[float]) -> list[Experiment]:
+        return results.missing([Experiment(task, arm, rate, seed, tuning=True) for rate in rates for seed in seeds])
+
+    if missing := untried(LEARNING_RATES[FIRST_RATES][: 2 if small else None]):
         return missing
     best = LEARNING_RATES.index(results.best_learning_rate(task, arm))
-    neighbours = LEARNING_RATES[max(0, best - 1) : best + 2]
-    return [] if small else [rate for rate in neighbours if rate not in tried]
+    return [] if small else untried(LEARNING_RATES[max(0, best - 1) : best + 2])
 
 
 def confirmed_arms(task: str, results: Results) -> list[str]:
@@ -183,7 +180,10 @@ def _end_with(parent: int) -> None:
 
 
 def print_table(results: Results) -> None:
-    """One line for each task and arm: reward, difference from the baseline with its interval, and what it cost."""
+    """Learning rates that were tried; then a line for each arm: its effect with an interval, and what it cost."""
+    for task in results.tuned_tasks():
+        print(f"\n{task}: rewards on the prompts for tuning by learning rate, one for each seed; * is used\n")
+        print("\n".join(results.tuning_table(task)))
     for task in results.tasks():
         print(f"\n{task}: the initial model has a reward of {statistics.fmean(results.start_rewards(task)):.3f}.")
         print("\n".join(results.table(task)))
