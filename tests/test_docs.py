@@ -77,6 +77,8 @@ NOT_RUN = {
     # Run by other tests, in a shorter form or with other models
     "python examples/studies/lists_vs_pairs/study.py --small": "needs a model that can do the tasks; else as the next",
     "python examples/studies/lists_vs_pairs/study.py": "hours; tests/test_lists_vs_pairs_study.py runs it small",
+    "python examples/studies/lists_vs_pairs/claims.py": "hours; tests/test_lists_vs_pairs_study.py runs it small",
+    "python examples/studies/lists_vs_pairs/figures.py": "tests/test_lists_vs_pairs_study.py draws them",
     "python examples/studies/one_pass/study.py": "an hour on a CPU; tests/test_one_pass_study.py runs it small",
     "python examples/benchmarks/training_step.py pairs": "an hour on a CPU; tests/test_benchmarks.py runs it small",
     "python examples/benchmarks/run_folder.py": "many minutes; tests/test_benchmarks.py runs it small",
@@ -264,8 +266,6 @@ IN_FILES = {  # further commands in the heads of examples: why they are not run 
     "python examples/recipes/table6/metamath.py": "needs the hub; tests/test_recipes.py converts a row",
     "python examples/studies/tasks.py": "tests/test_one_pass_study.py makes the same rows",
     "python examples/studies/online/compare.py": "hours; tests/test_online.py runs it small",
-    "python examples/studies/lists_vs_pairs/claims.py": "hours; tests/test_lists_vs_pairs_study.py runs it small",
-    "python examples/studies/lists_vs_pairs/figures.py": "tests/test_lists_vs_pairs_study.py draws them",
     "python examples/recipes/gpu_hours.py": "examples/recipes/README.md has it, and it is run from there",
 }
 
