@@ -198,9 +198,9 @@ def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp
                 results.path(each).write_text(json.dumps(result))
         return tried
 
-    # With the second seed, rates above 2e-4 end badly
+    # Above 2e-4 the second seed ends badly, so that the best but two with the first one is tried with it as well
     found = try_all(lambda each: np.log10(each.learning_rate) - 9 * (each.seed == 101 and each.learning_rate > 2e-4))
-    assert sorted(found) == [1e-5, 1e-5, 3e-5, 3e-5, 1e-4, 1e-4, 3e-4, 3e-4]
+    assert sorted(found) == [1e-5, 3e-5, 1e-4, 1e-4, 3e-4, 3e-4, 1e-3, 1e-3]
     assert results.best_learning_rate("four_rules", "lambdarank") == 1e-4
 
 

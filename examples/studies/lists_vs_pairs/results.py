@@ -81,7 +81,7 @@ class Results:
         return [self.read(*names)["start"]["reward"] for names in self._found() if names[0] == task]
 
     def tuning(self, task: str, arm: str) -> dict[float, list[float]]:
-        """Rewards on the prompts for tuning, one for each seed, by learning rate."""
+        """Rewards on the prompts for tuning, one for each seed in their order, by learning rate."""
         found: dict[float, list[float]] = {}
         for path in sorted(self.folder.glob(f"tuning/{task}_{arm}_lr*_seed*.json")):
             run = read_json(path)

@@ -16,7 +16,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ FIRST_RATES = slice(2, 5)
 """Those of them that every arm is tried with; further ones as long as the best one is the lowest or highest tried."""
 
 TUNING_SEEDS = (100, 101)
+NUM_FINALISTS = 2
+"""How many learning rates are tried with further seeds than the first."""
+
 SCREENING_SEEDS = (0, 1)
 CONFIRMING_SEEDS = (2, 3, 4)
 
@@ -94,16 +97,24 @@ def experiments_of(
 
 
 def rates_to_try(task: str, arm: str, results: Results, small: bool) -> list[Experiment]:
-    """Learning rates, with their seeds, that an arm has not been tried with yet."""
-    seeds = TUNING_SEEDS[: 1 if small else None]
+    """Learning rates, with their seeds, that an arm has not been tried with yet: all with the first seed, the best two
+    of it, and whatever comes out best, with the others."""
+    first, *others = TUNING_SEEDS[: 1 if small else None]
 
-    def untried(rates: Sequence[float]) -> list[Experiment]:
+    def untried(rates: Iterable[float], seeds: Sequence[int]) -> list[Experiment]:
         return results.missing([Experiment(task, arm, rate, seed, tuning=True) for rate in rates for seed in seeds])
 
-    if missing := untried(LEARNING_RATES[FIRST_RATES][: 2 if small else None]):
+    if missing := untried(LEARNING_RATES[FIRST_RATES][: 2 if small else None], [first]):
         return missing
-    best = LEARNING_RATES.index(results.best_learning_rate(task, arm))
-    return [] if small else untried(LEARNING_RATES[max(0, best - 1) : best + 2])
+    if small:
+        return []
+    best = results.best_learning_rate(task, arm)
+    place = LEARNING_RATES.index(best)
+    if missing := untried(LEARNING_RATES[max(0, place - 1) : place + 2], [first]):
+        return missing
+    by_rate = results.tuning(task, arm)
+    finalists = sorted(by_rate, key=lambda rate: -by_rate[rate][0])[:NUM_FINALISTS]
+    return untried({*finalists, best}, others)
 
 
 def confirmed_arms(task: str, results: Results) -> list[str]:
