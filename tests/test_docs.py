@@ -78,7 +78,7 @@ NOT_RUN = {
     "python examples/studies/lists_vs_pairs/study.py --small": "needs a model that can do the tasks; else as the next",
     "python examples/studies/lists_vs_pairs/study.py": "hours; tests/test_lists_vs_pairs_study.py runs it small",
     "python examples/studies/lists_vs_pairs/claims.py": "hours; tests/test_lists_vs_pairs_study.py runs it small",
-    "python examples/studies/lists_vs_pairs/figures.py": "tests/test_lists_vs_pairs_study.py draws them",
+    "python examples/studies/lists_vs_pairs/publish.py": "tests/test_lists_vs_pairs_study.py makes the same",
     "python examples/studies/one_pass/study.py": "an hour on a CPU; tests/test_one_pass_study.py runs it small",
     "python examples/benchmarks/training_step.py pairs": "an hour on a CPU; tests/test_benchmarks.py runs it small",
     "python examples/benchmarks/run_folder.py": "many minutes; tests/test_benchmarks.py runs it small",

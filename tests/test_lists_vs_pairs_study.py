@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "studies" / "lists_vs_pairs"
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("arms", "claims", "effects", "experiment", "figures", "results", "study", "tasks")
+    names = ("arms", "claims", "effects", "experiment", "figures", "publish", "results", "study", "tasks")
     yield lambda name: __import__(name)
     for name in names:
         sys.modules.pop(name, None)
@@ -90,8 +90,9 @@ def test_arms_are_options_that_the_trainer_takes(modules, tmp_path):
 
     experiment = modules("experiment")
     for name, arm in modules("arms").ARMS.items():
-        RunTrainingConfig(str(tmp_path), **experiment.SETTINGS | arm.options)
-        assert experiment.Experiment("four_rules", name, 1e-5, 0).file_name.endswith("_seed0.json")
+        found = experiment.Experiment("four_rules", name, 1e-5, 0)
+        RunTrainingConfig(str(tmp_path), **found.settings)
+        assert found.settings.items() >= arm.options.items() and found.file_name.endswith("_seed0.json")
 
 
 def test_tasks_hold_out_what_they_do_not_train_on(modules):
@@ -172,18 +173,40 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     modules("claims").print_tables(results, ["memory", "reference"])
     printed = capsys.readouterr().out
     assert "| all | 3 | 0.540 | +0.040 [+0.040, +0.040] | 8 | 8 | 99 | 20 |" in printed and "reference" not in printed
-    modules("figures").main(["--results", str(tmp_path), "--output", str(tmp_path / "pictures")])
-    names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert names == {"lists_vs_pairs_four_rules.png", "lists_vs_pairs_claims.png"}
+    publish = modules("publish")
+    pictures = publish.draw(results, tmp_path / "pictures")
+    assert [path.name for path in pictures] == ["lists_vs_pairs_four_rules.png", "lists_vs_pairs_claims.png"]
+    assert all(path.stat().st_size > 10_000 for path in pictures)
+    page = "# A\n\n<!-- results: effects four_rules -->\nold\n<!-- end of results -->\n\nB\n"
+    page += "<!-- results: claim list_size -->\n<!-- end of results -->\n"
+    once = publish.filled(page, results)
+    assert "| LambdaRank | 3 | +0.100 [+0.100, +0.100] | better | 2 |\n" in once
+    assert "Not run yet." in once and "old" not in once and once.count("<!--") == page.count("<!--")
+    assert publish.filled(once, results) == once
+
+
+def test_verdict_is_what_the_interval_allows(modules):
+    def verdict(low, high, num_seeds=5):
+        return modules("effects").Effect((low + high) / 2, low, high, num_seeds).verdict
+
+    assert verdict(0.01, 0.02) == "better" and verdict(-0.3, -0.1) == "worse"
+    assert verdict(-0.02, 0.03) == "no difference" and verdict(-0.02, 0.04) == "cannot tell"
+    assert verdict(0.1, 0.2, num_seeds=1) == "one seed: cannot tell"
 
 
 def test_tables_of_the_docs_are_those_of_the_results(modules):
-    results, text = modules("results").Results(FOLDER / "results"), (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert results.tuned_tasks()
-    for task in results.tuned_tasks():
-        assert "\n".join(results.tuning_table(task)) in text
-    for task in results.tasks():
-        assert "\n".join(results.table(task)) in text
+    publish, results = modules("publish"), modules("results").Results(FOLDER / "results")
+    for path in publish.PAGES:
+        text = path.read_text(encoding="utf-8")
+        assert publish.filled(text, results) == text, f"{path}: run publish.py"
+        assert text.count("<!-- results: ") == text.count("<!-- end of results -->") > 0
+
+
+def test_pictures_of_the_docs_can_be_drawn_again(modules, tmp_path):
+    publish, results = modules("publish"), modules("results").Results(FOLDER / "results")
+    images = publish.DOCS / "images"
+    drawn = {path.name for path in publish.draw(results, tmp_path)}
+    assert drawn == {path.name for path in images.glob("lists_vs_pairs_*.png")}
 
 
 def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp_path):
@@ -194,7 +217,7 @@ def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp
         while rates := study.rates_to_try("four_rules", "lambdarank", results, small=False):
             tried += [each.learning_rate for each in rates]
             for each in rates:
-                result = {"settings": {"learning_rate": each.learning_rate}, "end": {"reward": reward_of(each)}}
+                result = {"settings": each.settings, "end": {"reward": reward_of(each)}}
                 results.path(each).write_text(json.dumps(result))
         return tried
 
@@ -204,11 +227,14 @@ def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp
     assert results.best_learning_rate("four_rules", "lambdarank") == 1e-4
 
 
-def test_a_result_of_another_learning_rate_is_computed_again(modules, tmp_path):
+def test_a_result_of_other_settings_is_computed_again(modules, tmp_path):
     results, experiment = modules("results").Results(tmp_path), modules("experiment").Experiment
-    write_results(tmp_path, {"lambdarank": 0.1}, num_seeds=1)  # with 1e-5
     same, other = (experiment("four_rules", "lambdarank", rate, 0) for rate in (1e-5, 3e-5))
+    assert results.missing([same, other]) == [same, other]
+    results.path(same).write_text(json.dumps({"settings": same.settings}))
     assert results.missing([same, other]) == [other]
+    results.path(same).write_text(json.dumps({"settings": same.settings | {"lr_scheduler_type": "constant"}}))
+    assert results.missing([same]) == [same]
 
 
 @pytest.mark.slow

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+GOAL = 0.03
+"""Half width of the intervals that the study aims at, in units of the reward. Smaller differences are called none."""
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -27,6 +30,17 @@ class Effect:
     @property
     def half_width(self) -> float:
         return (self.high - self.low) / 2
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says, in a word or two."""
+        if self.num_seeds == 1:
+            return "one seed: cannot tell"  # the interval does not cover other seeds
+        if self.low > 0:
+            return "better"
+        if self.high < 0:
+            return "worse"
+        return "no difference" if max(-self.low, self.high) <= GOAL else "cannot tell"
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
@@ -68,9 +82,14 @@ def effect(differences: np.ndarray, confidence: float = 0.95) -> Effect:
     return Effect(mean, mean - half, mean + half, num_seeds)
 
 
-def seeds_needed(differences: np.ndarray, half_width: float, confidence: float = 0.95) -> int | None:
+def seeds_needed(differences: np.ndarray, half_width: float = GOAL, confidence: float = 0.95) -> int | None:
     """
     How many seeds an interval of `mean ± half_width` would take, if seeds and prompts vary as much as here.
+
+    Args:
+        differences: `(seeds, prompts)`, of at least two seeds.
+        half_width: Half of the interval's width.
+        confidence: Of the interval.
 
     Returns:
         The number of seeds; `None` if with these prompts no number of seeds is enough, or above 1000.

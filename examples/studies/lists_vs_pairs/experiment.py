@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -35,7 +35,7 @@ MODEL = "outputs/SmolLM2-135M-Instruct"
 TEMPERATURE = 0.8
 
 # Settings for a small model and few prompts; all other options have the defaults of `larpo run`
-SETTINGS = {"lr_scheduler_type": "constant", "per_device_train_batch_size": 2, "num_train_epochs": 1,
+SETTINGS = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 1,
             "gradient_checkpointing": False, "report_to": "none", "logging_strategy": "no", "save_strategy": "no",
             "disable_tqdm": True, "use_cpu": True, "bf16": False}  # fmt: skip
 
@@ -107,6 +107,11 @@ class Experiment:
         rate = f"_lr{self.learning_rate:g}" if self.tuning else ""
         return f"{self.task}_{self.arm}{rate}_seed{self.seed}.json"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options of the training that do not have their defaults."""
+        return SETTINGS | ARMS[self.arm].options | {"learning_rate": self.learning_rate}
+
 
 @dataclass(frozen=True)
 class Variation:
@@ -165,7 +170,7 @@ def prepare(task: str, seed: int, tuning: bool, setup: Setup) -> None:
 def run(experiment: Experiment, setup: Setup) -> dict:
     """Trains and evaluates one arm. Returns its result; the same again is equal to the last digit on one machine."""
     arm, task = ARMS[experiment.arm], GRADED_TASKS[experiment.task]()
-    settings = SETTINGS | arm.options | {"learning_rate": experiment.learning_rate}
+    settings = experiment.settings
     scratch = setup.output / "scratch" / experiment.file_name
     with quiet(setup.output):
         samples, start = read_samples(experiment, setup)

@@ -1,13 +1,5 @@
-"""
-The pictures of docs/evidence.md, from the results of the study.
+"""Pictures of effects with their intervals: of all arms on a task, and of the runs that each claim compares."""
 
-    python examples/studies/lists_vs_pairs/figures.py                  # into docs/images/
-    python examples/studies/lists_vs_pairs/figures.py --results outputs/lists_vs_pairs_small/results --output outputs
-
-One picture for each task, with the effect of every arm against best-against-worst pairs, and one for the other claims.
-"""
-
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -16,27 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from arms import ARMS, BASELINE
 from claims import CLAIMS, effect_of
-from effects import Effect
+from effects import GOAL, Effect
 from matplotlib.axes import Axes
 from results import Results
-from study import HERE
 
 COLORS = {"pairs": "#f2a65a", "lists": "#2a6f97", "options": "#7a7a7a"}
-GOAL = 0.03
-"""Half width of an interval that the main comparison is to have, in units of the reward."""
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
-    parser.add_argument("--output", type=Path, default=HERE.parents[2] / "docs" / "images", help="folder of pictures")
-    arguments = parser.parse_args(argv)
-    results = Results(arguments.results)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for task in results.tasks():
-        draw_arms(results, task, arguments.output / f"lists_vs_pairs_{task}.png")
-    if any(results.claims(name) for claim in CLAIMS.values() for name in claim):
-        draw_claims(results, arguments.output / "lists_vs_pairs_claims.png")
 
 
 def draw_arms(results: Results, task: str, picture: Path) -> None:
@@ -84,7 +60,3 @@ def _draw(axes: Axes, entries: list[tuple[str, Effect, str]]) -> None:
     axes.set_yticks(range(len(entries)), [label for label, *_ in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-if __name__ == "__main__":
-    main()

@@ -34,15 +34,14 @@ class Results:
         return folder / experiment.file_name
 
     def missing(self, experiments: Sequence[AnyExperiment]) -> list[AnyExperiment]:
-        """Those that have no result yet, or one of another learning rate."""
+        """Those that have no result yet, or one of other settings."""
         return [each for each in experiments if not self._is_there(each)]
 
     def _is_there(self, experiment: Experiment | Variation) -> bool:
         path = self.path(experiment)
         if not path.exists():
             return False
-        rate = getattr(experiment, "learning_rate", None)
-        return rate is None or read_json(path)["settings"]["learning_rate"] == rate
+        return isinstance(experiment, Variation) or read_json(path)["settings"] == experiment.settings
 
     def read(self, task: str, arm: str, seed: int) -> dict:
         return read_json(self.folder / "reported" / f"{task}_{arm}_seed{seed}.json")
@@ -73,8 +72,16 @@ class Results:
             return None
         return np.array([self.read(task, arm, seed)["rewards"] for seed in seeds])
 
-    def differences(self, task: str, arm: str, seeds: Sequence[int], other: str = BASELINE) -> np.ndarray:
-        """How much more an arm earns than another, `(seeds, prompts)`."""
+    def differences(self, task: str, arm: str, other: str = BASELINE) -> np.ndarray | None:
+        """
+        How much more an arm earns than another on each held-out prompt.
+
+        Returns:
+            `(seeds, prompts)`, for the seeds that both have; `None` if there are none.
+        """
+        seeds = [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
+        if not seeds or arm == other:
+            return None
         return self.rewards(task, arm, seeds) - self.rewards(task, other, seeds)
 
     def start_rewards(self, task: str) -> list[float]:
@@ -94,9 +101,9 @@ class Results:
         return min(found, key=lambda rate: (-statistics.fmean(found[rate]), rate), default=None)
 
     def effect(self, task: str, arm: str, other: str = BASELINE) -> Effect | None:
-        """How much more an arm earns than another, over the seeds that both have; `None` if there are none."""
-        seeds = [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
-        return effect(self.differences(task, arm, seeds, other)) if seeds and arm != other else None
+        """How much more an arm earns than another, with an interval; `None` if they share no seeds."""
+        differences = self.differences(task, arm, other)
+        return None if differences is None else effect(differences)
 
     def tuning_table(self, task: str) -> list[str]:
         """Lines of a table in Markdown, with a column for each learning rate."""

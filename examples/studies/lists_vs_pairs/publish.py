@@ -1,0 +1,102 @@
+"""
+Puts the results into the docs: tables into README.md and docs/evidence.md, pictures into docs/images/.
+
+    python examples/studies/lists_vs_pairs/publish.py
+
+A table stands between two comments, `<!-- results: arms four_rules -->` and `<!-- end of results -->`, and is replaced
+as a whole. Its first word is a kind of table, the second one a task or a claim.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import claims
+import figures
+from arms import ARMS, BASELINE
+from effects import GOAL, effect, seeds_needed
+from results import Results
+from study import HERE
+
+DOCS = HERE.parents[2] / "docs"
+PAGES = (HERE / "README.md", DOCS / "evidence.md")
+
+_TABLE = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def main() -> None:
+    results = Results(HERE / "results")
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print(f"Tables: {path}")
+    for path in draw(results, DOCS / "images"):
+        print(f"Picture: {path}")
+
+
+def filled(page: str, results: Results) -> str:
+    """A page with its tables made anew."""
+
+    def replaced(match: re.Match[str]) -> str:
+        start, kind, about, end = match.groups()
+        lines = TABLES[kind](results, about) or ["Not run yet."]
+        return "\n".join([start, *lines, "", end])
+
+    return _TABLE.sub(replaced, page)
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draws what there are results of, one picture for each task and one for the other claims."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for task in results.tasks():
+        if any(results.effect(task, arm) for arm in results.arms(task)):
+            pictures.append(folder / f"lists_vs_pairs_{task}.png")
+            figures.draw_arms(results, task, pictures[-1])
+    if any(claims.effect_of(results, claim, name) for claim, names in claims.CLAIMS.items() for name in names):
+        pictures.append(folder / "lists_vs_pairs_claims.png")
+        figures.draw_claims(results, pictures[-1])
+    return pictures
+
+
+def tuning_table(results: Results, task: str) -> list[str]:
+    return results.tuning_table(task) if task in results.tuned_tasks() else []
+
+
+def arms_table(results: Results, task: str) -> list[str]:
+    return results.table(task) if task in results.tasks() else []
+
+
+def effects_table(results: Results, task: str) -> list[str]:
+    """What each arm earns over best against worst, what that says, and how many seeds would say it more exactly."""
+    lines = []
+    for arm in results.arms(task):
+        if (differences := results.differences(task, arm)) is not None:
+            found = effect(differences)
+            needed = seeds_needed(differences) if found.num_seeds > 1 else None
+            lines.append(f"| {ARMS[arm].label} | {found.num_seeds} | {found} | {found.verdict} | {needed or '–'} |")
+    head = [f"| | seeds | over {ARMS[BASELINE].label} | | seeds for ± {GOAL} |", "|---|---|---|---|---|"]
+    return [*head, *lines] if lines else []
+
+
+def first_round(results: Results) -> Results:
+    """Results with a constant learning rate, which stay as they are."""
+    return Results(results.folder / "first_round")
+
+
+def claim_table(results: Results, claim: str) -> list[str]:
+    return claims.table(results, claim) if any(map(results.claims, claims.CLAIMS[claim])) else []
+
+
+TABLES: dict[str, Callable[[Results, str], list[str]]] = {
+    "tuning": tuning_table,
+    "arms": arms_table,
+    "effects": effects_table,
+    "claim": claim_table,
+    "first_tuning": lambda results, task: tuning_table(first_round(results), task),
+    "first_arms": lambda results, task: arms_table(first_round(results), task),
+    "first_effects": lambda results, task: effects_table(first_round(results), task),
+}
+
+
+if __name__ == "__main__":
+    main()
