@@ -119,7 +119,9 @@ def tiny_study(modules, project, talkative_model, monkeypatch):
     task = tasks.Task(rows[:8], rows[8:16], "run_rewards:vowels", 24, rows[16:])
     monkeypatch.setattr(experiment, "GRADED_TASKS", {"four_rules": lambda: task})
     monkeypatch.setattr(study, "MODEL", talkative_model)
-    monkeypatch.setattr(study, "LEARNING_RATES", (1e-2, 2e-2))  # few steps, with warm-up
+    monkeypatch.setattr(study, "LEARNING_RATES", (1e-3, 2e-3))
+    no_warm_up = {"lr_scheduler_type": "constant", "warmup_steps": 0}  # there may be a single step
+    monkeypatch.setattr(experiment, "SETTINGS", experiment.SETTINGS | no_warm_up)
     monkeypatch.setattr(study, "FIRST_RATES", slice(0, 2))
 
     def run(*words):
