@@ -120,7 +120,7 @@ def tiny_study(modules, project, talkative_model, monkeypatch):
     monkeypatch.setattr(experiment, "GRADED_TASKS", {"four_rules": lambda: task})
     monkeypatch.setattr(study, "MODEL", talkative_model)
     monkeypatch.setattr(study, "LEARNING_RATES", (1e-3, 2e-3))
-    no_warm_up = {"lr_scheduler_type": "constant", "warmup_steps": 0}  # there may be a single step
+    no_warm_up = {"lr_scheduler_type": "constant", "warmup_steps": 0}  # its two lists are one step
     monkeypatch.setattr(experiment, "SETTINGS", experiment.SETTINGS | no_warm_up)
     monkeypatch.setattr(study, "FIRST_RATES", slice(0, 2))
 

@@ -4,7 +4,8 @@ Puts the results into the docs: tables into README.md and docs/evidence.md, pict
     python examples/studies/lists_vs_pairs/publish.py
 
 A table stands between two comments, `<!-- results: arms four_rules -->` and `<!-- end of results -->`, and is replaced
-as a whole. Its first word is a kind of table, the second one a task or a claim.
+as a whole. The first word is a kind of table, the second one a task or a claim. Tables of results that are kept in a
+folder of their own name it: `first_round/arms`.
 """
 
 import re
@@ -21,7 +22,7 @@ from study import HERE
 DOCS = HERE.parents[2] / "docs"
 PAGES = (HERE / "README.md", DOCS / "evidence.md")
 
-_TABLE = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- results: (?:(\w+)/)?(\w+) (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -34,11 +35,12 @@ def main() -> None:
 
 
 def filled(page: str, results: Results) -> str:
-    """A page with its tables made anew."""
+    """The page with all of its tables replaced by those of the results."""
 
     def replaced(match: re.Match[str]) -> str:
-        start, kind, about, end = match.groups()
-        lines = TABLES[kind](results, about) or ["Not run yet."]
+        start, folder, kind, about, end = match.groups()
+        found = Results(results.folder / folder) if folder else results
+        lines = TABLES[kind](found, about) or ["Not run yet."]
         return "\n".join([start, *lines, "", end])
 
     return _TABLE.sub(replaced, page)
@@ -78,11 +80,6 @@ def effects_table(results: Results, task: str) -> list[str]:
     return [*head, *lines] if lines else []
 
 
-def first_round(results: Results) -> Results:
-    """Results with a constant learning rate, which stay as they are."""
-    return Results(results.folder / "first_round")
-
-
 def claim_table(results: Results, claim: str) -> list[str]:
     return claims.table(results, claim) if any(map(results.claims, claims.CLAIMS[claim])) else []
 
@@ -92,9 +89,6 @@ TABLES: dict[str, Callable[[Results, str], list[str]]] = {
     "arms": arms_table,
     "effects": effects_table,
     "claim": claim_table,
-    "first_tuning": lambda results, task: tuning_table(first_round(results), task),
-    "first_arms": lambda results, task: arms_table(first_round(results), task),
-    "first_effects": lambda results, task: effects_table(first_round(results), task),
 }
 
 
