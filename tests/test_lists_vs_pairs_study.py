@@ -3,6 +3,8 @@
 import json
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +239,26 @@ def test_a_result_of_other_settings_is_computed_again(modules, tmp_path):
     assert results.missing([same, other]) == [other]
     results.path(same).write_text(json.dumps({"settings": same.settings | {"lr_scheduler_type": "constant"}}))
     assert results.missing([same]) == [same]
+
+
+def test_results_of_the_first_seeds_come_before_the_samples_of_the_last(modules, monkeypatch):
+    study, experiment, order = modules("study"), modules("experiment"), []
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda count, *_, **__: ThreadPoolExecutor(count))
+    monkeypatch.setattr(study, "prepare", lambda task, seed, tuning, setup: order.append(f"samples {seed}"))
+
+    def run(each, setup):
+        time.sleep(0.01)
+        order.append(f"result {each.seed}")
+        return each.arm
+
+    arms = list(modules("arms").ARMS)[:5]
+    asked = [experiment.Experiment("four_rules", arm, 1e-5, seed) for seed in range(4) for arm in arms]
+    results = dict(study._results_of(asked, None, 2, run))
+    assert list(map(results.get, asked)) == arms * 4
+    for seed in range(4):
+        assert order.index(f"samples {seed}") < order.index(f"result {seed}")
+    assert order.index("samples 3") > order.index("result 1")
+    assert order.count("result 3") == 5
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import os
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -162,19 +163,22 @@ def _results_of(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=_end_with, initargs=(os.getpid(),)) as workers:
-        samples = {workers.submit(prepare, *which, setup): group for which, group in by_samples.items()}
-        runs: dict[Future, Any] = {}
-        pending = set(samples)
+        to_sample = deque(by_samples)
+        sampling: dict[Future, tuple] = {}
+        running: dict[Future, Any] = {}
         try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
+            while to_sample or sampling or running:
+                # Soon enough that no worker waits for samples, and not before the results that need none
+                while to_sample and len(sampling) < num_workers and len(running) <= 2 * num_workers:
+                    which = to_sample.popleft()
+                    sampling[workers.submit(prepare, *which, setup)] = which
+                for future in wait([*sampling, *running], return_when=FIRST_COMPLETED).done:
                     result = future.result()
-                    if future in runs:
-                        yield runs[future], result
+                    if future in running:
+                        yield running.pop(future), result
                     else:
-                        new = {workers.submit(function, each, setup): each for each in samples[future]}
-                        runs, pending = runs | new, pending | new.keys()
+                        group = by_samples[sampling.pop(future)]
+                        running |= {workers.submit(function, each, setup): each for each in group}
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
 
