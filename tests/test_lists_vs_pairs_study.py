@@ -48,6 +48,19 @@ def test_interval_of_prompts_without_noise_is_that_of_the_seeds_alone(modules):
     assert (effect.low, effect.high) == pytest.approx(stats.ttest_1samp(of_seeds, 0).confidence_interval(0.95))
 
 
+def test_interval_of_two_seeds_covers_the_truth_when_many_arms_tell_how_much_seeds_vary(modules):
+    effects, rng, widths, covered = modules("effects"), np.random.default_rng(0), {"pooled": [], "alone": []}, 0
+    for _ in range(500):
+        of_seeds, of_prompts = rng.normal(0, 0.07, (9, 2, 1)), rng.normal(0, 0.1, (9, 1, 60))
+        rewards = rng.normal(0, 0.3, (1, 2, 1)) + of_seeds + of_prompts + rng.normal(0, 0.2, (9, 2, 60))
+        effect = effects.effect(rewards[1] - rewards[0], between=effects.BetweenSeeds.pooled(rewards))
+        covered += effect.low <= 0 <= effect.high
+        widths["pooled"].append(effect.half_width)
+        widths["alone"].append(effects.effect(rewards[1] - rewards[0]).half_width)
+    assert 0.93 <= covered / 500 <= 0.98
+    assert np.median(widths["pooled"]) < np.median(widths["alone"]) / 2
+
+
 def test_seeds_needed_are_enough(modules):
     effects, rng = modules("effects"), np.random.default_rng(0)
 
@@ -174,6 +187,7 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     assert "| LambdaRank | 3 | 1e-05 | 0.600 | +0.100 [+0.100, +0.100] | 4 | 99 | 100% | 20 |" in results.table(
         "four_rules"
     )
+    assert "| LambdaRank |  |  | 0.600, 0.600, 0.600 |" in results.seeds_table("four_rules")
     modules("claims").print_tables(results, ["memory", "reference"])
     printed = capsys.readouterr().out
     assert "| all | 3 | 0.540 | +0.040 [+0.040, +0.040] | 8 | 8 | 99 | 20 |" in printed and "reference" not in printed

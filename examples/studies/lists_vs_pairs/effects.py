@@ -46,7 +46,35 @@ class Effect:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-def effect(differences: np.ndarray, confidence: float = 0.95) -> Effect:
+@dataclass(frozen=True)
+class BetweenSeeds:
+    """
+    How much the mean difference of two arms varies between seeds.
+
+    Attributes:
+        variance: Variance of a seed's mean difference.
+        degrees: Degrees of freedom of the estimate that each seed after the first one adds.
+    """
+
+    variance: float
+    degrees: int = 1
+
+    @classmethod
+    def of(cls, differences: np.ndarray) -> "BetweenSeeds":
+        """Estimated from the differences, `(seeds, prompts)`, alone."""
+        return cls(float(differences.mean(axis=1).var(ddof=1)))
+
+    @classmethod
+    def pooled(cls, rewards: np.ndarray) -> "BetweenSeeds":
+        """Estimated from the rewards of all arms with these seeds, `(arms, seeds, prompts)`: from the mean square of
+        the interaction of arms and seeds. Supposes that it is the same for all arms."""
+        of_seeds = rewards.mean(axis=2)
+        rest = of_seeds - of_seeds.mean(axis=1, keepdims=True) - of_seeds.mean(axis=0) + of_seeds.mean()
+        degrees = len(rewards) - 1
+        return cls(float(2 * (rest**2).sum() / (degrees * (of_seeds.shape[1] - 1))), degrees)
+
+
+def effect(differences: np.ndarray, confidence: float = 0.95, between: BetweenSeeds | None = None) -> Effect:
     """
     The mean of paired differences, with an interval for new seeds and new prompts.
 
@@ -57,23 +85,22 @@ def effect(differences: np.ndarray, confidence: float = 0.95) -> Effect:
     Args:
         differences: `(seeds, prompts)`.
         confidence: Of the interval.
+        between: How much they vary between seeds; by default estimated from them.
 
     Returns:
         The effect. With a single seed the interval is over prompts alone.
     """
     num_seeds, num_prompts = differences.shape
     mean = float(differences.mean())
-    by_seed, by_prompt = differences.mean(axis=1), differences.mean(axis=0)
-    of_prompts = num_seeds * by_prompt.var(ddof=1)
+    of_prompts = num_seeds * differences.mean(axis=0).var(ddof=1)
     if num_seeds == 1:
         parts = [(of_prompts, 1.0, num_prompts - 1)]
     else:
-        of_seeds = num_prompts * by_seed.var(ddof=1)
-        rest = differences - by_seed[:, None] - by_prompt[None, :] + mean
-        of_rest = (rest**2).sum() / ((num_seeds - 1) * (num_prompts - 1))
-        parts = [(of_seeds, 1.0, num_seeds - 1)]
+        between = between or BetweenSeeds.of(differences)
+        of_rest, degrees = _rest(differences)
+        parts = [(num_prompts * between.variance, 1.0, between.degrees * (num_seeds - 1))]
         if of_prompts > of_rest:
-            parts += [(of_prompts, 1.0, num_prompts - 1), (of_rest, -1.0, (num_seeds - 1) * (num_prompts - 1))]
+            parts += [(of_prompts, 1.0, num_prompts - 1), (of_rest, -1.0, degrees)]
     total = sum(sign * square for square, sign, _ in parts)
     if total <= 0:
         return Effect(mean, mean, mean, num_seeds)
@@ -82,7 +109,12 @@ def effect(differences: np.ndarray, confidence: float = 0.95) -> Effect:
     return Effect(mean, mean - half, mean + half, num_seeds)
 
 
-def seeds_needed(differences: np.ndarray, half_width: float = GOAL, confidence: float = 0.95) -> int | None:
+def seeds_needed(
+    differences: np.ndarray,
+    half_width: float = GOAL,
+    confidence: float = 0.95,
+    between: BetweenSeeds | None = None,
+) -> int | None:
     """
     How many seeds an interval of `mean ± half_width` would take, if seeds and prompts vary as much as here.
 
@@ -90,19 +122,27 @@ def seeds_needed(differences: np.ndarray, half_width: float = GOAL, confidence: 
         differences: `(seeds, prompts)`, of at least two seeds.
         half_width: Half of the interval's width.
         confidence: Of the interval.
+        between: How much they vary between seeds; by default estimated from them.
 
     Returns:
         The number of seeds; `None` if with these prompts no number of seeds is enough, or above 1000.
     """
     num_seeds, num_prompts = differences.shape
-    by_seed, by_prompt = differences.mean(axis=1), differences.mean(axis=0)
-    rest = differences - by_seed[:, None] - by_prompt[None, :] + differences.mean()
-    of_rest = (rest**2).sum() / ((num_seeds - 1) * (num_prompts - 1))
-    of_seeds = by_seed.var(ddof=1)
-    of_prompts = max(0.0, by_prompt.var(ddof=1) - of_rest / num_seeds) / num_prompts
+    between = between or BetweenSeeds.of(differences)
+    of_rest, _ = _rest(differences)
+    of_prompts = max(0.0, differences.mean(axis=0).var(ddof=1) - of_rest / num_seeds) / num_prompts
     for count in range(2, 1001):
-        variance = of_seeds / count + of_prompts
-        freedom = variance**2 / ((of_seeds / count) ** 2 / (count - 1) + of_prompts**2 / (num_prompts - 1))
+        of_seeds = between.variance / count
+        variance = of_seeds + of_prompts
+        freedom = variance**2 / (of_seeds**2 / (between.degrees * (count - 1)) + of_prompts**2 / (num_prompts - 1))
         if stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance) <= half_width:
             return count
     return None
+
+
+def _rest(differences: np.ndarray) -> tuple[float, int]:
+    """The mean square of what neither seeds nor prompts explain, and its degrees of freedom."""
+    num_seeds, num_prompts = differences.shape
+    rest = differences - differences.mean(axis=1, keepdims=True) - differences.mean(axis=0) + differences.mean()
+    degrees = (num_seeds - 1) * (num_prompts - 1)
+    return float((rest**2).sum() / degrees), degrees

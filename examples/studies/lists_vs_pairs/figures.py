@@ -23,9 +23,9 @@ def draw_arms(results: Results, task: str, picture: Path) -> None:
     _draw(axes, [(ARMS[arm].label, found[arm], COLORS[ARMS[arm].group]) for arm in order])
     axes.axvspan(-GOAL, GOAL, color="#eeeeee", zorder=0)
     axes.set_xlabel(f"held-out reward over {ARMS[BASELINE].label} (95 % interval; number of seeds)")
-    for group, color in COLORS.items():
-        axes.plot([], [], "o", color=color, label=group)
-    axes.legend(fontsize=8, loc="lower right")
+    for group in dict.fromkeys(ARMS[arm].group for arm in order):
+        axes.plot([], [], "o", color=COLORS[group], label=group)
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.set_title(f"{task}: the same samples, different lists and losses", fontsize=10)
     figure.savefig(picture, dpi=110)
     plt.close(figure)

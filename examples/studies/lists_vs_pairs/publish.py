@@ -15,7 +15,7 @@ from pathlib import Path
 import claims
 import figures
 from arms import ARMS, BASELINE
-from effects import GOAL, effect, seeds_needed
+from effects import GOAL
 from results import Results
 from study import HERE
 
@@ -68,14 +68,17 @@ def arms_table(results: Results, task: str) -> list[str]:
     return results.table(task) if task in results.tasks() else []
 
 
+def seeds_table(results: Results, task: str) -> list[str]:
+    return results.seeds_table(task) if task in results.tasks() else []
+
+
 def effects_table(results: Results, task: str) -> list[str]:
     """What each arm earns over best against worst, what that says, and how many seeds would say it more exactly."""
     lines = []
     for arm in results.arms(task):
-        if (differences := results.differences(task, arm)) is not None:
-            found = effect(differences)
-            needed = seeds_needed(differences) if found.num_seeds > 1 else None
-            lines.append(f"| {ARMS[arm].label} | {found.num_seeds} | {found} | {found.verdict} | {needed or '–'} |")
+        if (found := results.effect(task, arm)) is not None:
+            needed = results.seeds_needed(task, arm) or "–"
+            lines.append(f"| {ARMS[arm].label} | {found.num_seeds} | {found} | {found.verdict} | {needed} |")
     head = [f"| | seeds | over {ARMS[BASELINE].label} | | seeds for ± {GOAL} |", "|---|---|---|---|---|"]
     return [*head, *lines] if lines else []
 
@@ -87,6 +90,7 @@ def claim_table(results: Results, claim: str) -> list[str]:
 TABLES: dict[str, Callable[[Results, str], list[str]]] = {
     "tuning": tuning_table,
     "arms": arms_table,
+    "seeds": seeds_table,
     "effects": effects_table,
     "claim": claim_table,
 }

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 from arms import ARMS, BASELINE
-from effects import Effect, effect
+from effects import BetweenSeeds, Effect, effect, seeds_needed
 from experiment import Experiment, Variation
 
 from trl_larpo.storage import read_json
@@ -79,10 +79,13 @@ class Results:
         Returns:
             `(seeds, prompts)`, for the seeds that both have; `None` if there are none.
         """
-        seeds = [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
+        seeds = self._common_seeds(task, arm, other)
         if not seeds or arm == other:
             return None
         return self.rewards(task, arm, seeds) - self.rewards(task, other, seeds)
+
+    def _common_seeds(self, task: str, arm: str, other: str) -> list[int]:
+        return [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
 
     def start_rewards(self, task: str) -> list[float]:
         return [self.read(*names)["start"]["reward"] for names in self._found() if names[0] == task]
@@ -103,7 +106,21 @@ class Results:
     def effect(self, task: str, arm: str, other: str = BASELINE) -> Effect | None:
         """How much more an arm earns than another, with an interval; `None` if they share no seeds."""
         differences = self.differences(task, arm, other)
-        return None if differences is None else effect(differences)
+        return None if differences is None else effect(differences, between=self._between_seeds(task, arm, other))
+
+    def seeds_needed(self, task: str, arm: str, other: str = BASELINE) -> int | None:
+        """How many seeds an interval as narrow as `GOAL` takes; `None` if that is not known, or far too many."""
+        differences = self.differences(task, arm, other)
+        if differences is None or len(differences) == 1:
+            return None
+        return seeds_needed(differences, between=self._between_seeds(task, arm, other))
+
+    def _between_seeds(self, task: str, arm: str, other: str) -> BetweenSeeds | None:
+        """Estimated from all arms that have the seeds of these two: two seeds of two arms alone say next to nothing.
+        `None` if there are no other arms, or a single seed."""
+        seeds = self._common_seeds(task, arm, other)
+        found = [rewards for each in self.arms(task) if (rewards := self.rewards(task, each, seeds)) is not None]
+        return BetweenSeeds.pooled(np.array(found)) if len(found) > 2 and len(seeds) > 1 else None
 
     def tuning_table(self, task: str) -> list[str]:
         """Lines of a table in Markdown, with a column for each learning rate."""
@@ -135,6 +152,18 @@ class Results:
                 f"{mean('end', 'reward'):.3f} | {self.effect(task, arm) or ''} | {mean('budget', 'steps'):.0f} | "
                 f"{mean('budget', 'tokens'):.0f} | {mean('end', 'finished'):.0%} | {mean('end', 'tokens'):.0f} |"
             )
+        return lines
+
+    def seeds_table(self, task: str) -> list[str]:
+        """Lines of a table in Markdown: what each arm earned with each seed, on the prompts for tuning with the learning
+        rate that was chosen by it, and on the held-out prompts."""
+        lines = ["| | learning rate | on the seeds for tuning | on the reported seeds |", "|---|---|---|---|"]
+        for arm in self.arms(task):
+            rate = self.best_learning_rate(task, arm)
+            tuning = [] if rate is None else self.tuning(task, arm)[rate]
+            reported = [self.read(task, arm, seed)["end"]["reward"] for seed in self.seeds(task, arm)]
+            shown = (", ".join(f"{reward:.3f}" for reward in rewards) for rewards in (tuning, reported))
+            lines.append(f"| {ARMS[arm].label} | {'' if rate is None else f'{rate:g}'} | {' | '.join(shown)} |")
         return lines
 
     def _found(self) -> list[tuple[str, str, int]]:
