@@ -155,8 +155,8 @@ class Results:
         return lines
 
     def seeds_table(self, task: str) -> list[str]:
-        """Lines of a table in Markdown: what each arm earned with each seed, on the prompts for tuning with the learning
-        rate that was chosen by it, and on the held-out prompts."""
+        """Lines of a table in Markdown: what each arm earned with each seed. On the prompts for tuning that is with the
+        rate that was chosen by them."""
         lines = ["| | learning rate | on the seeds for tuning | on the reported seeds |", "|---|---|---|---|"]
         for arm in self.arms(task):
             rate = self.best_learning_rate(task, arm)
