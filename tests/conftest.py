@@ -51,6 +51,12 @@ def _nothing_left_by_other_tests(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """No test cuts the power, so what is written may stay in memory until the disk is ready."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True)
 def _tiles_for_tiny_vocabularies(monkeypatch):
     """The logits of a tiny model are few; like those of a real one, they are worked out in tiles."""
     from trl_larpo.training import scorer

@@ -1,6 +1,7 @@
 """What may change when a run is continued: speed, memory, rounding and the places of files, but not what comes out."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from small_run import rows_of
@@ -57,6 +58,13 @@ def test_what_changes_speed_memory_or_rounding_is_accepted_and_recorded(start, c
     assert read_yaml("out/run.yaml")[name] == now
     start(training, **options)
     assert len(rows_of(f"out/{CHANGES}")) == 1, "the last start had the same options"
+
+
+@pytest.mark.skipif(not hasattr(RunTrainingConfig, "logging_dir"), reason="this transformers has no `logging_dir`")
+def test_a_logging_folder_with_the_time_in_its_name_is_no_change(start):
+    start({"logging_dir": "runs/Nov26_22-57-10"})
+    start({"logging_dir": "runs/Nov26_22-57-11"})
+    assert not Path("out", CHANGES).exists()
 
 
 @pytest.mark.parametrize("training, options, name", [

@@ -39,9 +39,9 @@ def family(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = []
 
-    def start(before="", **options):
+    def start(before="", prelude="", **options):
         process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, before],
+            [sys.executable, "-c", prelude + COMMAND, before],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -97,6 +97,21 @@ def test_a_killed_process_takes_the_others_along(family, tmp_path, who, status):
     assert ("ended by SIGKILL (often: out of memory)" in errors) == (who == "command")
     with exclusive_lock(tmp_path):  # waits for those that are about to end
         assert not any(x.is_running() and x.status() != "zombie" for x in processes.values())
+
+
+SLOW_KEEPER = """
+import time
+from trl_larpo import lifetime
+be_keeper = lifetime._be_keeper
+lifetime._be_keeper = lambda *found: (time.sleep(0.5), be_keeper(*found))
+"""
+
+
+def test_an_orphan_of_the_first_moment_is_the_keepers(family, tmp_path):
+    process, processes = family(prelude=SLOW_KEEPER)  # as on a busy machine
+    processes["command"].kill()
+    process.communicate(timeout=SECONDS_TO_END)
+    assert process.returncode == 137 and not is_locked(tmp_path)
 
 
 @pytest.mark.slow

@@ -74,10 +74,12 @@ def guard(how_to_resume: str = "") -> None:
     front, (ours, keepers) = os.getpid(), socket.socketpair()
     awaited = [*_asking(), _NO_HURRY]
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # until those who answer them are there
+    _adopt_orphans()  # before there can be any
     if keeper := os.fork():
         _be_front(keeper, awaited)
     _end_with(front, _PARENT_DIED)
     keeper = os.getpid()
+    _adopt_orphans()
     if command := os.fork():
         ours.close()
         _be_keeper(command, awaited, how_to_resume)
@@ -225,8 +227,6 @@ def _leave_terminal() -> None:
 
 
 def _be_front(keeper: int, awaited: list[int]) -> NoReturn:
-    _adopt_orphans()
-
     def pass_on(number: int, frame: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(keeper, number)
@@ -242,7 +242,6 @@ def _be_front(keeper: int, awaited: list[int]) -> NoReturn:
 
 
 def _be_keeper(command: int, awaited: list[int], how_to_resume: str) -> NoReturn:
-    _adopt_orphans()
     os.setpgid(0, 0)  # what is sent to the group of the command must not end the one who cleans up
     asked: list[int] = []
     in_a_hurry = True

@@ -39,7 +39,7 @@ _MAY_CHANGE = frozenset({
     "server_api_key_variable", "server_reload", "stop_on", "monitor_evals", "monitor_time_share", "monitor_prompts",
     "monitor_stop", "num_processes", "generation_processes", "reward_processes",
     "reward_calls_in_flight", "reward_while_sampling",
-    "train_processes", "accelerate_config", "train_launcher", "report_to", "run_name", "logging_dir", "logging_steps",
+    "train_processes", "accelerate_config", "train_launcher", "report_to", "run_name", "logging_steps",
     "logging_strategy", "logging_first_step", "disable_tqdm", "log_level", "save_steps",
     "save_strategy", "save_total_limit", "dataloader_num_workers", "project", "trackio_space_id",
     # Speed and memory
@@ -55,7 +55,8 @@ _MAY_CHANGE = frozenset({
     "torch_compile_mode", "use_liger_kernel", "liger_kernel_config",
 })  # fmt: skip
 
-_NOT_RECORDED = ("output_dir", "dry_run", "local_rank")
+# `logging_dir` is a new folder at each start where transformers has the option, and training stages set it anyway
+_NOT_RECORDED = ("output_dir", "dry_run", "local_rank", "logging_dir")
 
 # Compared by what is there: a moved file or model is the same one
 _PATHS = ("prompts", "held_out_prompts", "random_prompts", "earlier_candidates", "model_name_or_path", "reward_funcs")
