@@ -203,6 +203,21 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     assert publish.filled(once, results) == once
 
 
+def test_intervals_of_claims_know_from_all_runs_how_much_seeds_vary(modules, tmp_path):
+    claims, effects, rng = modules("claims"), modules("effects"), np.random.default_rng(0)
+    rewards = {}
+    for name in claims.RUNS:
+        rewards[name] = rng.normal(0, 0.07, (2, 1)) + rng.normal(0, 0.2, (2, 20))
+        for seed, found in enumerate(rewards[name]):
+            path = tmp_path / "claims" / f"{name}_seed{seed}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"seed": seed, "rewards": list(found)}))
+    effect = claims.effect_of(modules("results").Results(tmp_path), "memory", "memory_all")
+    between = effects.BetweenSeeds.pooled(list(rewards.values()))
+    assert between.degrees == len(claims.RUNS) - 1
+    assert effect == effects.effect(rewards["memory_all"] - rewards["memory_none"], between=between)
+
+
 def test_verdict_is_what_the_interval_allows(modules):
     def verdict(low, high, num_seeds=5):
         return modules("effects").Effect((low + high) / 2, low, high, num_seeds).verdict

@@ -68,16 +68,6 @@ def check_monitors():
         assert a["by_prompt"] == pytest.approx(b["by_prompt"])
 
 
-def test_two_processes_watch_a_training_as_one_does(project):
-    change_options(project, num_iterations=1, num_train_epochs=3, dataloader_drop_last=True, monitor_time_share=1)
-    change_options(project, reward_funcs="run_rewards:emptiness")  # which makes few ties
-    assert larpo_run("--output_dir", "one") == 0
-    flags = ["--output_dir", "two", "--train_processes", "2", "--per_device_train_batch_size", "1"]
-    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=900, **in_processes())
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    check_monitors()
-
-
 def workers(process, stage):
     """Processes of a stage, by their rank."""
     found = {}
@@ -144,12 +134,13 @@ def test_an_error_in_one_process_is_said_once(project):
     assert len(said) == 1 and "The reward run_rewards:broken failed: ZeroDivisionError: division by zero" in said[0]
 
 
-def test_two_machines_train_one_model(project):
+def test_two_machines_train_and_watch_as_one_process_does(project):
     # Two machines on one host: each starts its own process, and they find each other by address and rank
     node = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1"
     node = f"{node} --master_port {free_port()} --node_rank"
     both = f"bash -c '{node} 1 {{stage}} & other=$!; {node} 0 {{stage}} && wait $other'"
-    change_options(project, num_iterations=1, dataloader_drop_last=True, reward_funcs="run_rewards:emptiness")
+    change_options(project, num_iterations=1, num_train_epochs=3, dataloader_drop_last=True, monitor_time_share=1)
+    change_options(project, reward_funcs="run_rewards:emptiness")  # which makes few ties
     assert larpo_run("--output_dir", "one") == 0
     flags = ["--output_dir", "two", "--per_device_train_batch_size", "1", "--train_launcher", both]
     done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=300, **in_processes())
@@ -157,6 +148,7 @@ def test_two_machines_train_one_model(project):
     one, two = (load_file(f"{run}/iteration_1/model/model.safetensors") for run in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    check_monitors()
 
 
 def free_port():

@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from effects import Effect, effect
+from effects import BetweenSeeds, Effect, effect
 from experiment import (
     GRADED_TASKS,
     SETTINGS,
@@ -203,12 +203,13 @@ def budget_of(folder: Path) -> dict[str, int]:
 def effect_of(results: Results, claim: str, name: str) -> Effect | None:
     """How much more a run earns than the first one of a claim, over the seeds that both have; `None` without any."""
     first = next(iter(CLAIMS[claim]))
-    found, of_first = results.claims(name), results.claims(first)
-    seeds = sorted(found.keys() & of_first.keys())
+    found = {each: results.claims(each) for each in RUNS}
+    seeds = sorted(found[name].keys() & found[first].keys())
     if name == first or not seeds:
         return None
-    rewards, rewards_of_first = ([by_seed[seed]["rewards"] for seed in seeds] for by_seed in (found, of_first))
-    return effect(np.subtract(rewards, rewards_of_first))
+    whole = {each: by_seed for each, by_seed in found.items() if by_seed.keys() >= set(seeds)}
+    rewards = {each: np.array([by_seed[seed]["rewards"] for seed in seeds]) for each, by_seed in whole.items()}
+    return effect(rewards[name] - rewards[first], between=BetweenSeeds.pooled(list(rewards.values())))
 
 
 def print_tables(results: Results, claims: list[str]) -> None:

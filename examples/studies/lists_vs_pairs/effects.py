@@ -1,6 +1,7 @@
 """Effects with intervals, where the same prompts were measured with several seeds."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,9 +66,20 @@ class BetweenSeeds:
         return cls(float(differences.mean(axis=1).var(ddof=1)))
 
     @classmethod
-    def pooled(cls, rewards: np.ndarray) -> "BetweenSeeds":
-        """Estimated from the rewards of all arms with these seeds, `(arms, seeds, prompts)`: from the mean square of
-        the interaction of arms and seeds. Supposes that it is the same for all arms."""
+    def pooled(cls, found: Sequence[np.ndarray]) -> "BetweenSeeds | None":
+        """
+        Estimated from all arms with these seeds, as two seeds of two arms alone say next to nothing about it: from the
+        mean square of the interaction of arms and seeds. Supposes that it is the same for all arms.
+
+        Args:
+            found: Rewards of each arm, `(seeds, prompts)`.
+
+        Returns:
+            `None` if there are no other arms, or a single seed.
+        """
+        if len(found) <= 2 or len(found[0]) == 1:
+            return None
+        rewards = np.array(found)
         of_seeds = rewards.mean(axis=2)
         rest = of_seeds - of_seeds.mean(axis=1, keepdims=True) - of_seeds.mean(axis=0) + of_seeds.mean()
         degrees = len(rewards) - 1

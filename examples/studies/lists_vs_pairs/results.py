@@ -116,11 +116,9 @@ class Results:
         return seeds_needed(differences, between=self._between_seeds(task, arm, other))
 
     def _between_seeds(self, task: str, arm: str, other: str) -> BetweenSeeds | None:
-        """Estimated from all arms that have the seeds of these two: two seeds of two arms alone say next to nothing.
-        `None` if there are no other arms, or a single seed."""
         seeds = self._common_seeds(task, arm, other)
         found = [rewards for each in self.arms(task) if (rewards := self.rewards(task, each, seeds)) is not None]
-        return BetweenSeeds.pooled(np.array(found)) if len(found) > 2 and len(seeds) > 1 else None
+        return BetweenSeeds.pooled(found)
 
     def tuning_table(self, task: str) -> list[str]:
         """Lines of a table in Markdown, with a column for each learning rate."""
