@@ -87,8 +87,8 @@ ARMS = {
     "best_worst": Arm("best against worst", "pairs", best_and_worst, _loss("pairwise")),
     "best_low": Arm("best against mean - 2 sigma", "pairs", best_and_low, _loss("pairwise")),
     "random_pair": Arm("random pair", "pairs", random_pair, _loss("pairwise")),
-    "best_worst_4_epochs": Arm(
-        "best against worst, 4 epochs", "pairs", best_and_worst, _loss("pairwise", num_train_epochs=4)
+    "best_worst_8_epochs": Arm(
+        "best against worst, 8 epochs", "pairs", best_and_worst, _loss("pairwise", num_train_epochs=8)
     ),
     "nested_pairs": Arm("nested pairs, all samples", "pairs", nested_pairs, _loss("pairwise")),
     "contrastive": Arm("contrastive", "lists", whole_list, _loss("contrastive")),

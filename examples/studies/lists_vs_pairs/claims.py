@@ -46,8 +46,8 @@ from trl_larpo.storage import iter_jsonl, read_json, read_jsonl, write_jsonl
 
 TASK = "four_rules"
 LEARNING_RATE = 2e-5
-CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0}
-"""With a schedule, iterations of other lengths would also have other learning rates."""
+SCHEDULE = {"lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 1}
+"""With another one, iterations of other lengths would also have other learning rates."""
 
 NUM_WATCHED = 2
 """Held-out prompts of the runs themselves: what counts is measured afterwards, on all of them."""
@@ -139,7 +139,7 @@ def run(variation: Variation, setup: Setup) -> dict:
         options |= {name: min(value, options[name]) for name, value in small.items()}
     folder = setup.output / "runs" / variation.file_name.removesuffix(".json")
     rows = Random(variation.seed).sample(task.train, num_prompts(options))
-    settings = SETTINGS | CONSTANT | {"learning_rate": LEARNING_RATE, "loss_type": ["lambdarank"]}
+    settings = SETTINGS | SCHEDULE | {"learning_rate": LEARNING_RATE, "loss_type": ["lambdarank"]}
     settings |= {name: options.pop(name) for name in ("loss_type",) if name in options}
     with quiet(setup.output):
         folder.mkdir(parents=True, exist_ok=True)

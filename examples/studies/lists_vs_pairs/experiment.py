@@ -35,7 +35,7 @@ MODEL = "outputs/SmolLM2-135M-Instruct"
 TEMPERATURE = 0.8
 
 # Settings for a small model and few prompts; all other options have the defaults of `larpo run`
-SETTINGS = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 1,
+SETTINGS = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 2,
             "gradient_checkpointing": False, "report_to": "none", "logging_strategy": "no", "save_strategy": "no",
             "disable_tqdm": True, "use_cpu": True, "bf16": False}  # fmt: skip
 

@@ -15,7 +15,7 @@ from results import Results
 COLORS = {"pairs": "#f2a65a", "lists": "#2a6f97", "options": "#7a7a7a"}
 
 
-def draw_arms(results: Results, task: str, picture: Path) -> None:
+def draw_arms(results: Results, task: str, picture: Path, schedule: str) -> None:
     """Effects on the reward, grouped as in the table, each group from the largest to the smallest."""
     found = {arm: effect for arm in results.arms(task) if (effect := results.effect(task, arm)) is not None}
     order = sorted(found, key=lambda arm: ([*COLORS].index(ARMS[arm].group), -found[arm].mean))
@@ -26,7 +26,7 @@ def draw_arms(results: Results, task: str, picture: Path) -> None:
     for group in dict.fromkeys(ARMS[arm].group for arm in order):
         axes.plot([], [], "o", color=COLORS[group], label=group)
     figure.legend(fontsize=8, loc="outside right upper")
-    axes.set_title(f"{task}: the same samples, different lists and losses", fontsize=10)
+    axes.set_title(f"{task}, equal samples; {schedule}", fontsize=10)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 

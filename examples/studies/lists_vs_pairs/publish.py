@@ -4,23 +4,33 @@ Puts the results into the docs: tables into README.md and docs/evidence.md, pict
     python examples/studies/lists_vs_pairs/publish.py
 
 A table stands between two comments, `<!-- results: arms four_rules -->` and `<!-- end of results -->`, and is replaced
-as a whole. The first word is a kind of table, the second one a task or a claim. Tables of results that are kept in a
-folder of their own name it: `first_round/arms`.
+as a whole. The first word is a kind of table, the second one a task or a claim. Tables of results with another schedule
+name its folder in `results/`: `constant/arms`.
 """
 
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import claims
 import figures
 from arms import ARMS, BASELINE
 from effects import GOAL
 from results import Results
-from study import HERE
+from study import ALWAYS_CONFIRMED, HERE, TUNING_SEEDS
 
 DOCS = HERE.parents[2] / "docs"
 PAGES = (HERE / "README.md", DOCS / "evidence.md")
+
+SCHEDULES = {
+    "constant": "constant, 1 epoch",
+    "constant_after_warmup": "constant after warm-up, 1 epoch",
+    "cosine_1_epoch": "cosine after warm-up, 1 epoch",
+    "cosine_batches_of_1": "the same, batches of one list",
+    ".": "**cosine after warm-up, 2 epochs**",
+}
+"""Schedules that were tried, by the folder of their results; the last one is the study's."""
 
 _TABLE = re.compile(r"(<!-- results: (?:(\w+)/)?(\w+) (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -47,13 +57,16 @@ def filled(page: str, results: Results) -> str:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draws what there are results of, one picture for each task and one for the other claims."""
+    """Draws what there are results of: a picture for each schedule and task, and one for the other claims."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for task in results.tasks():
-        if any(results.effect(task, arm) for arm in results.arms(task)):
-            pictures.append(folder / f"lists_vs_pairs_{task}.png")
-            figures.draw_arms(results, task, pictures[-1])
+    for schedule, label in SCHEDULES.items():
+        of_schedule = Results(results.folder / schedule)
+        for task in of_schedule.tasks():
+            if len(of_schedule.seeds(task, BASELINE)) > 2:  # two say next to nothing
+                name = "_".join(["lists_vs_pairs", task, *([schedule] if schedule != "." else [])])
+                pictures.append(folder / f"{name}.png")
+                figures.draw_arms(of_schedule, task, pictures[-1], label.strip("*"))
     if any(claims.effect_of(results, claim, name) for claim, names in claims.CLAIMS.items() for name in names):
         pictures.append(folder / "lists_vs_pairs_claims.png")
         figures.draw_claims(results, pictures[-1])
@@ -83,6 +96,22 @@ def effects_table(results: Results, task: str) -> list[str]:
     return [*head, *lines] if lines else []
 
 
+def schedules_table(results: Results, task: str) -> list[str]:
+    """The best mean reward of each arm on the prompts for tuning, over rates that all seeds have tried."""
+    lines = []
+    for folder, label in SCHEDULES.items():
+        cells = []
+        for arm in ALWAYS_CONFIRMED:
+            found = Results(results.folder / folder).tuning(task, arm)
+            means = {rate: fmean(of_seeds) for rate, of_seeds in found.items() if len(of_seeds) == len(TUNING_SEEDS)}
+            best = max(means, key=means.__getitem__, default=None)
+            shown = best and f"{means[best]:.3f} ({', '.join(f'{reward:.2f}' for reward in found[best])}; {best:g})"
+            cells.append(shown or "–")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    head = f"| | {' | '.join(ARMS[arm].label for arm in ALWAYS_CONFIRMED)} |"
+    return [head, "|---" * (len(ALWAYS_CONFIRMED) + 1) + "|", *lines]
+
+
 def claim_table(results: Results, claim: str) -> list[str]:
     return claims.table(results, claim) if any(map(results.claims, claims.CLAIMS[claim])) else []
 
@@ -91,6 +120,7 @@ TABLES: dict[str, Callable[[Results, str], list[str]]] = {
     "tuning": tuning_table,
     "arms": arms_table,
     "seeds": seeds_table,
+    "schedules": schedules_table,
     "effects": effects_table,
     "claim": claim_table,
 }
