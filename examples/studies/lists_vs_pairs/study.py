@@ -47,7 +47,7 @@ ALWAYS_CONFIRMED = (BASELINE, "contrastive", "listmle", "lambdarank", "lambdaran
 NUM_PROMISING = 2
 """How many more arms are confirmed: the best of the screening."""
 
-SMALL_ARMS = (BASELINE, "lambdarank", "listmle")
+SMALL_ARMS = (BASELINE, "lambdarank")
 
 
 def main() -> None:
@@ -89,7 +89,9 @@ def experiments_of(
         return sorted(found, key=lambda each: (each.seed, each.learning_rate))
     if stage == "confirm":
         arms = [arm for arm in confirmed_arms(task, results) if arm in arms]
-    seeds = list(SCREENING_SEEDS) if stage == "screen" else seeds or list(CONFIRMING_SEEDS)
+    usual = SCREENING_SEEDS if stage == "screen" else CONFIRMING_SEEDS
+    if stage == "screen" or seeds is None:
+        seeds = list(usual[: 1 if small else None])
     rates = {arm: results.best_learning_rate(task, arm) for arm in arms}
     missing = [arm for arm, rate in rates.items() if rate is None]
     if missing:
