@@ -1,7 +1,7 @@
 """
 Every recipe has the paper's settings, is listed with the paper's figures, and can be started in small form.
 
-One of each kind runs from end to end. examples/recipes/run_small.py runs all of them.
+One of each kind runs from end to end here; examples/recipes/run_small.py runs all of them.
 """
 
 import json
@@ -344,7 +344,7 @@ def test_one_of_each_kind_runs_in_small_form(kind, tmp_path, monkeypatch):
 
 NUM_PARTS = 3
 
-# A run with another number or another loss takes the same path through the code
+# A run with another number or another loss goes through the same stages; losses have tests of their own
 NUMBERS = ("temperature", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "num_iterations",
            "num_samples", "num_best", "num_worst", "loss_type")  # fmt: skip
 
