@@ -74,11 +74,13 @@ class FakeServer(ThreadingHTTPServer):
         prompt_tokens: int | None = None,
         token_ids=None,
         vllm: str | None = None,
-        model: str = "fake",
+        model: str = "fake",  # what it serves, if it is vLLM
+        offers: tuple[str, ...] = ("fake",),
         host: str = "127.0.0.1",
     ):
         super().__init__((host, port), _Handler)
         self.vllm, self.model, self.adapters, self.asleep = vllm, model, [], set()  # one of DEVICES, if it is vLLM
+        self.offers = offers
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
         self.token_ids = token_ids  # makes tokens of a text
         self.random = random.Random(0)
@@ -131,8 +133,8 @@ class _Handler(JsonHandler):
             self._send(200, {"paths": {} if self.server.vllm is None else {"/v1/load_lora_adapter": {}}})
         else:
             hides = self.server.fault == "random" and self.server.random.random() < _BAD_SHARE
-            models = [] if self.server.fault == "no_model" or hides else [{"id": "fake", "object": "model"}]
-            self._send(200, {"object": "list", "data": models})
+            models = [] if self.server.fault == "no_model" or hides else self.server.offers
+            self._send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in models]})
         return None
 
     def _develop(self, asked):

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--model", help="folder of a model that ends its answers; by default one is made")
     options = parser.parse_args(argv)
-    servers = [FakeServer(fault="random").start() for _ in range(3)]
+    offers = ("fake", "out/iteration_1/model", "out/iteration_2/model")
+    servers = [FakeServer(fault="random", offers=offers).start() for _ in range(3)]
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             return _night(Path(folder), options.prompts, options.model, servers)

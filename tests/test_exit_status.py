@@ -23,7 +23,10 @@ from trl_larpo.run import launch
 needs_online = pytest.mark.skipif(not tiny.HAS_ONLINE, reason="`larpo online` needs TRL 1.16")
 
 COMMANDS = [name for name, (_, text) in cli.COMMANDS.items() if text is not None]
-RERUN, FROM_CHECKPOINT = "Run the same command again to resume; nothing is lost.", "`--resume_from_checkpoint last`"
+RERUN, FROM_CHECKPOINT = (
+    "Run the same command again to resume; what was saved is kept.",
+    "`--resume_from_checkpoint last`",
+)
 RESUMES = {**dict.fromkeys(("run", "generate", "reward", "recall"), RERUN),
            **dict.fromkeys(("train", "online"), FROM_CHECKPOINT)}  # fmt: skip
 

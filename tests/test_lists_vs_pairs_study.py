@@ -245,9 +245,9 @@ def test_pictures_of_the_docs_can_be_drawn_again(modules, tmp_path):
 def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp_path):
     study, results = modules("study"), modules("results").Results(tmp_path)
 
-    def try_all(reward_of):
+    def try_all(arm, reward_of):
         tried = []
-        while rates := study.rates_to_try("four_rules", "lambdarank", results, small=False):
+        while rates := study.rates_to_try("four_rules", arm, results, small=False):
             tried += [each.learning_rate for each in rates]
             for each in rates:
                 result = {"settings": each.settings, "end": {"reward": reward_of(each)}}
@@ -255,9 +255,14 @@ def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp
         return tried
 
     # Above 2e-4 the second seed ends badly, so that the best but two with the first one is tried with it as well
-    found = try_all(lambda each: np.log10(each.learning_rate) - 9 * (each.seed == 101 and each.learning_rate > 2e-4))
-    assert sorted(found) == [1e-5, 3e-5, 1e-4, 1e-4, 3e-4, 3e-4, 1e-3, 1e-3]
+    def reward_of(each):
+        return np.log10(each.learning_rate) - 9 * (each.seed == 101 and each.learning_rate > 2e-4)
+
+    assert sorted(try_all("lambdarank", reward_of)) == [1e-5, 3e-5, 1e-4, 1e-4, 3e-4, 3e-4, 1e-3, 1e-3]
     assert results.best_learning_rate("four_rules", "lambdarank") == 1e-4
+    # Arms that are only screened are tried with one seed
+    assert try_all("listnet", lambda each: -each.learning_rate) == [1e-5, 3e-5, 1e-4, 3e-6, 1e-6]
+    assert results.best_learning_rate("four_rules", "listnet") == 1e-6
 
 
 def test_a_result_of_other_settings_is_computed_again(modules, tmp_path):

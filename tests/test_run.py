@@ -133,7 +133,7 @@ def test_interrupt_says_how_to_go_on(project):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "larpo: stopped by SIGINT. Run the same command again to resume; nothing is lost." in errors
+    assert "larpo: stopped by SIGINT. Run the same command again to resume; what was saved is kept." in errors
     assert larpo_run() == 0
 
 

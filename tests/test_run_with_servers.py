@@ -22,6 +22,8 @@ pytestmark = pytest.mark.slow
 
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
 
+OFFERS = ("fake", "out/iteration_1/model", "out/iteration_2/model")
+
 
 def test_servers_of_each_iterations_model(project, talkative_model, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
@@ -97,17 +99,33 @@ def test_a_run_whose_servers_are_gone_goes_on_with_others(project, capsys):
     kept = rows_of(project / "out/iteration_0/held_out_samples.jsonl.partial-0")
     assert kept
     dying.close()
-    healthy = FakeServer().start()
+    healthy = FakeServer(offers=OFFERS).start()
     assert larpo_run("--server_urls", healthy.url) == 0
     samples = {row["prompt_id"]: row for row in rows_of(project / "out/iteration_0/held_out.jsonl")}
     assert all(samples[row["prompt_id"]]["completions"] == row["completions"] for row in kept)
     healthy.close()
 
 
+def test_running_servers_are_given_each_model_by_hand(project, caplog, capsys):
+    server = FakeServer().start()
+    change_options(project, server_urls=[server.url], num_iterations=1, monitor_evals=0)
+    assert larpo_run("--dry_run") == 0
+    assert "is not given new weights" in capsys.readouterr().out
+    assert larpo_run() == 2
+    assert "The servers offer another name: fake is taken to be " in caplog.text
+    assert f"{server.url} offers fake and not out/iteration_1/model" in capsys.readouterr().err
+    assert (project / "out/iteration_1/model").exists() and not (project / "out/iteration_1/held_out.jsonl").exists()
+    server.offers = ("fake", str(project / "out/iteration_1/model"))
+    assert larpo_run() == 0
+    assert {asked["model"] for asked in server.requests} == set(server.offers)
+    assert larpo_run("--try", "4") == 0  # of which the new model is not sampled
+    server.close()
+
+
 def test_a_prompt_that_no_server_answers_is_set_aside_and_named(project, capsys):
     texts = [f"{i} why is the dog blue" for i in range(11)]
     write_prompts(project, [*texts, "poison <b>here</b>"])
-    server = FakeServer(fault="refusal").start()
+    server = FakeServer(fault="refusal", offers=OFFERS).start()
     change_options(project, server_urls=[server.url], num_iterations=1)
     assert larpo_run() == 0
     printed = capsys.readouterr().out

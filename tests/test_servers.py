@@ -22,7 +22,8 @@ from fake_server import BAD_ANSWERS, FakeServer
 
 from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation import server_client as servers
-from trl_larpo.generation.server_client import Request, Sampler, request_seed
+from trl_larpo.generation.server_client import Sampler, request_seed
+from trl_larpo.generation.server_endpoint import Request
 from trl_larpo.generation.server_process import check_url, running_servers, server_command, stop_leftovers
 from trl_larpo.lifetime import Stopped
 
@@ -49,7 +50,8 @@ def fake():
 def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), failures=None, **options):
     """Samples by the key of their request. Those in `poison` say so; `failures` takes what is set aside."""
     settings = {"max_new_tokens": 20, "top_p": 0.9, "end_ids": [2], "count_tokens": lambda text: len(text.split())}
-    sampler = Sampler([server.url for server in urls], None, **(settings | {"requests_in_flight": 3} | options))
+    settings |= {"model_path": "fake", "must_offer": False, "requests_in_flight": 3}
+    sampler = Sampler([server.url for server in urls], None, **(settings | options))
     results = {}
     requests = [
         Request(
@@ -99,7 +101,7 @@ def test_what_a_model_may_set_is_sent(fake):
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
 def test_a_server_that_knows_no_such_settings_is_asked_without_and_named(fake, caplog, chat):
     server = fake("strict")
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.server_client"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation"):
         assert len(sample([server], num_requests=30, chat=chat)) == 30
     assert len(server.requests) <= 30 + 3  # those in flight when it was not known yet
     assert caplog.text.count("The servers refuse top_k, min_p, repetition_penalty, return_token_ids: they draw") == 1
@@ -137,7 +139,7 @@ def test_a_server_that_decodes_greedily_is_told_to_sample(fake):
 
 
 def test_identical_samples_are_reported_once(fake, caplog):
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.server_client"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation"):
         results = sample([fake("always_greedy")])
     assert all(len({x.text for x in samples}) == 1 for samples in results.values())
     warnings = [record.message for record in caplog.records if "Identical samples" in record.message]
@@ -145,7 +147,7 @@ def test_identical_samples_are_reported_once(fake, caplog):
 
 
 def test_another_prompt_than_in_training_is_reported(fake, caplog):
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.server_client"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation"):
         sample([fake(prompt_tokens=3)])
         assert not caplog.records
         sample([fake(prompt_tokens=4)])
@@ -218,7 +220,7 @@ def test_a_wrong_key_ends_a_server_at_once(fake, monkeypatch):
 
 def test_servers_that_do_not_say_how_completions_end_are_reported(fake, caplog, monkeypatch):
     monkeypatch.setattr(fake_server, "_answer", lambda prompt, number: (f"{number} bees", None))
-    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation.server_client"):
+    with caplog.at_level(logging.WARNING, logger="trl_larpo.generation"):
         assert not any(x.finished for samples in sample([fake()]).values() for x in samples)
     assert caplog.text.count("`finish_reason` is missing") == 1
 
@@ -237,7 +239,7 @@ def test_a_signal_while_requests_are_in_flight_is_no_error_of_theirs(fake, caplo
         if signals:
             raise signals.pop()
 
-    monkeypatch.setattr(servers._Endpoint, "check_prompt", stop)
+    monkeypatch.setattr(servers.Endpoint, "check_prompt", stop)
     with pytest.raises(Stopped):
         sample([fake()])
     gc.collect()

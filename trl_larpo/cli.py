@@ -27,7 +27,7 @@ from .version import __version__
 
 _LAST_CHECKPOINT = ("true", "last", "auto")
 
-_RERUN = " Run the same command again to resume; nothing is lost."
+_RERUN = " Run the same command again to resume; what was saved is kept."
 _RESUME_TRAINING = " With `--resume_from_checkpoint last` it resumes from its last checkpoint (`save_steps`)."
 _HOW_TO_RESUME = {  # of commands that take long
     **dict.fromkeys(("run", "generate", "reward", "recall"), _RERUN),
@@ -107,7 +107,7 @@ def run(argv: list[str]) -> None:
         epilog="With --small, the configuration runs with tiny stand-ins for its models and a few short prompts: to "
         "see in a minute, without a GPU or a network, that all of it works. Other flags still win. With --try 20, one "
         "short iteration runs on 20 of the prompts, with the real models, rewards and servers, in the folder "
-        "OUTPUT_DIR-try; then it says what the whole run will take, and what speaks against it.",
+        "OUTPUT_DIR-try; then it estimates time and disk of the whole run, and lists problems.",
     )
     _show_log()
     with _quick_collections():

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 GROUPS: dict[str, dict[str, str]] = {
     "model": {
         "model_name_or_path": "the model: a folder or a hub id",
-        "dtype": "type of its weights",
+        "dtype": "dtype of its weights",
         "attn_implementation": "sdpa, eager, flash_attention_2, ...",
         "use_peft": "train a LoRA adapter",
         "lora_r": "its rank",
@@ -39,7 +39,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "sampling": {
         "num_samples": "completions of each prompt",
-        "temperature": "one, or one for each iteration",
+        "temperature": "sampling temperature; several: one for each iteration",
         "top_p": "nucleus sampling threshold",
         "max_new_tokens": "longest completion, in tokens",
         "generation_batch_size": "completions sampled at the same time",
@@ -61,22 +61,22 @@ GROUPS: dict[str, dict[str, str]] = {
         "num_best": "top-ranked completions to keep per prompt (default: all)",
         "num_worst": "bottom-ranked completions to keep per prompt (default: all)",
         "max_list_size": "longest list where all are taken",
-        "min_reward_gap": "least difference between the best and the worst of a list",
+        "min_reward_gap": "minimum difference in reward between best and worst of a list",
         "memory": "train on rows of earlier iterations too: none, previous, all",
         "negatives": "further candidates: other temperatures, other prompts",
         "truncated_completions": "cut-off completions: rank_last, by_reward or drop",
     },
     "loss and training": {
         "loss_type": "lambdarank, listmle, contrastive, pairwise, ...",
-        "beta": "strength of the reference model",
+        "beta": "scale of the scores",
         "per_token_scores": "divide scores by the number of tokens",
         "reference": "the policy that starts the iteration, or the initial model",
         "ref_update_steps": "steps after which the policy becomes the reference",
         "memory_size": "last samples of a prompt that join its new ones",
-        "learning_rate": "largest learning rate",
+        "learning_rate": "peak learning rate",
         "lr_scheduler_type": "linear, cosine, constant, ...",
         "num_train_epochs": "passes over the lists",
-        "per_device_train_batch_size": "lists in a batch on each device (online: completions)",
+        "per_device_train_batch_size": "lists in a batch on each device",
         "gradient_accumulation_steps": "batches in an optimizer step",
         "max_length": "longest prompt plus completion, in tokens",
         "gradient_checkpointing": "saves memory, slows the step",
@@ -86,7 +86,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "evaluation": {
         "held_out_prompts": "prompts to evaluate on (default: some of `prompts`)",
-        "num_held_out": "how many",
+        "num_held_out": "number of held-out prompts",
         "num_eval_samples": "completions of each",
         "monitor_evals": "evaluations during a training, at most",
         "monitor_stop": "stop a training that makes held-out answers worse",
@@ -100,14 +100,22 @@ GROUPS: dict[str, dict[str, str]] = {
         "use_cpu": "do not use a GPU",
     },
     "run": {
-        "output_dir": "folder of the results; the same command resumes there",
+        "output_dir": "folder of the results",
         "num_iterations": "iterations",
-        "resume_from_checkpoint": "true, or a checkpoint's folder",
+        "resume_from_checkpoint": "last, or a checkpoint's folder",
         "report_to": "wandb, trackio, tensorboard, none",
         "dry_run": "check everything, print the plan, and stop",
     },
 }
 """Group → option → its line."""
+
+_OF_ONLINE = {
+    "dataset_name": "prompts: a file, a folder or a hub id",
+    "temperature": "sampling temperature",
+    "per_device_train_batch_size": "completions in a batch on each device",
+    "num_iterations": "times that each batch of samples is used",
+}
+"""Lines of options that mean something else in online training."""
 
 FURTHER: dict[str, tuple[str, ...]] = {
     "prompts": ("prompts_config", "prompts_split", "max_prompt_length", "system_prompt"),
@@ -124,10 +132,13 @@ FURTHER: dict[str, tuple[str, ...]] = {
         "num_negatives", "low_temperature", "high_temperature", "random_prompts", "random_prompts_column",
         "earlier_candidates",
     ),
-    "loss and training": ("loss_weights", "lambda_weight", "listnet_temperature", "shared_prompt"),
+    "loss and training": (
+        "loss_weights", "lambda_weight", "normalize_comparisons", "listmle_top_k", "contrastive_positives",
+        "listnet_temperature", "reference_free", "target_margin", "shared_prompt",
+    ),
     "evaluation": ("held_out_split", "eval_temperature", "monitor_prompts", "monitor_time_share", "num_bootstrap"),
     "machines": ("generation_processes", "reward_processes", "train_processes", "train_launcher"),
-    "run": ("mirror", "notify_command"),
+    "run": ("max_failed_share", "mirror", "notify_command"),
 }  # fmt: skip
 """Options of ours that only [`full_help`] shows, behind those of their group."""
 
@@ -140,8 +151,10 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     """One line for each option that people set."""
     width = _width()
     text = _head(parser, width)
+    special = _OF_ONLINE if "num_generations" in _actions(parser) else {}
     for title, actions in _grouped(parser):
-        lines = [_short(actions[name], line, width) for name, line in GROUPS[title].items() if name in actions]
+        said = GROUPS[title] | {name: line for name, line in special.items() if name in GROUPS[title]}
+        lines = [_short(actions[name], line, width) for name, line in said.items() if name in actions]
         text += f"\n{title}:\n" + "".join(lines)
     return f"{text}\nAll options, with whole explanations: {parser.prog} --help-all\n"
 

@@ -32,7 +32,9 @@ class GenerationOptions(SetAsideOptions):
         'Arguments of the chat template, in sampling, training and evaluation alike, e.g. {"enable_thinking": false}.',
     )
     server_urls: list[str] | None = option(
-        None, "Base addresses of running OpenAI-compatible servers (vLLM, SGLang, ...), e.g. http://127.0.0.1:8000/v1."
+        None,
+        "Base addresses of running OpenAI-compatible servers (vLLM, SGLang, ...), e.g. http://127.0.0.1:8000/v1. "
+        "`larpo run` stops after each training until they offer its model by its path.",
     )
     server_command: str | None = option(
         None,
@@ -43,8 +45,9 @@ class GenerationOptions(SetAsideOptions):
     num_servers: int = option(1, "Servers started by `server_command`.")
     server_model: str | None = option(
         None,
-        "Name of the model on the servers. None: what {model} stands for in `server_command`; of `server_urls` the "
-        "first that they offer.",
+        "Name of the model on the servers. None: what {model} stands for in `server_command`; of `server_urls` the one "
+        "with the model's path, else the first. If it is given, `larpo run` does not check which model "
+        "`server_urls` have.",
     )
     server_health_route: str = option("/health", "Route that answers with status 200 when a started server is ready.")
     server_start_timeout: float = option(900.0, "Seconds that a started server may take until it is ready.")

@@ -37,7 +37,8 @@ from .in_process import (
 )
 from .model_servers import ModelServers
 from .options import GenerationOptions
-from .server_client import Request, Sampler, request_seed
+from .server_client import Sampler, request_seed
+from .server_endpoint import Request
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class SamplingTask:
         iteration: The iteration the samples belong to.
         key: Together with the prompt, the name of the random numbers.
         revision: Of a model on the hub.
+        is_trained: Whether the run has trained the model, so that servers that ran before cannot have it yet.
         description: What the progress bar says.
     """
 
@@ -77,6 +79,7 @@ class SamplingTask:
     iteration: int
     key: str
     revision: str = "main"
+    is_trained: bool = False
     description: str = "Sampling"
 
     @property
@@ -250,6 +253,8 @@ class PolicySampler:
         sampler = Sampler(
             urls,
             name,
+            task.model_path,
+            must_offer=task.is_trained and bool(options.server_urls),
             max_new_tokens=options.max_new_tokens,
             top_p=options.top_p,
             end_ids=sorted(_end_ids_of(task, tokenizer)),

@@ -16,10 +16,10 @@ class JudgeOptions(CheckedOptions):
 
     reward_funcs: list[str] = option(
         [],
-        "Rewards, summed up: 'verifiable_instruction', 'gsm8k', 'math', 'package.module:function' (called as TRL calls "
-        "its reward functions), the folder or hub id of a sequence classification model, or, for a ranker that "
-        "compares the completions of a prompt, 'pairwise:package.module:function' or PairRM, "
-        "'pairwise:llm-blender/PairRM-hf'.",
+        "Rewards, summed up: 'verifiable_instruction', 'verifiable_instructions', 'gsm8k', 'math', "
+        "'package.module:function' (called as TRL calls its reward functions), the folder or hub id of a sequence "
+        "classification model, or, for a ranker that compares the completions of a prompt, "
+        "'pairwise:package.module:function' or PairRM, 'pairwise:llm-blender/PairRM-hf'.",
     )
     reward_batch_size: int = option(16, "Completions that a reward model scores at the same time.")
     reward_max_length: int | None = option(

@@ -38,6 +38,7 @@ def generate(context: RunContext, iteration: int, path: Path) -> None:
         iteration,
         key=str(iteration),
         revision=revision,
+        is_trained=context.is_trained(iteration - 1),
         description=f"Iteration {iteration}: sampling",
     )
     with _early_rewards(context, iteration, path.with_name("rewarded.jsonl")) as on_pools:

@@ -82,8 +82,16 @@ class RunContext:
             iteration,
             key="held out",  # the same random numbers every time: what differs, differs by the model
             revision=revision,
+            is_trained=self.is_trained(iteration),
             description=f"{f'Iteration {iteration}' if iteration else 'Start'}: sampling on held-out prompts",
         )
+
+    def is_trained(self, iteration: int) -> bool:
+        """
+        Whether running servers have to show that they have the model that an iteration ends with. In a trial their time
+        counts, whatever they have.
+        """
+        return iteration > 0 and not self.folder.is_trial
 
     def model(self, iteration: int) -> tuple[str, str]:
         """

@@ -65,6 +65,8 @@ _PRINTS = "fingerprints"  # among the options in run.yaml: what the paths in the
 
 CHANGES = "changes.jsonl"
 
+TRIAL = "trial.json"
+"""What the trial of `--try` says, for scripts; it also tells the folder of a trial from others."""
 
 TIMINGS = "timings.jsonl"
 
@@ -102,6 +104,11 @@ class RunFolder:
     def model_path(self, iteration: int) -> str:
         """The model that an iteration ends with; for 0 the initial one."""
         return self.model.model_name_or_path if iteration == 0 else str(self.iteration(iteration) / "model")
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether the folder is that of a trial (`--try`)."""
+        return (self.path / TRIAL).exists()
 
     @property
     def keeps_adapter(self) -> bool:

@@ -71,13 +71,13 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
     tokenizer = tokenizer_of(model)
     if options.dry_run:
         folder.prepare_prompts(tokenizer, save=False)
-        print(plan(folder))
+        print(plan(folder, tokenizer))
         return folder.path / "report.html"
     with exclusive_lock(folder.path), explain_full_disk(folder.path):
         folder.prepare_prompts(tokenizer)
         folder.save_configuration()
         repair(folder)
-        print(plan(folder))
+        print(plan(folder, tokenizer))
         context = RunContext(folder)
         try:
             page = _run_all(context, mirror)

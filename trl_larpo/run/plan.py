@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 
+from transformers import PreTrainedTokenizerBase
+
 from .folder import RunFolder
 from .memory import earlier_iterations
 from .options import RunConfig
 
 
-def plan(folder: RunFolder) -> str:
+def plan(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str:
     """What will be done, in a few lines."""
     options, training, counts = folder.options, folder.training, folder.prompt_counts
     left_out = [
@@ -42,6 +44,16 @@ def plan(folder: RunFolder) -> str:
         lines.append(
             f"  note       beta {training.beta:g} is weak for scores per token, whose default is 2; for sums, as in "
             "DPO, set `per_token_scores: false`"
+        )
+    if tokenizer.chat_template and any(isinstance(prompt.content, str) for prompt in folder.prompts):
+        lines.append(
+            "  note       prompts are texts, to which the model's chat template is not applied; if it should be, set "
+            "`prompts_as_messages: true`"
+        )
+    if options.server_urls and not options.server_model:
+        lines.append(
+            "  note       `server_urls` is not given new weights: after each training the run stops until you have "
+            "restarted these servers with its model; with `server_command` it goes on by itself"
         )
     total_samples = len(folder.held_out) * options.num_eval_samples
     total_steps = total_rewards = 0

@@ -25,15 +25,12 @@ from ..storage import read_json, read_jsonl, write_json, write_jsonl
 from ..training.config import LarPOConfig
 from .checks import bytes_of_models, check_run, existing_folder, size_text
 from .evaluation_stages import MAX_KL_PROMPTS
-from .folder import TIMINGS, RunFolder
+from .folder import TIMINGS, TRIAL, RunFolder
 from .loop import run, tokenizer_of
 from .options import RunConfig
 from .plan import num_steps, plan, times_of_prompts
 from .stages import STAGES
 from .status import duration
-
-TRIAL = "trial.json"
-"""What the trial says, for scripts; it also tells the folder of a trial from others."""
 
 _NUM_STEPS = 4  # of the optimizer
 
@@ -77,13 +74,14 @@ def try_run(options: RunConfig, training: LarPOConfig, model: ModelConfig, num_p
         raise ConfigError("`--dry_run` runs nothing, and `--try` does: leave one of them out.")
     whole = RunFolder(options, training, model)
     check_run(whole)
-    whole.prepare_prompts(tokenizer_of(model), save=False)
+    tokenizer = tokenizer_of(model)
+    whole.prepare_prompts(tokenizer, save=False)
     trial = trial_of(whole, num_prompts)
     _make_folder(trial)
     page = run(trial.options, trial.training, trial.model)
     found = forecast(whole, trial)
     write_json(trial.path / TRIAL, found)
-    print(f"\n{plan(whole)}\n\n{as_text(found)}\nSamples and lists of the trial: {page}")
+    print(f"\n{plan(whole, tokenizer)}\n\n{as_text(found)}\nSamples and lists of the trial: {page}")
     return page
 
 

@@ -38,7 +38,7 @@ FIRST_RATES = slice(2, 5)
 
 TUNING_SEEDS = (100, 101)
 NUM_FINALISTS = 2
-"""How many learning rates are tried with further seeds than the first."""
+"""How many learning rates of an arm that is always confirmed are tried with further seeds than the first."""
 
 SCREENING_SEEDS = (0, 1)
 CONFIRMING_SEEDS = (2, 3, 4)
@@ -100,8 +100,8 @@ def experiments_of(
 
 
 def rates_to_try(task: str, arm: str, results: Results, small: bool) -> list[Experiment]:
-    """Learning rates, with their seeds, that an arm has not been tried with yet: all with the first seed, the best two
-    of it, and whatever comes out best, with the others."""
+    """Learning rates, with their seeds, that an arm has not been tried with yet: all with the first seed; for arms that
+    are always confirmed the best two of it, and whatever comes out best, with the others as well."""
     first, *others = TUNING_SEEDS[: 1 if small else None]
 
     def untried(rates: Iterable[float], seeds: Sequence[int]) -> list[Experiment]:
@@ -115,6 +115,8 @@ def rates_to_try(task: str, arm: str, results: Results, small: bool) -> list[Exp
     place = LEARNING_RATES.index(best)
     if missing := untried(LEARNING_RATES[max(0, place - 1) : place + 2], [first]):
         return missing
+    if arm not in ALWAYS_CONFIRMED:
+        return []
     by_rate = results.tuning(task, arm)
     finalists = sorted(by_rate, key=lambda rate: -by_rate[rate][0])[:NUM_FINALISTS]
     return untried({*finalists, best}, others)

@@ -1,0 +1,274 @@
+"""[`Endpoint`]: one server that speaks OpenAI's protocol. What it answers is checked, because servers differ."""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import LarPOError
+from ..prompts import Content
+from .in_process import Sample
+from .urls import is_loopback
+
+logger = logging.getLogger(__name__)
+
+FIRST_WAIT = 0.5
+"""Seconds between a failure and the next try."""
+
+_MORE_SETTINGS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+"""
+Beyond OpenAI's protocol. What is not said a server takes from the model's `generation_config.json`, so that samples of
+one model would be drawn in another way than those of the next.
+"""
+
+_UNKNOWN_SETTING = (400, 422)  # what a server says to a setting that it does not know
+
+_NEVER_AGAIN = (401, 403, 404)  # what a server says to a wrong key, model or address
+_LATER = (408, 409, 425, 429)
+
+
+@dataclass
+class Request:
+    """
+    Completions asked for.
+
+    Attributes:
+        key: Name of the prompt.
+        prompt: String or conversation.
+        temperatures: One for each completion.
+        prompt_ids: Tokens of the prompt as training sees them.
+        seed: Of the first completion; the others' follow.
+        tries: How often servers that are well could not answer it.
+        failed_on: Addresses of these servers.
+    """
+
+    key: str
+    prompt: Content
+    temperatures: list[float]
+    prompt_ids: list[int]
+    seed: int
+    tries: int = 0
+    failed_on: set[str] = field(default_factory=set)
+
+
+@dataclass
+class SamplerSettings:
+    """
+    How to sample, for all requests alike.
+
+    Attributes:
+        urls: Base addresses, e.g. `http://127.0.0.1:8000/v1`.
+        model: Name of the model on the servers. `None`: the one that has its path as name or root, else the first that
+            a server offers.
+        model_path: Folder or hub id of the model.
+        must_offer: Whether a server must offer the model by its path: the run has trained it, and running servers are
+            not given new weights.
+        max_new_tokens: Longest completion, in tokens.
+        top_p: Nucleus sampling threshold.
+        end_ids: Tokens that end a completion, for servers that must be told.
+        count_tokens: Number of tokens of a text, for answers that do not say.
+        api_key_variable: Environment variable that holds the key of the servers.
+        chat_template_kwargs: Arguments of the chat template.
+        requests_in_flight: On each server.
+        timeout: Seconds that one request may take.
+        patience: Seconds for which a server may fail before it is given up.
+    """
+
+    urls: list[str]
+    model: str | None
+    model_path: str
+    must_offer: bool
+    max_new_tokens: int
+    top_p: float
+    end_ids: list[int]
+    count_tokens: Callable[[str], int]
+    api_key_variable: str = "OPENAI_API_KEY"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    requests_in_flight: int = 32
+    timeout: float = 600.0
+    patience: float = 120.0
+    warnings: list[str] = field(default_factory=list)
+
+
+class UnusableAnswerError(Exception):
+    """A server answered, but with something else than completions."""
+
+
+class Endpoint:
+    """One server, and how it has fared."""
+
+    def __init__(self, sampler: SamplerSettings, url: str):
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        key = os.environ.get(sampler.api_key_variable) or "EMPTY"
+        self.url, self.sampler, self.model = url, sampler, sampler.model
+        self.extra: dict[str, Any] = {}
+        self.client = AsyncOpenAI(
+            base_url=url,
+            api_key=key,
+            timeout=sampler.timeout,
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None,  # no proxy
+        )
+        self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
+        self.failing_since: float | None = None
+        self.first_failures = 0  # requests in a row that failed at their first try
+        self.wait = FIRST_WAIT
+        self.dead = False
+
+    async def complete(self, request: Request, temperature: float, count: int, seed: int) -> list[Sample]:
+        """Up to `count` samples: what the server returns."""
+        if self.model is None:
+            self.model = await self.offered_model()
+        template: dict[str, Any] = {}
+        if self.sampler.chat_template_kwargs and not isinstance(request.prompt, str):
+            template = {"chat_template_kwargs": self.sampler.chat_template_kwargs}
+        options = {
+            "model": self.model,
+            "temperature": temperature,
+            "top_p": self.sampler.top_p,
+            "max_tokens": self.sampler.max_new_tokens,
+            "seed": seed,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        } | ({"n": count} if count > 1 else {})
+        answer = await self.ask(request.prompt, options, self.extra_body(temperature) | template)
+        choices = getattr(answer, "choices", None)
+        if not isinstance(choices, list):
+            raise UnusableAnswerError(f"it answered without choices: {' '.join(str(answer).split())[:150]}")
+        try:
+            # A message without any text is an empty answer; a choice without a text is none
+            texts = [
+                choice.text if isinstance(request.prompt, str) else choice.message.content or "" for choice in choices
+            ]
+        except AttributeError:
+            texts = [None]
+        if None in texts:
+            raise UnusableAnswerError(f"its choices hold no text: {' '.join(str(choices).split())[:150]}")
+        self.check_prompt(request, answer)
+        samples = []
+        for text, choice in zip(texts, choices, strict=True):
+            if choice.finish_reason is None:
+                self.warn(
+                    "The servers do not say why completions end (`finish_reason` is missing): all of them count as cut "
+                    "off. Take a server that says it."
+                )
+            finished = choice.finish_reason == "stop"
+            ids = getattr(choice, "token_ids", None) or None
+            known = answer.usage.completion_tokens if answer.usage and len(texts) == 1 else None
+            num_tokens = len(ids) if ids else known or self.sampler.count_tokens(text) + finished
+            samples.append(Sample(text=text, num_tokens=num_tokens, finished=finished, token_ids=ids))
+        return samples[:count]
+
+    async def ask(self, prompt: Content, options: dict[str, Any], extra_body: dict[str, Any]) -> Any:
+        """The answer to a request, with the settings that OpenAI's protocol lacks where the server knows them."""
+        import openai
+
+        if self.takes_more is False:
+            return await self.send(prompt, options, extra_body)
+        try:
+            answer = await self.send(prompt, options, _MORE_SETTINGS | extra_body)
+        except openai.APIStatusError as error:
+            if self.takes_more or error.status_code not in _UNKNOWN_SETTING:
+                raise
+            answer = await self.send(prompt, options, extra_body)  # raises the error again if the prompt is the cause
+            self.takes_more = False
+            self.warn(
+                f"The servers refuse {', '.join(_MORE_SETTINGS)}: they draw with what they or the model's "
+                "`generation_config.json` hold for these, and completions that end are trained on as their texts are "
+                "tokenised."
+            )
+        else:
+            self.takes_more = True
+        return answer
+
+    async def send(self, prompt: Content, options: dict[str, Any], extra_body: dict[str, Any]) -> Any:
+        asked: Any
+        if isinstance(prompt, str):
+            asked = self.client.completions.create(prompt=prompt, extra_body=extra_body, **options)
+        else:
+            asked = self.client.chat.completions.create(messages=prompt, extra_body=extra_body, **options)
+        # The client's own limit begins again with each byte that comes
+        async with asyncio.timeout(self.sampler.timeout):  # in Python 3.11, `wait_for` may swallow a cancel
+            return await asked
+
+    async def offered_model(self) -> str:
+        """The name of the model that it is asked for."""
+        path, models = self.sampler.model_path, await self.models()
+        for model in models:
+            if _is_same_path(model.id, path) or _is_same_path(getattr(model, "root", None), path):
+                return model.id
+        if self.sampler.must_offer:
+            raise LarPOError(
+                f"`server_urls`: {self.url} offers {', '.join(model.id for model in models)} and not {path}, which the "
+                "run has trained. Servers that run already are not given new weights: restart them with this model and "
+                "run the same command again. With `server_command`, a run gives its servers each model by itself."
+            )
+        self.warn(f"The servers offer another name: {models[0].id} is taken to be {path}.")
+        return models[0].id
+
+    async def models(self) -> list[Any]:
+        """What it offers, at least one."""
+        if not (models := (await self.client.models.list()).data):
+            raise UnusableAnswerError("it offers no model")
+        return models
+
+    async def is_well(self) -> bool:
+        """Whether it answers a question that has nothing to do with a prompt."""
+        try:
+            async with asyncio.timeout(10):
+                await self.models()
+        except Exception:  # whatever it is
+            return False
+        return True
+
+    def extra_body(self, temperature: float) -> dict:
+        if not self.extra or temperature == 0:
+            return {}
+        settings = self.extra | {"temperature": temperature, "max_new_tokens": self.sampler.max_new_tokens}
+        return {"generation_config": json.dumps(settings | {"top_p": self.sampler.top_p})}
+
+    def check_prompt(self, request: Request, answer: Any) -> None:
+        """Compares the prompt's tokens, or their number where the server does not give them."""
+        of_choice = getattr(answer.choices[0], "prompt_token_ids", None) if answer.choices else None
+        ids = getattr(answer, "prompt_token_ids", None) or of_choice
+        prompt_tokens = len(ids) if ids else getattr(answer.usage, "prompt_tokens", None)
+        if prompt_tokens and (prompt_tokens != len(request.prompt_ids) or (ids and ids != request.prompt_ids)):
+            what = "other" if prompt_tokens == len(request.prompt_ids) else f"{prompt_tokens}"
+            self.warn(
+                f"The servers see another prompt than training: {what} tokens instead of "
+                f"{len(request.prompt_ids)}. Serve the model with the chat template of its folder."
+            )
+
+    def warn(self, text: str) -> None:
+        kind = text.split(":")[0]
+        if not any(known.startswith(kind) for known in self.sampler.warnings):
+            self.sampler.warnings.append(text)
+            logger.warning(text)
+
+
+def _is_same_path(name: Any, path: str) -> bool:
+    """Whether a server's name of a model is its path, also if one of them is relative."""
+    return isinstance(name, str) and (name == path or Path(name).absolute() == Path(path).absolute())
+
+
+def kind_of(error: Exception) -> str | None:
+    """What an error of a request says of the server or the prompt; `None` for errors of another origin."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError | TimeoutError):
+        return "timeout"
+    if isinstance(error, openai.APIConnectionError):
+        return "unreachable"
+    if isinstance(error, openai.APIStatusError):
+        if error.status_code in _NEVER_AGAIN:
+            return "hopeless"
+        return "refused" if 400 <= error.status_code < 500 and error.status_code not in _LATER else "failed"
+    # Half an answer, or one in another form
+    if isinstance(error, UnusableAnswerError | openai.APIResponseValidationError | json.JSONDecodeError):
+        return "failed"
+    return None
