@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import sys
 import threading
@@ -24,12 +25,13 @@ FAULTS = (
     "refuses",  # refuses every request with status 400
     "empty",  # returns no choice
     "dies",  # closes the connection without an answer from the fourth request on
+    "exits",  # ends its process at the sixth request
     "slow_start",  # is never healthy
     "stalls",  # answers the first request after ten seconds
     "drips",  # answers the first request with a byte in each tenth of a second, for ten seconds
     "no_model",  # offers no model
     "turns_bad",  # returns no choice from the eleventh request on
-    "strict",  # refuses settings that OpenAI's protocol does not have
+    "strict",  # refuses settings that OpenAI's protocol does not have; answers prompts with the word "same" greedily
     "wild",  # answers one request in three badly, each time in another of the ways below
     "no_reload",  # as vLLM, refuses new weights
     "no_sleep",  # as vLLM, fails to sleep
@@ -49,6 +51,7 @@ BAD_ANSWERS = {  # status, type of the content, body
     "half an answer": (200, "application/json", '{"id": "1", "choices": [{"mess'),
     "no choices": (200, "application/json", '{"id": "1", "object": "chat.completion", "created": 0, "model": "fake"}'),
     "null": (200, "application/json", '{"id": "1", "object": "chat.completion", "choices": null}'),
+    "no UTF-8": (200, "application/json", '{"id": "\udcff"}'),
     "error with 200": (200, "application/json", '{"error": {"message": "worker died"}}'),
     "choices without text": (
         200,
@@ -105,7 +108,7 @@ class JsonHandler(BaseHTTPRequestHandler):
         self._send_text(status, "application/json", json.dumps(value))
 
     def _send_text(self, status: int, kind: str, text: str) -> None:
-        body = text.encode()
+        body = text.encode(errors="surrogateescape")
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -193,18 +196,22 @@ class _Handler(JsonHandler):
             return self._send_text(*BAD_ANSWERS[kinds[number // 3 % len(kinds)]])
         if fault == "busy" and number % 2:
             return self._send(503, {"error": {"message": "busy"}})
-        if fault == "strict" and {"top_k", "min_p", "repetition_penalty", "return_token_ids"} & asked.keys():
+        beyond = {"top_k", "min_p", "repetition_penalty", "return_token_ids", "generation_config"}
+        if fault == "strict" and beyond & asked.keys():
             return self._send(422, {"error": {"message": "Unexpected keys in the request: top_k"}})
         if fault == "refuses":
             return self._send(400, {"error": {"message": "max_tokens is too large"}})
         if fault == "stalls" and number == 1:
             self.server.closing.wait(10)
+        if fault == "exits" and number > 5:
+            os._exit(1)
         if fault == "dies" and number > 3:
             self.close_connection = True
             return None
         count = {"ignores_n": 1, "empty": 0}.get(fault, asked.get("n", 1))
         count = 0 if fault == "turns_bad" and number > 10 else count
         samples = asked.get("temperature", 1.0) > 0 and fault != "always_greedy"
+        samples &= fault != "strict" or "same" not in prompt
         if fault == "greedy":
             samples = json.loads(asked.get("generation_config", "{}")).get("do_sample", False)
         chat = "messages" in asked

@@ -14,6 +14,9 @@ import pytest
 from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
 
+from trl_larpo.generation.options import GenerationOptions
+from trl_larpo.generation.sampler import PolicySampler, SampleKind, SamplingTask
+from trl_larpo.prompts import Prompt
 from trl_larpo.run.stages import STAGES
 
 pytest.importorskip("openai")
@@ -120,6 +123,21 @@ def test_running_servers_are_given_each_model_by_hand(project, caplog, capsys):
     assert {asked["model"] for asked in server.requests} == set(server.offers)
     assert larpo_run("--try", "4") == 0  # of which the new model is not sampled
     server.close()
+
+
+def test_servers_that_end_while_they_sample_are_started_again(project, talkative_model, caplog):
+    options = GenerationOptions(
+        server_command=f"{FAKE} --fault exits", server_patience=0.2, server_requests_in_flight=1, max_new_tokens=8
+    )
+    task = SamplingTask([SampleKind("policy", 1.0)] * 2, talkative_model, 1, key="1")
+    prompts = [Prompt.of(f"why is {i}") for i in range(12)]
+    sampler = PolicySampler(options, seed=0, log_folder=project / "servers", use_cpu=True)
+    try:
+        pools = sampler.sample(prompts, task, project / "samples.jsonl")
+    finally:
+        sampler.close()
+    assert [pool.prompt.id for pool in pools] == [prompt.id for prompt in prompts]
+    assert caplog.text.count("Servers have ended, and are started again") == 2
 
 
 def test_a_prompt_that_no_server_answers_is_set_aside_and_named(project, capsys):

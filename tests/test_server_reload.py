@@ -85,6 +85,16 @@ def test_servers_rest_and_take_the_next_weights(start, tmp_path, device, asked, 
     assert said(tmp_path) == [*before, "/collective_rpc third", "/reset_prefix_cache"]
 
 
+def test_a_server_that_has_ended_is_started_again_for_the_same_model(start, caplog):
+    servers = start()
+    servers.serve("first")
+    [old] = processes(servers)
+    old.kill()
+    old.wait()
+    servers.serve("first")
+    assert processes(servers)[0].is_running() and "A server has ended" in caplog.text
+
+
 def test_suspended_servers_hear_that_they_have_to_end(start, monkeypatch):
     """A process that is stopped does not answer SIGTERM, and would be killed after a long wait."""
     states, end = [], server_process.end_family

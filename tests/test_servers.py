@@ -22,6 +22,7 @@ from fake_server import BAD_ANSWERS, FakeServer
 
 from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation import server_client as servers
+from trl_larpo.generation import server_endpoint
 from trl_larpo.generation.server_client import Sampler, request_seed
 from trl_larpo.generation.server_endpoint import Request
 from trl_larpo.generation.server_process import check_url, running_servers, server_command, stop_leftovers
@@ -47,10 +48,17 @@ def fake():
         server.close()
 
 
-def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), failures=None, **options):
+def hurry(monkeypatch):
+    """Servers that failed are asked again soon."""
+    for module in (servers, server_endpoint):
+        monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
+
+
+def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), failures=None, prompts=None, **options):
     """Samples by the key of their request. Those in `poison` say so; `failures` takes what is set aside."""
     settings = {"max_new_tokens": 20, "top_p": 0.9, "end_ids": [2], "count_tokens": lambda text: len(text.split())}
     settings |= {"model_path": "fake", "must_offer": False, "requests_in_flight": 3}
+    before = {name: options.pop(name, 0) for name in ("num_answered", "num_tolerated")}
     sampler = Sampler([server.url for server in urls], None, **(settings | options))
     results = {}
     requests = [
@@ -62,7 +70,7 @@ def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), 
             seed=100 * i,
         )
         for i in range(num_requests)
-        for text in [f"poison {i}" if i in poison else f"prompt {i}"]
+        for text in [prompts[i] if prompts else f"poison {i}" if i in poison else f"prompt {i}"]
     ]
     failures = {} if failures is None else failures
     try:
@@ -70,6 +78,7 @@ def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), 
             requests,
             lambda request, samples: results.setdefault(request.key, samples),
             lambda request, reason: failures.setdefault(request.key, reason),
+            **before,
         )
     except LarPOError as error:
         error.results = results
@@ -155,13 +164,13 @@ def test_another_prompt_than_in_training_is_reported(fake, caplog):
 
 
 def test_busy_servers_are_asked_again(fake, monkeypatch):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     assert len(sample([fake("busy")], num_requests=8)) == 8
 
 
 @pytest.mark.slow
 def test_servers_that_answer_nothing_are_no_fault_of_the_prompts(fake, monkeypatch):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     with pytest.raises(LarPOError, match=r"answered none of the first 6 .* refuses it \(status 400\): .*max_tokens is"):
         sample([fake("refuses")])
     with pytest.raises(LarPOError, match=r"answered none of the first 20 .* returned no completion"):
@@ -172,7 +181,7 @@ def test_servers_that_answer_nothing_are_no_fault_of_the_prompts(fake, monkeypat
 
 @pytest.mark.slow
 def test_a_server_that_turns_bad_is_given_up_before_it_is_asked_everything(fake, monkeypatch):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     server, failures = fake("turns_bad"), {}
     with pytest.raises(LarPOError, match=r"No server answers any more .* it returned no completion"):
         sample([server], num_requests=500, patience=0.1, failures=failures)
@@ -182,7 +191,7 @@ def test_a_server_that_turns_bad_is_given_up_before_it_is_asked_everything(fake,
 @pytest.mark.parametrize("chat", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["chat", "text"])
 @pytest.mark.parametrize("fault", lanes.some_are_fast(BAD_ANSWERS, {"error 500", "half an answer", "error with 200"}))
 def test_one_bad_prompt_is_set_aside_and_named(fake, monkeypatch, fault, chat):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     failures, urls = {}, [fake(fault), fake(fault)]
     results = sample(urls, num_requests=20, poison=(3, 11), failures=failures, chat=chat)
     assert sorted(results) == sorted(str(i) for i in range(20) if i not in (3, 11)) and sorted(failures) == ["11", "3"]
@@ -194,8 +203,27 @@ def test_one_bad_prompt_is_set_aside_and_named(fake, monkeypatch, fault, chat):
     assert sum(tries) in ((2, 3, 4) if status == 400 else (8,))
 
 
+def test_bad_prompts_that_come_first_or_are_left_do_not_look_like_bad_servers(fake):
+    server, failures = fake("refusal"), {}
+    results = sample([server], num_requests=30, poison=range(25), failures=failures, num_tolerated=26)
+    assert len(results) == 5 and len(failures) == 25
+    again: dict[str, str] = {}
+    assert sample([server], 25, poison=range(25), failures=again, num_answered=5, num_tolerated=26) == {}
+    assert again.keys() == failures.keys()
+    with pytest.raises(LarPOError, match="The servers answered none of the first 20 requests"):
+        sample([server], num_requests=30, poison=range(30))
+
+
+def test_a_server_that_refuses_words_of_others_is_not_asked_with_them_again(fake):
+    server = fake("strict")
+    results = sample([server], num_requests=3, prompts=["a", "same", "b"], requests_in_flight=1)
+    texts = {key: len({x.text for x in samples}) for key, samples in results.items()}
+    assert texts["1"] == 1 and texts["0"] > 1 and texts["2"] > 1
+    assert sample([server], num_requests=1, prompts=["same"]).keys() == {"0"}
+
+
 def test_what_one_server_refuses_another_one_answers(fake, monkeypatch):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     failures, urls = {}, [fake("refusal"), fake()]
     results = sample(urls, num_requests=40, poison=tuple(range(1, 40, 2)), failures=failures)
     assert len(results) == 40 and not failures
@@ -203,7 +231,7 @@ def test_what_one_server_refuses_another_one_answers(fake, monkeypatch):
 
 @pytest.mark.slow
 def test_bad_answers_at_random_lose_nothing(fake, monkeypatch):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     failures = {}
     results = sample([fake("wild") for _ in range(3)], num_requests=100, failures=failures)
     assert len(results) == 100 and not failures
@@ -226,7 +254,7 @@ def test_servers_that_do_not_say_how_completions_end_are_reported(fake, caplog, 
 
 
 def test_a_server_that_dies_hands_its_requests_to_the_others(fake, monkeypatch):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     dying, healthy = fake("dies"), fake()
     results = sample([dying, healthy], num_requests=20, patience=0.1)
     assert len(results) == 20 and len(dying.requests) > 3 and len(healthy.requests) >= 14
@@ -264,7 +292,7 @@ def test_an_error_ends_the_sampling_although_answers_come(fake, monkeypatch):
 
 
 def test_what_was_sampled_before_all_servers_died_is_kept(fake, monkeypatch):
-    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.01)
+    hurry(monkeypatch)
     with pytest.raises(LarPOError, match=r"No server answers any more .* prompts are left. Start the servers") as error:
         sample([fake("dies")], num_requests=20, patience=0.1)
     assert 1 <= len(error.value.results) <= 3

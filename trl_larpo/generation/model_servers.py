@@ -82,7 +82,7 @@ class ModelServers:
         """Takes the devices from the servers. Those that cannot stay without are stopped."""
         if not self._servers or self._resting:
             return
-        if self._stay is not None and self._are_alive():
+        if self._stay is not None and self.are_alive():
             try:
                 self._each(self._put_to_rest)
             except RouteError as error:
@@ -136,12 +136,12 @@ class ModelServers:
 
     def _take(self, weights: str) -> bool:
         """Whether the servers have the weights of a model, or take them."""
+        if not self.are_alive():
+            logger.warning("A server has ended: all of them are started again.")
+            return False
         if not self._resting and weights == self._weights:
             return True
         if self._stay is None:
-            return False
-        if not self._are_alive():
-            logger.warning("A server has ended: all of them are started again.")
             return False
         started = time.monotonic()
         try:
@@ -213,7 +213,8 @@ class ModelServers:
         options = self.options
         return ServerRoutes(server, options.server_api_key_variable, timeout=options.server_start_timeout)
 
-    def _are_alive(self) -> bool:
+    def are_alive(self) -> bool:
+        """Whether none of those that were started has ended."""
         return all(server.process.poll() is None for server in self._servers)
 
     def _each(self, function: Callable[[Server], _T]) -> list[_T]:

@@ -92,8 +92,12 @@ class GenerationOptions(SetAsideOptions):
             raise ConfigError(
                 "`server_urls` and `server_command` exclude each other: servers run already, or are started."
             )
-        if self.num_servers < 1:
-            raise ConfigError(f"`num_servers` is {self.num_servers}; it must be at least 1.")
+        for name in ("num_servers", "server_requests_in_flight"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        for name in ("server_timeout", "server_start_timeout"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}; it must be more than 0 seconds.")
         for url in self.server_urls or []:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"`server_urls` has {url!r}; an address starts with http:// or https://.")

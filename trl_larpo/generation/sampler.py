@@ -37,10 +37,12 @@ from .in_process import (
 )
 from .model_servers import ModelServers
 from .options import GenerationOptions
-from .server_client import Sampler, request_seed
+from .server_client import Sampler, ServersGoneError, request_seed
 from .server_endpoint import Request
 
 logger = logging.getLogger(__name__)
+
+_MAX_RESTARTS = 5  # of servers that end while they sample; each has to bring something
 
 _BATCHES_PER_UNIT = 4  # at most this many batches are sampled again after a kill
 
@@ -229,22 +231,45 @@ class PolicySampler:
         progress: tqdm,
         on_pools: Callable[[list[CandidatePool]], None],
     ) -> None:
-        if not prompts:
-            return
         options = self.options
-        urls, name = options.server_urls, options.server_model
-        if not urls:
-            with preparing():
-                urls, name = self._servers.serve(task.model_path)
+        waiting = {prompt.id: prompt for prompt in prompts}
+        starts = 0
+        while waiting:
+            urls, name, num_waiting = options.server_urls, options.server_model, len(waiting)
+            if not urls:
+                with preparing():
+                    urls, name = self._servers.serve(task.model_path)
+                starts += 1
+            try:
+                self._ask_servers(urls, name, waiting, task, file, set_aside, progress, on_pools)
+            except ServersGoneError as error:
+                ended = not options.server_urls and not self._servers.are_alive()
+                if not ended or len(waiting) == num_waiting or starts > _MAX_RESTARTS:
+                    raise
+                logger.warning(f"Servers have ended, and are started again. {error}")
+
+    def _ask_servers(
+        self,
+        urls: list[str],
+        name: str | None,
+        waiting: dict[str, Prompt],
+        task: SamplingTask,
+        file: GrowingFile,
+        set_aside: SetAside,
+        progress: tqdm,
+        on_pools: Callable[[list[CandidatePool]], None],
+    ) -> None:
+        """Takes those out of the prompts that wait that are sampled or set aside."""
+        options = self.options
         tokenizer = AutoTokenizer.from_pretrained(task.model_path, revision=task.revision)
-        by_id = {prompt.id: prompt for prompt in prompts}
         started, num_tokens = time.monotonic(), 0
 
         def save(request: Request, samples: list[Sample]) -> None:
             nonlocal num_tokens
             samples = [with_half_character(tokenizer, sample) for sample in samples]
-            pool = _as_pool(tokenizer, by_id[request.key], samples, task, options.template_kwargs)
+            pool = _as_pool(tokenizer, waiting[request.key], samples, task, options.template_kwargs)
             file.add([pool.to_row()])
+            del waiting[request.key]
             on_pools([pool])
             num_tokens += sum(sample.num_tokens for sample in samples)
             progress.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
@@ -273,9 +298,15 @@ class PolicySampler:
                 prompt_ids=encode_prompt(tokenizer, prompt.content, options.template_kwargs),
                 seed=request_seed(self.seed, task.key, prompt.id),
             )
-            for prompt in prompts
+            for prompt in waiting.values()
         ]
-        sampler.sample(requests, save, lambda request, reason: set_aside.add(by_id[request.key], reason))
+        sampler.sample(
+            requests,
+            save,
+            lambda request, reason: set_aside.add(waiting.pop(request.key), reason),
+            num_answered=set_aside.num_prompts - len(waiting) - set_aside.count,
+            num_tolerated=int(set_aside.limit),
+        )
 
     def _load(self, path: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None or self._loaded[0] != path:

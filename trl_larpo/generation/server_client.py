@@ -46,6 +46,10 @@ def request_seed(seed: int, key: str, prompt_id: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 2
 
 
+class ServersGoneError(LarPOError):
+    """No server answers any more."""
+
+
 class Sampler(SamplerSettings):
     """Samples completions of many requests."""
 
@@ -54,6 +58,8 @@ class Sampler(SamplerSettings):
         requests: list[Request],
         on_samples: Callable[[Request, list[Sample]], None],
         on_failure: Callable[[Request, str], None],
+        num_answered: int = 0,
+        num_tolerated: int = 0,
     ) -> None:
         """
         Samples for all requests.
@@ -62,12 +68,17 @@ class Sampler(SamplerSettings):
             requests: What to sample.
             on_samples: Called with the samples of each request as they come, in any order.
             on_failure: Called with a request that is set aside, and why; what it raises ends the sampling.
+            num_answered: Requests of the same kind that were answered before.
+            num_tolerated: So many prompts may be at fault before it must be the servers.
 
         Raises:
-            LarPOError: If no server answers any more, none answers any request, or one has another model. What was
-                handed to `on_samples` before stays there.
+            ServersGoneError: If no server answers any more.
+            LarPOError: If none answers any request, or one has another model. In each case what was handed to
+                `on_samples` before stays there.
         """
-        asyncio.run(_Run(self, requests, on_samples, on_failure).run())
+        run = _Run(self, requests, on_samples, on_failure)
+        run.num_answered, run.num_tolerated = num_answered, num_tolerated
+        asyncio.run(run.run())
 
 
 class _Run:
@@ -76,7 +87,7 @@ class _Run:
         self.waiting, self.num_unanswered = deque(requests), len(requests)
         self.endpoints: list[Endpoint] = []
         self.set_aside: list[tuple[Request, str]] = []
-        self.num_answered = 0
+        self.num_answered = self.num_tolerated = 0
         self.last_error = ""
         self.is_ending = False
 
@@ -95,7 +106,7 @@ class _Run:
             for endpoint in self.endpoints:
                 await endpoint.client.close()
         if self.num_unanswered:
-            raise LarPOError(
+            raise ServersGoneError(
                 f"No server answers any more ({', '.join(self.sampler.urls)}): {self.last_error} "
                 f"{self.num_unanswered} prompts are left. Start the servers and run the same command again; what was "
                 "sampled so far is kept."
@@ -133,19 +144,21 @@ class _Run:
 
     async def _failed(self, endpoint: Endpoint, request: Request, kind: str, error: Exception) -> None:
         """Whose fault is it? The server's, if it is not well; else the prompt's."""
+        # What takes long is not tried as often
+        limit = _BAD_SERVER if kind == "timeout" else max(_BAD_SERVER, self.num_tolerated)
         self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if kind == "hopeless":
             self.waiting.appendleft(request)
             endpoint.dead = True
             logger.warning(f"{endpoint.url} is given up: {self.last_error}")
-        elif kind == "unreachable" or endpoint.first_failures >= _BAD_SERVER or not await endpoint.is_well():
+        elif kind == "unreachable" or endpoint.first_failures >= limit or not await endpoint.is_well():
             self.waiting.appendleft(request)
             await self._rest(endpoint)
         else:
             endpoint.first_failures += request.tries == 0
-            if endpoint.first_failures >= _BAD_SERVER and not self.num_answered:
+            if endpoint.first_failures >= limit and not self.num_answered:
                 reason = self._reason(endpoint, kind, error)
-                raise LarPOError(f"The servers answered none of the first {_BAD_SERVER} requests. {reason}")
+                raise LarPOError(f"The servers answered none of the first {limit} requests. {reason}")
             request.tries += _TRIES_OF.get(kind, 1)
             request.failed_on.add(endpoint.url)
             if request.tries < _MAX_TRIES:
@@ -200,12 +213,15 @@ class _Run:
         self, endpoint: Endpoint, request: Request, temperature: float, places: list[int], found: list[Sample]
     ) -> list[Sample]:
         """All samples are the same: perhaps the server decodes greedily unless told otherwise in its own words."""
-        if not endpoint.extra:
-            endpoint.extra = {"do_sample": True, "top_k": 0, "eos_token_id": self.sampler.end_ids}
-            logger.info(f"{endpoint.url} returns the same completion again and again; asking it to sample.")
+        if endpoint.extra is None:  # it does not know these words
+            return found
+        extra = endpoint.extra or {"do_sample": True, "top_k": 0, "eos_token_id": self.sampler.end_ids}
         again = [found[0]]
         for place in places[1:]:
-            again += (await endpoint.complete(request, temperature, 1, request.seed + place))[:1]
+            more = await endpoint.try_with(extra, request, temperature, request.seed + place)
+            if more is None:
+                return found
+            again += more[:1]
         if len(again) < len(places):
             return found
         if len({sample.text for sample in again}) == 1:

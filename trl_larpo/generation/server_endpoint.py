@@ -106,7 +106,7 @@ class Endpoint:
 
         key = os.environ.get(sampler.api_key_variable) or "EMPTY"
         self.url, self.sampler, self.model = url, sampler, sampler.model
-        self.extra: dict[str, Any] = {}
+        self.extra: dict[str, Any] | None = {}  # what makes it sample, in its own words; `None`: it refuses such words
         self.client = AsyncOpenAI(
             base_url=url,
             api_key=key,
@@ -120,7 +120,27 @@ class Endpoint:
         self.wait = FIRST_WAIT
         self.dead = False
 
-    async def complete(self, request: Request, temperature: float, count: int, seed: int) -> list[Sample]:
+    async def try_with(
+        self, extra: dict[str, Any], request: Request, temperature: float, seed: int
+    ) -> list[Sample] | None:
+        """A sample with further words, which stay if the server knows them; `None` if it refuses them."""
+        import openai
+
+        if extra != self.extra:
+            logger.info(f"{self.url} returns the same completion again and again; asking it to sample.")
+        try:
+            found = await self.complete(request, temperature, 1, seed, extra)
+        except openai.APIStatusError as error:
+            if error.status_code not in _UNKNOWN_SETTING:
+                raise
+            self.extra = None
+            return None
+        self.extra = extra
+        return found
+
+    async def complete(
+        self, request: Request, temperature: float, count: int, seed: int, extra: dict[str, Any] | None = None
+    ) -> list[Sample]:
         """Up to `count` samples: what the server returns."""
         if self.model is None:
             self.model = await self.offered_model()
@@ -136,7 +156,7 @@ class Endpoint:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         } | ({"n": count} if count > 1 else {})
-        answer = await self.ask(request.prompt, options, self.extra_body(temperature) | template)
+        answer = await self.ask(request.prompt, options, self.extra_body(temperature, extra or self.extra) | template)
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
             raise UnusableAnswerError(f"it answered without choices: {' '.join(str(answer).split())[:150]}")
@@ -226,10 +246,10 @@ class Endpoint:
             return False
         return True
 
-    def extra_body(self, temperature: float) -> dict:
-        if not self.extra or temperature == 0:
+    def extra_body(self, temperature: float, extra: dict[str, Any] | None) -> dict:
+        if not extra or temperature == 0:
             return {}
-        settings = self.extra | {"temperature": temperature, "max_new_tokens": self.sampler.max_new_tokens}
+        settings = extra | {"temperature": temperature, "max_new_tokens": self.sampler.max_new_tokens}
         return {"generation_config": json.dumps(settings | {"top_p": self.sampler.top_p})}
 
     def check_prompt(self, request: Request, answer: Any) -> None:
@@ -269,6 +289,8 @@ def kind_of(error: Exception) -> str | None:
             return "hopeless"
         return "refused" if 400 <= error.status_code < 500 and error.status_code not in _LATER else "failed"
     # Half an answer, or one in another form
-    if isinstance(error, UnusableAnswerError | openai.APIResponseValidationError | json.JSONDecodeError):
+    if isinstance(
+        error, UnusableAnswerError | openai.APIResponseValidationError | json.JSONDecodeError | UnicodeDecodeError
+    ):
         return "failed"
     return None
