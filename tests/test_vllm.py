@@ -12,6 +12,7 @@ import string
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,8 +22,11 @@ import torch
 from small_run import larpo_run, rows_of, write_project, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_larpo import LarPOError
 from trl_larpo.generation.model_servers import ModelServers, has_tied_head
 from trl_larpo.generation.options import GenerationOptions
+from trl_larpo.generation.sampler import PolicySampler, SampleKind, SamplingTask
+from trl_larpo.prompts import Prompt
 from trl_larpo.storage import read_json
 
 pytestmark = pytest.mark.skipif("VLLM_ENVIRONMENT" not in os.environ, reason="needs the real vLLM")
@@ -174,6 +178,7 @@ def test_servers_that_take_weights_and_adapters_answer_as_those_that_start_with_
         assert after == _samples(started, second) and after != before
         for address, known in ((url, name), (started, second)):
             _compare(address, known, trained, tokenizer, after)
+        _check_that_its_model_is_known(started, second, first, tmp_path)
 
         [url], name = stays.serve(adapter)
         starts.serve(adapter)
@@ -182,6 +187,17 @@ def test_servers_that_take_weights_and_adapters_answer_as_those_that_start_with_
         _compare(url, name, with_adapter, tokenizer, adapted)
         stays.rest()
         assert stays.serve(adapter) == ([url], name) and _samples(url, name) == adapted
+
+
+def _check_that_its_model_is_known(url, path, other, folder):
+    """A server that runs already is sampled for the model that it has, and for no other one of a run."""
+    options = GenerationOptions(server_urls=[url], max_new_tokens=8)
+    sampler = PolicySampler(options, seed=0, log_folder=folder, use_cpu=True)
+    task = SamplingTask([SampleKind("policy", 1.0)] * 2, path, 1, key="1", is_trained=True)
+    prompts = [Prompt.of(prompt) for prompt in PROMPTS]
+    assert len(sampler.sample(prompts, task, folder / "known.jsonl")) == len(prompts)
+    with pytest.raises(LarPOError, match="which the run has trained"):
+        sampler.sample(prompts, replace(task, model_path=other), folder / "other.jsonl")
 
 
 def _samples(url, name):
