@@ -1,5 +1,6 @@
 """OnlineLarPOTrainer: one step of it is one step of LarPOTrainer on the same lists, whatever splits them."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import trl
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
-from trajectories import assert_same_weights, trajectory
+from trajectories import assert_same_weights, trajectory, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 if not tiny.HAS_ONLINE:
@@ -55,9 +56,9 @@ def online(tiny_model, config):
     return train
 
 
-def lora():
+def lora(*more_modules):
     peft = pytest.importorskip("peft")
-    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=True)
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", *more_modules], init_lora_weights=True)
 
 
 VARIANTS = {
@@ -337,6 +338,22 @@ def test_the_reference_follows_the_policy(online, adapter):
         scores[steps] = [value == 0 for [value] in trajectory(trainer, "rewards/margins")]
     # Right after it was replaced, all scores are 0
     assert scores == {1: [True] * 4, 2: [True, False] * 2, 100: [True, False, False, False]}
+
+
+def test_the_reference_follows_an_adapter_on_embeddings(online):
+    options = {"ref_update_steps": 2, "max_steps": 3, "learning_rate": 1e-2}
+    trainer = online(options, peft_config=lora("embed_tokens"))
+    assert [value == 0 for [value] in trajectory(trainer, "rewards/margins")] == [True, False, True]
+
+
+def test_a_deep_copy_of_a_trained_model_is_trained_online(online, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    online({"max_steps": 1}, model=model)
+    other = copy.deepcopy(model)
+    before = weights_of(model)
+    online({"max_steps": 1, "learning_rate": 1e-2}, model=other)
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
+    assert any(not torch.equal(value, before[name]) for name, value in weights_of(other).items())
 
 
 def test_memory_keeps_the_latest_and_joins_what_is_new():

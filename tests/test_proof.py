@@ -79,6 +79,13 @@ def test_wrong_gradients_alone_are_found(tmp_path, monkeypatch):
     assert scorer_of(tmp_path).layout is Layout.SHARED  # the next best
 
 
+def test_a_forward_of_another_model_is_refused(tmp_path):
+    model, other = architectures.tiny_model("llama"), architectures.tiny_model("llama")
+    model.forward = other.forward
+    with pytest.raises(ConfigError, match="forward of this LlamaForCausalLM does not use its own input embeddings"):
+        architectures.make_scorer(model, str(tmp_path))
+
+
 def test_what_raises_steps_aside(tmp_path, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise TypeError("unexpected argument 'split'")

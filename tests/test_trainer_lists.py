@@ -1,5 +1,6 @@
 """Training on ranked lists: each candidate once, the losses as given, and everything DPOTrainer supports."""
 
+import copy
 import functools
 import gc
 import json
@@ -438,6 +439,30 @@ def test_peft_with_a_new_adapter(trained, tiny_model, peft_type, gradient_checkp
     )
     trainer = trained(
         tiny.lists(),
+@pytest.mark.parametrize("kind", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "adapter"])
+def test_a_deep_copy_of_a_trained_model_is_a_model_of_its_own(trained, tiny_model, kind, caplog):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if kind == "adapter":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, lora)
+    options = {"learning_rate": 1e-2, "bf16": kind == "bfloat16"}
+    trained(tiny.lists(), options, model=model)
+    if kind == "adapter":
+        model.delete_adapter("ref")
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    start = weights_of(model)
+    caplog.clear()
+    trained(tiny.lists(), options, model=copies[0])
+    assert "could not be scored" not in caplog.text
+    assert all(torch.equal(value, start[name]) for name, value in weights_of(model).items())
+    assert any(not torch.equal(value, start[name]) for name, value in weights_of(copies[0]).items())
+    # As a reference, it stays where it was when the policy moves
+    trainer = trained(tiny.lists(), options, model=model, ref_model=copies[1])
+    margins = [value for [value] in trajectory(trainer, "rewards/margins")]
+    assert margins[0] == pytest.approx(0.0, abs=0.05 if kind == "bfloat16" else 1e-6) and abs(margins[2]) > 1e-4
+
+
         {"gradient_checkpointing": gradient_checkpointing, "learning_rate": 0.1},
         peft_config=peft_config,
     )
@@ -484,6 +509,27 @@ def test_quantized_base_with_lora(trained, tmp_path):
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
     )
     assert trainer.model.is_loaded_in_4bit
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [*range(200)]},
+    ],
+    ids=["embeddings", "trainable tokens"],
+)
+@pytest.mark.parametrize("precompute", lanes.some_are_fast([False, True], {False}))
+def test_the_copy_of_an_existing_adapter_is_whole(trained, tiny_model, options, precompute):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    trainer = trained(tiny.lists(), {"max_steps": 1, "precompute_ref_log_probs": precompute}, model=model)
+    assert trajectory(trainer, "rewards/margins")[0][0] == pytest.approx(0.0, abs=1e-5)
+
+
     assert trajectory(trainer, "rewards/margins")[0][0] == 0.0
 
 

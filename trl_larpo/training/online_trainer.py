@@ -23,12 +23,12 @@ from .objective import RankingObjective
 from .online_config import OnlineLarPOConfig
 from .online_state import OnlineState
 from .ranking_options import check_loss_fn
-from .reference import MovingReference
+from .reference import MovingReference, brings_adapter, copy_parameters, reference_adapter
 from .sample_memory import SampleMemory
 from .scorer import CandidateOutputs
 from .token_rows import Batch
 from .trainer import LarPOTrainer
-from .trl_compat import get_config_model_id, require_grpo
+from .trl_compat import get_config_model_id, require_grpo, restore_forward_of_copy
 
 require_grpo()
 
@@ -113,6 +113,8 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
         beta = args.beta
         if args.reference_free or args.ref_update_steps == 1:
             args.beta = 0.0  # so that GRPOTrainer loads no reference
+        restore_forward_of_copy(model)
+        has_adapter = brings_adapter(model)
         try:
             super().__init__(
                 model=model,
@@ -132,6 +134,8 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
             )
         finally:
             args.beta = beta
+        if has_adapter and "ref" in self.model.peft_config:  # as in LarPOTrainer, GRPOTrainer's copy lacks some of it
+            copy_parameters(reference_adapter(self.model))
         self.beta = 0.0  # of GRPO's KL term, which there is none of; that of the scores is in `args`
         self._objective = RankingObjective(args.loss_type, args.loss_weights, args, loss_fn)
         self._list_metrics = ListMetrics(self.accelerator, self.args.beta)

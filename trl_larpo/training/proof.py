@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import ConfigError
 from .attention import uses_blocks
 from .collator import DataCollatorForCandidateLists
 from .token_rows import Batch
@@ -86,6 +87,9 @@ class Proof:
         separate: Scores a batch in separate rows.
         accelerator: That of the training.
         with_gradients: Whether the model is trained.
+
+    Raises:
+        ConfigError: If the model's forward does not use the model's own embeddings.
     """
 
     def __init__(self, model: PreTrainedModel, separate: Score, accelerator: Accelerator, with_gradients: bool):
@@ -225,6 +229,11 @@ class Proof:
             _embeddings(self._model.get_input_embeddings(), with_gradients, change) as embedded,
         ):
             logps = score(batch)[batch["candidate_mask"]].float()
+            if not embedded.is_used:
+                raise ConfigError(
+                    f"The forward of this {type(self._model).__name__} does not use its own input embeddings: "
+                    "`model.forward` was probably replaced, and calls another model. Load the model again."
+                )
             self._is_full_precision = embedded.dtype == torch.float32
             if not with_gradients:
                 return _Measured(logps.detach(), None)
@@ -248,6 +257,7 @@ class _Embedded:
         self.tokens: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.recording = True
+        self.is_used = False
         self.dtype = torch.float32
 
 
@@ -257,7 +267,7 @@ def _embeddings(layer: nn.Module, as_leaves: bool, change: float) -> Iterator[_E
     embedded = _Embedded()
 
     def hook(module, args, output: Tensor) -> Tensor:
-        embedded.dtype = output.dtype
+        embedded.is_used, embedded.dtype = True, output.dtype
         factors = 1 + change * torch.arange(output.size(-1), device=output.device).cos().to(output.dtype)
         if not as_leaves:
             return output * factors if change else output

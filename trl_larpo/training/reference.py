@@ -1,6 +1,7 @@
 """A reference that follows the policy: at regular intervals the policy takes its place."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,40 @@ from ..errors import ConfigError
 from .trl_compat import gathered_for_writing
 
 _FILE = "reference.safetensors"
+
+
+def brings_adapter(model: Any) -> bool:
+    """Whether what a trainer is given is a `PeftModel` without an adapter "ref", which TRL's trainers may make."""
+    return not isinstance(model, str) and is_peft_model(model) and "ref" not in model.peft_config
+
+
+def reference_adapter(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """
+    Each parameter of the adapter "ref" of a `PeftModel` beside that of the adapter "default".
+
+    Raises:
+        ConfigError: If "ref" has no such parameter.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        copy = re.sub(r"\.default(?=\.|$)", ".ref", name)  # at the end where an adapter has no module of its own
+        if copy == name:
+            continue
+        if copy not in parameters:
+            raise ConfigError(
+                f'The adapter "ref", which is to be a copy of "default", has no parameter {copy!r}. Pass `ref_model`, '
+                "or merge the adapter into the model and train a new one with `peft_config`."
+            )
+        yield parameters[copy], parameter
+
+
+@torch.no_grad()
+def copy_parameters(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Writes the second parameter of each pair into the first, also where ZeRO-3 shards them."""
+    pairs = list(pairs)
+    with gathered_for_writing([parameter for pair in pairs for parameter in pair]):
+        for reference, policy in pairs:
+            reference.copy_(policy)
 
 
 class MovingReference(TrainerCallback):
@@ -89,20 +124,10 @@ class MovingReference(TrainerCallback):
             for name, parameter in model.named_parameters():
                 parameter.copy_(saved[name])
 
-    @torch.no_grad()
     def _copy(self) -> None:
-        pairs = list(self._pairs())
-        with gathered_for_writing([parameter for pair in pairs for parameter in pair]):
-            for reference, policy in pairs:
-                reference.copy_(policy)
-
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter of the reference beside that of the policy."""
         trainer = self._trainer
         policy: Any = trainer.accelerator.unwrap_model(trainer.model)
         if self._has_adapter:
-            for name, parameter in policy.named_parameters():
-                if ".default." in name:
-                    yield policy.get_parameter(name.replace(".default.", ".ref.")), parameter
+            copy_parameters(reference_adapter(policy))
         else:
-            yield from zip(trainer.ref_model.parameters(), policy.parameters(), strict=True)
+            copy_parameters(zip(trainer.ref_model.parameters(), policy.parameters(), strict=True))

@@ -150,7 +150,7 @@ class CandidateScorer:
             try:
                 proof = Proof(self.model, separate, self.accelerator, with_gradients)
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, torch.OutOfMemoryError | ConfigError):
                     raise
                 self._settle(Layout.SEPARATE, f"two short lists could not be scored: {error}")
                 return

@@ -23,6 +23,7 @@ from .list_metrics import ListMetrics, Measurements
 from .log_probabilities import score_dataset
 from .objective import RankingObjective
 from .ranking_options import DPO_LOSSES, check_loss_types
+from .reference import brings_adapter, copy_parameters, reference_adapter
 from .token_rows import count_tokens
 from .tokenization import tokenize_dataset
 from .trl_compat import (
@@ -31,6 +32,7 @@ from .trl_compat import (
     global_then_local_main_first,
     hash_module,
     prepare_deepspeed,
+    restore_forward_of_copy,
 )
 from .validation import check_dataset, dataset_format
 
@@ -164,6 +166,9 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
         self._datasets_are_checked = True
         try:
             super().__init__(
+        for given_model in (model, ref_model):
+            restore_forward_of_copy(given_model)
+        self._adapter_is_to_be_copied = ref_model is None and brings_adapter(model)
                 model=model,
                 ref_model=ref_model,
                 args=args,
@@ -183,6 +188,7 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
         self._datasets_are_checked = False  # those still to come, in `evaluate`
         if self._list_mode:
             self.data_collator = self._list_collator()
+        self._complete_reference_adapter()
             self._objective = RankingObjective(loss_types, self.loss_weights, args, loss_fn)
             self.loss_types, self.loss_weights = self._objective.names, self._objective.weights
             if args.n_gpu > 1:
@@ -203,6 +209,12 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
                 self.__dict__.pop("_reference_scorer", None)  # of a model that only the precomputation had
 
     # From rows to batches
+
+    def _complete_reference_adapter(self) -> None:
+        """DPOTrainer's copy "ref" of an adapter lacks what has no module in the adapter, such as that of embeddings."""
+        if self._adapter_is_to_be_copied and "ref" in self.model.peft_config:
+            copy_parameters(reference_adapter(self.model))
+        self._adapter_is_to_be_copied = False
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         where = f"{dataset_name} dataset"
@@ -245,6 +257,7 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if not self._list_mode:
             return super()._precompute_ref_logps(dataset, name, batch_size)
+        self._complete_reference_adapter()
         if self._reference_free or "ref_logps" in column_names(dataset):
             return dataset
         if isinstance(dataset, IterableDataset):

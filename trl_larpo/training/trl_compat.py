@@ -5,11 +5,16 @@ When a new version breaks one, tests/test_contract.py says which.
 """
 
 import contextlib
+import functools
 import inspect
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import trl
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.hooks import add_hook_to_module
+from accelerate.utils import is_peft_model
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -64,6 +69,7 @@ __all__ = [
     "prepare_fsdp",
     "prepare_multimodal_messages",
     "require_grpo",
+    "restore_forward_of_copy",
     "tokenize",
     "triton_log_probs",
     "unset_hf_deepspeed_config",
@@ -164,6 +170,49 @@ def forget_order_of_modules(engine: nn.Module) -> None:
     coordinator = getattr(optimizer, "parameter_offload", optimizer).get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
+
+
+def restore_forward_of_copy(model: Any) -> None:
+    """
+    Gives a deep copy of a model that a trainer has used its own forward pass again.
+
+    TRL and this package patch `model.forward`. The patch in a copy still calls the model that it is a copy of.
+
+    Args:
+        model: Bare, or a `PeftModel`. Any other value is left alone.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    bare: Any = model.get_base_model() if is_peft_model(model) else model
+    if not _calls_another_model(bare.__dict__.get("forward"), bare):
+        return
+    for name in ("forward", "_original_forward"):  # the second is accelerate's
+        bare.__dict__.pop(name, None)
+    if hasattr(bare, "_hf_hook"):  # of a model that is split across devices
+        add_hook_to_module(bare, bare._hf_hook)
+
+
+def _calls_another_model(forward: Any, model: nn.Module) -> bool:
+    """Whether a patched `forward` is built around a method of another object of the model's class."""
+    remaining, seen = [forward], set()
+    while remaining:
+        value = remaining.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        remaining.append(getattr(value, "__dict__", {}).get("__wrapped__"))
+        if isinstance(value, types.MethodType):
+            if isinstance(value.__self__, type(model)) and value.__self__ is not model:
+                return True
+            remaining.append(value.__func__)
+        elif isinstance(value, functools.partial):
+            if any(isinstance(argument, type(model)) and argument is not model for argument in value.args):
+                return True
+            remaining.append(value.func)
+        elif isinstance(value, types.FunctionType):
+            empty = types.CellType()
+            remaining += [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
+    return False
 
 
 @contextlib.contextmanager
