@@ -66,6 +66,11 @@ def test_every_known_loss_is_accepted(tmp_path, name):
             "`listnet_temperature` is 0.0; it must be greater than 0",
         ),
         ({"listnet_temperature": 0.5}, "`listnet_temperature=0.5` belongs to 'listnet'"),
+        (
+            {"candidate_chunk_size": 1, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "`candidate_chunk_size` needs checkpointing of the kind that is not reentrant",
+        ),
+        ({"candidate_chunk_size": 1, "neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` scales its noise by"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, options, message):
@@ -94,6 +99,13 @@ def test_flags(tmp_path, parser_cls):
     ]
     [config] = parser_cls(LarPOConfig).parse_args_into_dataclasses(flags)
     assert (config.loss_type, config.loss_weights, config.beta) == (["listmle", "sft"], [1.0, 0.1], 0.2)
+
+
+def test_a_dictionary_on_the_command_line_beside_chunks(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--candidate_chunk_size", "1"]
+    flags += ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+    [config] = TrlParser(LarPOConfig).parse_args_into_dataclasses(flags)
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
 def test_yaml_and_flags_that_win_over_it(tmp_path):

@@ -72,6 +72,7 @@ def test_a_stream_needs_no_reference_either(trained):
     [
         ({"target_margin": -1.0}, "`target_margin` is -1.0; it must be a number of at least 0"),
         ({"target_margin": float("nan")}, "`target_margin` is nan"),
+        ({"target_margin": 0.1, "loss_type": "sft"}, "`target_margin=0.1` belongs to ranking losses"),
         ({"label_smoothing": 0.5}, "`label_smoothing` is 0.5; with ranking losses it must be at least 0 and below 0.5"),
         ({"reference_free": True, "f_divergence_type": "forward_kl"}, "no reference to diverge from"),
         ({"reference_free": True, "sync_ref_model": True}, "`sync_ref_model` needs a reference"),
@@ -93,6 +94,8 @@ def test_impossible_options(tmp_path, options, message):
     [
         ({"reference_free": True}, {"ref_model": "given"}, "`reference_free` scores need no reference"),
         ({"target_margin": 0.1}, {"loss_fn": lambda s, r, m: s.sum(1)}, "`target_margin` has no effect on a `loss_fn`"),
+        ({"loss_weights": [2.0]}, {"loss_fn": lambda s, r, m: s.sum(1)}, "`loss_weights` has no effect on a `loss_fn`"),
+        ({"label_smoothing": 0.1, "loss_type": "sft"}, {}, "`label_smoothing=0.1` belongs to ranking losses"),
         ({"beta": -0.1}, {}, "`beta` is -0.1; it must be greater than 0"),
         ({"include_for_metrics": ["inputs"]}, {}, "`include_for_metrics` names 'inputs'"),
     ],

@@ -7,6 +7,7 @@ import torch._dynamo
 from flash_stand_in import FLASH, flash_attention
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from trajectories import trajectory
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_larpo import ConfigError, DataCollatorForCandidateLists, LarPOTrainer
@@ -208,6 +209,17 @@ def test_prompts_cut_at_the_start_are_not_shared(first_step, config):
         first_step("llama", shared_prompt="on", max_length=40, truncation_mode="keep_end")
     cut = {"max_length": 30, "truncation_mode": "keep_end"}
     assert_same(first_step("llama", **cut), first_step("llama", **cut, candidate_chunk_size=1), 1e-5)
+
+
+def test_noise_that_depends_on_the_length_of_rows_is_that_of_separate_ones(trained, tiny_model, config):
+    noisy = {"neftune_noise_alpha": 5.0}
+    automatic, separate, quiet = (
+        [loss for [loss] in trajectory(trained(LISTS, {"shared_prompt": "off"} | options), "loss")]
+        for options in (noisy | {"shared_prompt": "auto"}, noisy, {})
+    )
+    assert automatic == pytest.approx(separate, rel=1e-5) and separate[2] != pytest.approx(quiet[2], rel=1e-3)
+    with pytest.raises(ConfigError, match="`shared_prompt='on'` is not possible, because `neftune_noise_alpha`"):
+        LarPOTrainer(model=tiny_model, args=config(shared_prompt="on", **noisy), train_dataset=LISTS)
 
 
 @pytest.mark.slow

@@ -209,6 +209,9 @@ def test_evaluation_equals_dpo_trainer(trained):
         ({"loss_type": ["approx_ndcg", "ipo"]}, {}, "approx_ndcg.*ipo"),
         ({"loss_type": "lambdarank", "lambda_weight": "ndcg", "use_weighting": True}, {}, "lambda_weight.*use_weight"),
         ({"ld_alpha": 0.5}, {"loss_fn": listmle_loss}, "loss_fn.*ld_alpha"),
+        ({"label_smoothing": 0.1, "use_weighting": True}, {}, "`label_smoothing=0.1` of .*lambdarank.*use_weighting"),
+        ({"loss_type": "sigmoid", "candidate_chunk_size": 1}, {}, "`candidate_chunk_size` has no effect .*sigmoid"),
+        ({"loss_type": "sigmoid", "shared_prompt": "on"}, {}, "`shared_prompt='on'` has no effect .*sigmoid"),
     ],
 )
 def test_list_options_are_refused_where_dpo_trainer_takes_over(tiny_model, config, options, trainer_kwargs, named):

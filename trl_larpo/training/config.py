@@ -7,7 +7,7 @@ from trl import DPOConfig
 from ..errors import ConfigError
 from ..losses import RANKING_LOSSES, RankingLoss
 from ..redaction import hide_secrets
-from .ranking_options import DPO_LOSSES, RankingOptions, check_loss_fn, check_ranking_options
+from .ranking_options import DPO_LOSSES, RankingOptions, check_checkpointing, check_loss_fn, check_ranking_options
 
 SIGMOID_ON_PAIRS = frozenset({"pairwise", "contrastive", "lambdarank", "listmle"})
 """Ranking losses that are TRL's "sigmoid" on two candidates."""
@@ -77,6 +77,7 @@ class LarPOConfig(RankingOptions, DPOConfig):
     def __post_init__(self):
         check_ranking_options(self)
         super().__post_init__()
+        check_checkpointing(self)
 
 
 def trains_lists(
@@ -130,6 +131,11 @@ def trains_lists(
                 f"`loss_type` names {dpo_losses[0]!r}, which TRL defines on chosen/rejected pairs only, but "
                 f"{train_set} holds lists. Use one of {', '.join(RANKING_LOSSES)}, or reduce each list to a pair."
             )
+        if args.label_smoothing and loss_fn is None and args.loss_type == ["sft"]:
+            raise ConfigError(
+                f"`label_smoothing={args.label_smoothing}` belongs to ranking losses, but `loss_type` is ['sft']. Add "
+                "one, e.g. 'lambdarank', or remove `label_smoothing`."
+            )
         for option, value, default in _pair_options(args):
             if value != default:
                 raise ConfigError(
@@ -157,11 +163,23 @@ def trains_lists(
         if getattr(args, option, False)
     ]
     list_only += ["`loss_fn`"] if loss_fn is not None else []
+    ranking_losses = [name for name in args.loss_type if name not in DPO_LOSSES]
     if list_only:
         raise ConfigError(
             f"{list_only[0]} ranks candidates and cannot be combined with {reasons[0]}, which DPOTrainer alone has. "
             "Remove one of the two."
         )
+    without_effect = {
+        f"`label_smoothing={args.label_smoothing}` of {ranking_losses}": ranking_losses and args.label_smoothing,
+        "`candidate_chunk_size`": getattr(args, "candidate_chunk_size", None) is not None,
+        "`shared_prompt='on'`": getattr(args, "shared_prompt", "auto") == "on",
+    }
+    for option, is_set in without_effect.items():
+        if is_set:
+            raise ConfigError(
+                f"{option} has no effect where DPOTrainer's own code trains pairs, as it does because of {reasons[0]}. "
+                "Remove one of the two."
+            )
     for where, row_format in formats.items():
         if row_format == "list":
             raise ConfigError(

@@ -7,7 +7,7 @@ from trl import GRPOConfig
 
 from ..errors import ConfigError
 from ..redaction import hide_secrets
-from .ranking_options import DPO_LOSSES, RankingOptions, check_ranking_options
+from .ranking_options import DPO_LOSSES, RankingOptions, check_checkpointing, check_ranking_options
 from .scores import divergence_scores
 from .trl_compat import require_grpo
 
@@ -20,7 +20,7 @@ _OF_GRPO_LOSS = dict.fromkeys(
      "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max",
      "entropy_coef_delta", "entropy_target", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
      "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "off_policy_mask_threshold",
-     "use_bias_correction_kl"),
+     "use_bias_correction_kl", "cast_lm_head_to_fp32"),
     "Remove it.",
 ) | {"mask_truncated_completions": "Set `truncated_completions` to 'drop'."}  # fmt: skip
 
@@ -92,6 +92,7 @@ class OnlineLarPOConfig(RankingOptions, GRPOConfig):
         check_ranking_options(self)
         self._check_group("per_device_train_batch_size", "num_generations")
         super().__post_init__()
+        check_checkpointing(self)
         self._check_losses()
         self._check_reference()
         if self.do_eval and self.eval_strategy != "no":

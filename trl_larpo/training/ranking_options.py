@@ -173,18 +173,37 @@ def check_ranking_options(args: Any) -> None:
         raise ConfigError(f"`shared_prompt` is {args.shared_prompt!r}; it must be one of {list(SHARED_PROMPT)}.")
     if args.candidate_chunk_size is not None and args.candidate_chunk_size < 1:
         raise ConfigError(f"`candidate_chunk_size` is {args.candidate_chunk_size}; it must be at least 1, or None.")
-    if args.candidate_chunk_size is not None and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if args.candidate_chunk_size is not None and args.neftune_noise_alpha:
         raise ConfigError(
-            "`candidate_chunk_size` needs checkpointing of the kind that is not reentrant. Set "
-            "`gradient_checkpointing_kwargs` to {'use_reentrant': False}."
+            "`neftune_noise_alpha` scales its noise by the length of rows, which `candidate_chunk_size` changes. "
+            "Remove one of the two."
         )
     if args.bf16 is None and not args.fp16 and not args.use_cpu and not is_torch_bf16_gpu_available():
         args.bf16 = False  # TRL's default of True is refused on a machine without an accelerator
 
 
+def check_checkpointing(args: Any) -> None:
+    """
+    Checks what `candidate_chunk_size` needs of gradient checkpointing, once TrainingArguments has read its dictionary.
+
+    Raises:
+        ConfigError: If checkpoints are reentrant.
+    """
+    if args.candidate_chunk_size is not None and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ConfigError(
+            "`candidate_chunk_size` needs checkpointing of the kind that is not reentrant. Set "
+            "`gradient_checkpointing_kwargs` to {'use_reentrant': False}."
+        )
+
+
 def _check_scores(args: Any) -> None:
     if not math.isfinite(args.target_margin) or args.target_margin < 0:
         raise ConfigError(f"`target_margin` is {args.target_margin}; it must be a number of at least 0.")
+    if args.target_margin and DPO_LOSSES.issuperset(args.loss_type):
+        raise ConfigError(
+            f"`target_margin={args.target_margin}` belongs to ranking losses, but `loss_type` is {args.loss_type}. Add "
+            "one, e.g. 'lambdarank', or remove `target_margin`."
+        )
     if not 0 <= args.label_smoothing < 0.5 and set(args.loss_type) - DPO_LOSSES:
         raise ConfigError(
             f"`label_smoothing` is {args.label_smoothing}; with ranking losses it must be at least 0 and below 0.5."
@@ -262,6 +281,6 @@ def check_loss_fn(loss_fn: RankingLoss | None, args: Any) -> None:
             f"`loss_fn` and `loss_type={args.loss_type}` are both given. `loss_fn` takes the place of `loss_type`: "
             "leave `loss_type` at its default."
         )
-    for option in ("lambda_weight", "normalize_comparisons", "target_margin", "label_smoothing"):
+    for option in ("loss_weights", "lambda_weight", "normalize_comparisons", "target_margin", "label_smoothing"):
         if getattr(args, option, None):
             raise ConfigError(f"`{option}` has no effect on a `loss_fn` of your own; remove one of the two.")

@@ -123,6 +123,8 @@ class CandidateScorer:
     def _known_obstacle(self) -> str | None:
         if getattr(self.args, "max_length", None) is not None and self.args.truncation_mode == "keep_end":
             return "`truncation_mode='keep_end'` leaves each completion another prompt"
+        if self.is_trained and getattr(self.args, "neftune_noise_alpha", None):
+            return "`neftune_noise_alpha` scales its noise by the length of rows"
         return sharing_obstacle(self.model)
 
     def _refuse(self, obstacle: str) -> None:
