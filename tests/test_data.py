@@ -10,7 +10,7 @@ import tiny
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 
-from trl_larpo import DataError, LarPOTrainer
+from trl_larpo import ConfigError, DataError, LarPOTrainer
 from trl_larpo.training import datasets as datasets_module
 from trl_larpo.training.datasets import dataset_on_disk, load_splits
 from trl_larpo.training.tokenization import tokenize_dataset
@@ -203,6 +203,13 @@ def tokenize(rows, **options):
 def test_end_of_sequence_is_appended_once_to_plain_text():
     tokenizer, dataset = tokenize([{"prompt": "p", "completions": [" a", " b" + tiny.EOS]}])
     assert [tokenizer.decode(ids) for ids in dataset[0]["completion_ids"]] == [" a" + tiny.EOS, " b" + tiny.EOS]
+
+
+def test_plain_text_needs_an_end_of_sequence():
+    with pytest.raises(ConfigError, match=r"^d: plain-text completions get an end-of-sequence token"):
+        tokenize([{"prompt": "p", "completions": [" a", " b"]}], eos_token=None)
+    row = {"prompt": say("p", "user"), "completions": [say("a"), say("b")]}
+    assert len(tokenize([row], eos_token=None)[1]) == 1
 
 
 def test_conversations_are_rendered_by_the_chat_template():

@@ -123,7 +123,35 @@ def test_reference_columns_that_are_not_read_are_named(tiny_model, config, caplo
     rows = [row | {"ref_logps": [-1.0, -2.0]} for row in tiny.pairs()]
     with caplog.at_level("WARNING", logger="trl_larpo"):
         LarPOTrainer(model=tiny_model, args=config(loss_type="ipo"), train_dataset=Dataset.from_list(rows))
-    assert "The column `ref_logps` is not read" in caplog.text
+    assert "The column `ref_logps` of train_dataset is not read: these pairs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, with_column, message",
+    [
+        ({}, {"eval"}, "The column `ref_logps` of eval_dataset is not read: train_dataset has none"),
+        (
+            {"reference_free": True},
+            {"train", "eval"},
+            "of train_dataset and eval_dataset is not read: `reference_free`",
+        ),
+        ({}, {"train", "eval"}, None),
+        ({"precompute_ref_log_probs": True}, {"eval"}, None),
+    ],
+)
+def test_reference_log_probabilities_of_lists_that_are_not_read(
+    tiny_model, config, options, with_column, message, caplog
+):
+    rows = [row | {"ref_logps": [-10.0] * len(row["completions"])} for row in tiny.lists(num_rows=4)]
+    datasets = {name: Dataset.from_list(rows) if name in with_column else tiny.lists() for name in ("train", "eval")}
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        LarPOTrainer(
+            model=tiny_model,
+            args=config(**options),
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["eval"],
+        )
+    assert message in caplog.text if message else "is not read" not in caplog.text
 
 
 def test_args_stay_as_they_were(trained, tiny_model, config):

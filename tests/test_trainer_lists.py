@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 from trajectories import assert_close, assert_same_weights, trajectory, weights_of
@@ -326,6 +327,8 @@ def test_a_caller_brings_reference_log_probabilities(trained, tiny_model, config
     both = trained(brought, options, eval_dataset=tiny.lists(num_rows=4))
     assert [len(x) for x in both.eval_dataset["ref_logps"]] == [len(x) for x in tiny.lists(num_rows=4)["completions"]]
 
+    with pytest.raises(ConfigError, match="`sync_ref_model` moves the reference, but train_dataset has the column"):
+        LarPOTrainer(model=tiny_model, args=config(sync_ref_model=True), train_dataset=brought)
     with pytest.raises(ConfigError, match="`ref_logps`, and `ref_model` is given as well"):
         LarPOTrainer(
             model=tiny_model,
@@ -384,6 +387,15 @@ def test_precomputed_reference_is_cached_and_depends_on_its_options(trained, tmp
     assert computed == [64, 20]
 
 
+def test_a_process_that_writes_no_file_has_the_reference_of_rows_in_memory(tiny_model, config, monkeypatch):
+    dataset = tiny.lists()
+    assert not dataset.cache_files
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    args = config(precompute_ref_log_probs=True)
+    trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=dataset)
+    assert [len(x) for x in trainer.train_dataset["ref_logps"]] == [len(x["completions"]) for x in dataset]
+
+
 def test_precompute_refuses_a_stream(tiny_model, config):
     with pytest.raises(ConfigError, match=r"precompute_ref_log_probs.*IterableDataset"):
         LarPOTrainer(
@@ -427,18 +439,6 @@ def test_explicit_reference_model_is_used(trained, tmp_path):
     assert trajectory(trainer, "rewards/chosen")[0][0] != 0.0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("peft_type", ["lora", "prompt tuning"])
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_peft_with_a_new_adapter(trained, tiny_model, peft_type, gradient_checkpointing):
-    peft = pytest.importorskip("peft")
-    peft_config = (
-        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-        if peft_type == "lora"
-        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
-    trainer = trained(
-        tiny.lists(),
 @pytest.mark.parametrize("kind", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "adapter"])
 def test_a_deep_copy_of_a_trained_model_is_a_model_of_its_own(trained, tiny_model, kind, caplog):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -463,6 +463,18 @@ def test_a_deep_copy_of_a_trained_model_is_a_model_of_its_own(trained, tiny_mode
     assert margins[0] == pytest.approx(0.0, abs=0.05 if kind == "bfloat16" else 1e-6) and abs(margins[2]) > 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("peft_type", ["lora", "prompt tuning"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_peft_with_a_new_adapter(trained, tiny_model, peft_type, gradient_checkpointing):
+    peft = pytest.importorskip("peft")
+    peft_config = (
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+        if peft_type == "lora"
+        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    trainer = trained(
+        tiny.lists(),
         {"gradient_checkpointing": gradient_checkpointing, "learning_rate": 0.1},
         peft_config=peft_config,
     )
@@ -497,18 +509,6 @@ def test_peft_with_an_existing_adapter_keeps_a_copy_as_reference(trained, tiny_m
     )
 
 
-@pytest.mark.slow
-def test_quantized_base_with_lora(trained, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    peft = pytest.importorskip("peft")
-    folder = tiny.save_tiny_model(tmp_path / "wide", hidden_size=64, intermediate_size=64)
-    trainer = trained(
-        tiny.lists(),
-        model=folder,
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
-        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
-    )
-    assert trainer.model.is_loaded_in_4bit
 @pytest.mark.parametrize(
     "options",
     [
@@ -530,6 +530,18 @@ def test_the_copy_of_an_existing_adapter_is_whole(trained, tiny_model, options, 
     assert trajectory(trainer, "rewards/margins")[0][0] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_quantized_base_with_lora(trained, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    folder = tiny.save_tiny_model(tmp_path / "wide", hidden_size=64, intermediate_size=64)
+    trainer = trained(
+        tiny.lists(),
+        model=folder,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+    )
+    assert trainer.model.is_loaded_in_4bit
     assert trajectory(trainer, "rewards/margins")[0][0] == 0.0
 
 
@@ -617,6 +629,24 @@ def test_evaluation_after_precomputed_training_is_refused_as_in_trl(trained):
     trainer = trained(tiny.lists(), {"precompute_ref_log_probs": True})
     with pytest.raises(ValueError, match="after training has started"):
         trainer.evaluate(tiny.lists(seed=1))
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_evaluation_with_reference_log_probabilities_after_training(trained, as_stream):
+    rows = [row | {"ref_logps": [-10.0] * len(row["completions"])} for row in tiny.lists(seed=1)]
+    trainer = trained(Dataset.from_list(rows), {"max_steps": 1})
+    held_out = Dataset.from_list(rows[:4])
+    expected = trainer.evaluate(held_out.to_iterable_dataset() if as_stream else held_out)["eval_loss"]
+    assert trainer.evaluate({"a": held_out})["eval_a_loss"] == pytest.approx(expected)
+    scores = trainer.predict(trainer._prepare_dataset(held_out, trainer.processing_class, trainer.args, "eval"))
+    assert scores.metrics["test_loss"] == pytest.approx(expected)
+
+
+@pytest.mark.skipif(tiny.TRANSFORMERS_4, reason="transformers 4 counts `input_ids` alone")
+def test_tokens_seen_are_those_of_the_log(trained, caplog):
+    trainer = trained(tiny.lists(), {"include_num_input_tokens_seen": "non_padding"})
+    assert trainer.state.num_input_tokens_seen == trajectory(trainer, "num_tokens")[-1][0] > 0
+    assert "number of tokens seen" not in caplog.text
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .datasets import column_names
 from .trl_compat import prepare_multimodal_messages, tokenize
 from .validation import canonical_row
@@ -31,7 +31,7 @@ def tokenize_dataset(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     where: str,
-    eos_token: str,
+    eos_token: str | None,
     max_length: int | None,
     truncation_mode: str,
     num_proc: int | None = None,
@@ -53,7 +53,7 @@ def tokenize_dataset(
         dataset: Raw dataset.
         processing_class: Tokenizer or processor.
         where: Name of the dataset in messages.
-        eos_token: Appended to plain-text completions that do not end with it.
+        eos_token: Appended to plain-text completions that do not end with it; `None` is for conversations only.
         max_length: Longest prompt plus completion, in tokens. `None`: no limit.
         truncation_mode: `"keep_start"` or `"keep_end"`.
         num_proc: Processes to use on a map-style dataset.
@@ -67,6 +67,7 @@ def tokenize_dataset(
 
     Raises:
         DataError: If a row is unusable, or no row is left.
+        ConfigError: If completions are plain text, and the tokenizer has no end-of-sequence token.
     """
     _warned_of.clear()
     # Nothing but plain values is handed to `map` and `filter`, so that datasets can find their results in its cache
@@ -157,7 +158,7 @@ def _tokenize_row(
     row: Row,
     index: int,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    eos_token: str,
+    eos_token: str | None,
     where: str,
     length_column: str,
     truncated_completions: str,
@@ -189,6 +190,11 @@ def _tokenize_row(
         else:
             prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
     else:
+        if eos_token is None:
+            raise ConfigError(
+                f"{where}: plain-text completions get an end-of-sequence token, but the tokenizer has none. "
+                "Set `tokenizer.eos_token`."
+            )
         prompt_ids = tokenize(processing_class, prompt)["input_ids"]
         if prompt_ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(eos_token):
             prompt_ids = prompt_ids[:-1]  # added by the tokenizer

@@ -6,7 +6,7 @@ import textwrap
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, is_caching_enabled
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -142,13 +142,10 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
                 has_collator=data_collator is not None,
                 has_compute_metrics=compute_metrics is not None,
             )
-        if not self._list_mode and isinstance(train_dataset, Dataset) and "ref_logps" in train_dataset.column_names:
-            logger.warning(
-                "The column `ref_logps` is not read: these pairs are trained by DPOTrainer's own code, which knows "
-                "`ref_chosen_logps` and `ref_rejected_logps`."
-            )
         given = {name: getattr(args, name) for name in ("loss_type", "precompute_ref_log_probs")}
         self._reference_free = self._list_mode and getattr(args, "reference_free", False)
+        if isinstance(train_dataset, Dataset | IterableDataset):
+            _warn_of_unread_ref_logps(train_dataset, eval_dataset, args, self._list_mode)
         if self._reference_free:
             if ref_model is not None:
                 raise ConfigError("`reference_free` scores need no reference, but `ref_model` is given. Remove one.")
@@ -158,17 +155,22 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
                 raise ConfigError(
                     "train_dataset has the column `ref_logps`, and `ref_model` is given as well. Pass one of the two."
                 )
+            if args.sync_ref_model:
+                raise ConfigError(
+                    "`sync_ref_model` moves the reference, but train_dataset has the column `ref_logps`, which holds "
+                    "the log-probabilities under a fixed one. Remove one of the two."
+                )
             args.precompute_ref_log_probs = True  # what this dataset brings, and others still need
         loss_types = args.loss_type
         # DPOTrainer checks its options against its own losses. Every ranking loss depends on differences of scores
         # alone, as "sigmoid" does, so what is sound for "sigmoid" is sound for it.
         args.loss_type = [name if name in DPO_LOSSES else "sigmoid" for name in loss_types]
         self._datasets_are_checked = True
-        try:
-            super().__init__(
         for given_model in (model, ref_model):
             restore_forward_of_copy(given_model)
         self._adapter_is_to_be_copied = ref_model is None and brings_adapter(model)
+        try:
+            super().__init__(
                 model=model,
                 ref_model=ref_model,
                 args=args,
@@ -186,9 +188,9 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
             for name, value in given.items():  # the user's, who may have another use for it
                 setattr(args, name, value)
         self._datasets_are_checked = False  # those still to come, in `evaluate`
+        self._complete_reference_adapter()
         if self._list_mode:
             self.data_collator = self._list_collator()
-        self._complete_reference_adapter()
             self._objective = RankingObjective(loss_types, self.loss_weights, args, loss_fn)
             self.loss_types, self.loss_weights = self._objective.names, self._objective.weights
             if args.n_gpu > 1:
@@ -208,13 +210,13 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
             else:
                 self.__dict__.pop("_reference_scorer", None)  # of a model that only the precomputation had
 
-    # From rows to batches
-
     def _complete_reference_adapter(self) -> None:
         """DPOTrainer's copy "ref" of an adapter lacks what has no module in the adapter, such as that of embeddings."""
         if self._adapter_is_to_be_copied and "ref" in self.model.peft_config:
             copy_parameters(reference_adapter(self.model))
         self._adapter_is_to_be_copied = False
+
+    # From rows to batches
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         where = f"{dataset_name} dataset"
@@ -255,9 +257,9 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
         )
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self._complete_reference_adapter()
         if not self._list_mode:
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        self._complete_reference_adapter()
         if self._reference_free or "ref_logps" in column_names(dataset):
             return dataset
         if isinstance(dataset, IterableDataset):
@@ -265,6 +267,9 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
                 f"`precompute_ref_log_probs=True` is not supported with IterableDataset, which the {name} dataset is. "
                 "Turn the option off, pass a map-style Dataset, or bring a column `ref_logps`."
             )
+        if not (dataset.cache_files and is_caching_enabled()):  # it has no file that all processes would find
+            ref_logps = self._compute_all_ref_logps(dataset, name, batch_size)
+            return concatenate_datasets([dataset, Dataset.from_dict({"ref_logps": ref_logps})], axis=1)
         # Everything the values depend on, and the same file for every process
         args = self.args
         settings = (args.max_length, args.truncation_mode, args.bf16, args.fp16)
@@ -306,6 +311,21 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
             batch_size=batch_size,
             description=f"Computing reference log probs for {name} dataset",
         )
+
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        is_prepared = eval_dataset is None or isinstance(eval_dataset, str)
+        if is_prepared or not (self._list_mode and self.precompute_ref_logps):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        if not all("ref_logps" in column_names(dataset) for dataset in datasets.values()):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        # DPOTrainer would refuse to compute a reference after training; there is nothing to compute
+        prepared = {
+            name: self._prepare_dataset(dataset, self.processing_class, self.args, name)
+            for name, dataset in datasets.items()
+        }
+        eval_dataset = prepared if isinstance(eval_dataset, dict) else prepared["eval"]
+        return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # From batches to the loss
 
@@ -359,6 +379,12 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
             * self.model.num_parameters(exclude_embeddings=True)
         )
 
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
+        if not self._list_mode:
+            super()._track_num_input_tokens(inputs)
+        elif self.args.include_num_input_tokens_seen not in ("no", False):
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(count_tokens(inputs)).sum())
+
     # What is logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -378,15 +404,37 @@ def _truncated_completions(args: DPOConfig) -> str:
 
 def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool, truncated_completions: str) -> dict[str, str]:
     """Validates all rows that can be read in advance. Name of each dataset, the training set first → its format."""
-    datasets = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    elif eval_dataset is not None:
-        datasets["eval_dataset"] = eval_dataset
+    datasets = {"train_dataset": train_dataset} | _evaluation_sets(eval_dataset)
     return {
         where: _check_dataset(dataset, where, losses_need_pairs, truncated_completions)
         for where, dataset in datasets.items()
     }
+
+
+def _evaluation_sets(eval_dataset) -> dict[str, Dataset | IterableDataset]:
+    """What messages call each → the dataset."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def _warn_of_unread_ref_logps(train_dataset, eval_dataset, args: DPOConfig, list_mode: bool) -> None:
+    datasets = {"train_dataset": train_dataset} | _evaluation_sets(eval_dataset)
+    found = [where for where, dataset in datasets.items() if "ref_logps" in column_names(dataset)]
+    if not list_mode:
+        reason = (
+            "these pairs are trained by DPOTrainer's own code, which knows `ref_chosen_logps` and `ref_rejected_logps`."
+        )
+    elif getattr(args, "reference_free", False):
+        reason = "`reference_free` scores need no reference."
+    elif "train_dataset" in found or args.precompute_ref_log_probs:
+        return
+    else:
+        reason = (
+            "train_dataset has none, so the reference model is used. Set `precompute_ref_log_probs`, or add it there."
+        )
+    if found:
+        logger.warning(f"The column `ref_logps` of {' and '.join(found)} is not read: {reason}")
 
 
 def _check_dataset(dataset, where: str, losses_need_pairs: bool, truncated_completions: str) -> str:
