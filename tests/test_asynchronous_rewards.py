@@ -9,7 +9,7 @@ from small_run import rows_of
 from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
-from trl_larpo.rewards.functions import Reward, score_pools
+from trl_larpo.rewards.functions import Reward, score_pools, start_calls
 from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.rewards.scorer import RewardScorer
 from trl_larpo.set_aside import set_aside_in
@@ -46,6 +46,23 @@ def score(tmp_path, monkeypatch):
 @pytest.mark.parametrize("also", [(), (length,), (slow_length,)], ids=["alone", "with a function", "two"])
 def test_results_are_those_of_a_function(score, also):
     assert score("async", slow_length, *also) == score("sync", length, *(length for _ in also))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_columns_may_have_any_name(asynchronous):
+    columns = {"function": "def f", "self": 1, "arguments": 2, "named": 3}
+
+    def judge(prompts, completions, **columns):
+        return [float(len(columns["function"][0]))] * len(completions)
+
+    async def remote_judge(**arguments):
+        return judge(**arguments)
+
+    pool = CandidatePool(Prompt.of("p", columns), [Candidate("a"), Candidate("b")])
+    rewards = [Reward("judge", remote_judge if asynchronous else judge)]
+    for calls in ({}, start_calls(rewards, [pool])):
+        [scored] = score_pools(rewards, [pool], calls=calls)
+        assert [candidate.reward for candidate in scored.candidates] == [5.0, 5.0]
 
 
 def test_many_calls_are_in_flight_and_no_more_than_asked_for(score):

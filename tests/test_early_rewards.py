@@ -200,6 +200,36 @@ def test_models_rankers_and_normalized_rewards_wait(project, tiny_model):
     assert not can("run_rewards:vowels", normalize_rewards=True)
 
 
+def test_rewards_with_alarms_wait():
+    """Outside the main thread math-verify has no time limit: some completions would keep the run busy forever."""
+
+    def can(*names):
+        return can_reward_early(RewardScorer(RewardOptions(reward_funcs=list(names)), use_cpu=True))
+
+    assert can("gsm8k") and can("trl.rewards:think_format_reward")
+    for name in ("math", "trl.rewards:accuracy_reward", "trl.rewards:reasoning_accuracy_reward"):
+        assert not can(name) and not can("gsm8k", name)
+
+
+def test_a_reward_may_change_the_working_directory_while_others_are_sampled(stages, unhurried, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    sample = PolicySampler.sample
+
+    def sample_elsewhere(self, prompts, task, path, on_pools):
+        def on_pools_elsewhere(pools):
+            on_pools(pools)
+            monkeypatch.chdir(tmp_path / "elsewhere")  # as a reward does in another thread
+
+        try:
+            return list(sample(self, prompts, task, path, on_pools_elsewhere))
+        finally:
+            monkeypatch.chdir(tmp_path)
+
+    monkeypatch.setattr(PolicySampler, "sample", sample_elsewhere)
+    samples, rewarded, _ = stages(iterations=[1])
+    assert len(samples) == len(rewarded) == 5 and not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_sampler_hands_over_what_it_has_saved(tmp_path, talkative_model):
     from trl_larpo.generation.sampler import SampleKind, SamplingTask
     from trl_larpo.prompts import Prompt

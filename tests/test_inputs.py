@@ -9,6 +9,7 @@ from small_run import change_options, larpo_run
 
 from trl_larpo import cli
 from trl_larpo.config_file import as_meant
+from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.training.datasets import load_splits
 
 
@@ -72,6 +73,18 @@ def test_names_with_the_signs_of_patterns(tmp_path):
     for name, prompt in (("r[1].jsonl", "mine"), ("r1.jsonl", "another")):
         (tmp_path / name).write_text(json.dumps({"prompt": prompt}) + "\n")
     assert list(load_splits(str(tmp_path / "r[1].jsonl"))["train"]) == [{"prompt": "mine"}]
+
+
+def test_earlier_candidates_are_read_before_the_start(project, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(project))
+    row = {"prompt": "why", "responses": ["a", "b"], "rewards": [float("nan"), 1.0]}
+    (project / "earlier.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--dry_run", "--earlier_candidates", "~/earlier.jsonl"]
+    assert larpo_run(*flags) == 2
+    assert "'~/earlier.jsonl' row 0, column `rewards`: entry 0 is nan, not a finite number" in error_of(capsys)
+    (project / "earlier.jsonl").write_text(json.dumps(row | {"rewards": [0.0, 1.0]}) + "\n")
+    assert larpo_run(*flags) == 0
+    assert [pool.prompt.text for pool in read_candidate_pools("~/earlier.jsonl")] == ["why"]
 
 
 def test_prompts_that_are_all_too_long_are_said_to_be(project, capsys):

@@ -75,7 +75,8 @@ def test_fsfairx_reads_llama_3s_format_with_one_bos(tmp_path):
     )
     with torch.no_grad():
         expected = model.model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits.item()
-    [reward, _] = model([prompt, prompt], [[{"role": "assistant", "content": t}] for t in (" no\n", "yes and longer")])
+    completions = [[{"role": "assistant", "content": t}] for t in (" no\n", "yes and longer")]
+    [reward, _] = model(prompts=[prompt, prompt], completions=completions, self=[1, 1])  # a column of the user's
     assert reward == pytest.approx(expected, abs=1e-5)
 
 

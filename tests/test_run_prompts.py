@@ -7,9 +7,10 @@ import pytest
 import tiny
 from transformers import LlamaConfig
 
-from trl_larpo import ConfigError
+from trl_larpo import ConfigError, DataError
 from trl_larpo.prompts import Prompt
 from trl_larpo.run import checks
+from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.loading import model_init_kwargs
 from trl_larpo.run.negatives import unrelated_prompts
 from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
@@ -61,6 +62,20 @@ def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
         RunConfig(prompts=[file], num_held_out=4, system_prompt=text), tiny.tiny_tokenizer(), 0, None
     )
     assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
+
+
+@pytest.mark.parametrize("is_held_out", [False, True])
+def test_texts_beside_conversations_are_refused(file, tmp_path, is_held_out):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"prompt": f"what {number}"}) + "\n" for number in range(40)))
+    prompts = {"prompts": [file], "held_out_prompts": str(texts)} if is_held_out else {"prompts": [file, str(texts)]}
+    options = RunConfig(num_held_out=4, reward_funcs=["gsm8k"], **prompts)
+    with pytest.raises(
+        DataError, match=r"'.*texts.jsonl' are texts, and .*prompts.jsonl' are conversations.* Set `prom"
+    ):
+        choose_prompts(options, tiny.tiny_tokenizer(), 0, 128)
+    options.prompts_as_messages = True
+    assert len(choose_prompts(options, tiny.tiny_tokenizer(), 0, 128).held_out) == 4
 
 
 def test_unrelated_prompts_are_drawn_by_the_prompt_alone():
@@ -130,6 +145,27 @@ def test_the_disk_a_run_needs_is_known_from_the_config_alone(tmp_path, monkeypat
         else:
             with pytest.raises(ConfigError, match=r"the disk has .* free, and the run may need"):
                 checks._check_disk(folder, config)
+
+
+def test_what_a_stopped_training_has_left_is_not_needed_again(tmp_path):
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
+    folder = RunFolder(
+        RunConfig(num_iterations=3),
+        RunTrainingConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+        RunModelConfig(model_name_or_path="ORG/MODEL"),
+    )
+    (tmp_path / "iteration_1/model").mkdir(parents=True)
+    before = checks.bytes_of_models(folder, config)
+    found = {"trainer/checkpoint-2/optimizer.pt": 500, "trainer/best-1/model.safetensors": 70, "model.partial/a": 3}
+    for name, size in found.items():
+        path = tmp_path / "iteration_2" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"0" * size)
+    assert checks.bytes_of_models(folder, config) == before - 573
+    (tmp_path / "iteration_2/trainer/checkpoint-2/optimizer.pt").write_bytes(b"0" * 2 * before)
+    assert 0 < checks.bytes_of_models(folder, config) < before - 573, "models are still to be written"
 
 
 @pytest.mark.slow

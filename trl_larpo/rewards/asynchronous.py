@@ -21,7 +21,7 @@ def is_asynchronous(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def start_call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Future:
+def start_call(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future:
     """Starts a call of an asynchronous function. Cancelling the result cancels the call."""
 
     async def call() -> Any:
@@ -30,7 +30,7 @@ def start_call(function: Callable[..., Any], *arguments: Any, **named: Any) -> F
     return asyncio.run_coroutine_threadsafe(call(), _event_loop())
 
 
-def result_of(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def result_of(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
     """What a function returns, awaited if it is asynchronous."""
     if not is_asynchronous(function):
         return function(*arguments, **named)

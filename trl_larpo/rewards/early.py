@@ -8,10 +8,11 @@ which a reward fails here, or that is not reached, is left to the scorer.
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -22,8 +23,11 @@ from ..storage import GrowingFile, StoredRows, partial_files
 from .asynchronous import CallsInFlight
 from .functions import load_rewards
 from .scorer import RewardScorer, pool_digest, saved_scores, with_scores
+from .verifiers import math_reward
 
 logger = get_logger(__name__)
+
+_WITH_ALARMS = "trl.rewards.accuracy_rewards"
 
 _MAX_WAITING = 256  # prompts; with more, some are left to the scorer, so that memory does not grow
 
@@ -34,13 +38,22 @@ _LOOK_UP = 0.1  # seconds after which a wait for calls ends, to see what has bee
 
 def can_reward_early(scorer: RewardScorer) -> bool:
     """
-    Whether rewards can be had while others are sampled: they are functions, and hold for a completion alone. A model
-    needs the memory that sampling takes.
+    Whether rewards can be had while others are sampled: they are functions, hold for a completion alone, and limit
+    their time in any thread. A model needs the memory that sampling takes.
     """
     options = scorer.options
     functions = load_rewards(options.reward_funcs, options.reward_weights)  # leaves out models
     is_relative = options.normalize_rewards or any(reward.pairwise for reward in functions)
-    return len(functions) == len(options.reward_funcs) and not is_relative
+    needs_main_thread = any(_has_alarms(reward.function) for reward in functions)
+    return len(functions) == len(options.reward_funcs) and not is_relative and not needs_main_thread
+
+
+def _has_alarms(function: Callable[..., Any]) -> bool:
+    """
+    Whether a reward limits its time by alarms of the main thread, as TRL's rewards with math-verify do. In another
+    thread they have no limit, and one completion can keep them busy forever.
+    """
+    return function is math_reward or getattr(function, "__module__", None) == _WITH_ALARMS
 
 
 class EarlyRewards:

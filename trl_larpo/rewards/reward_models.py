@@ -97,7 +97,7 @@ class RewardModel(Judge):
             )
         self.checked = False
 
-    def __call__(self, prompts: list[Content], completions: list[Any], **columns: list[Any]) -> list[float]:
+    def __call__(self, /, prompts: list[Content], completions: list[Any], **columns: list[Any]) -> list[float]:
         """The reward of each completion."""
         sequences = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         if not self.checked and sequences:

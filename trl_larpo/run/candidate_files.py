@@ -43,7 +43,7 @@ def read_candidate_pools(path: str, as_messages: bool = False) -> StoredPools:
         DataError: Names the file, the row and what is wrong with it.
     """
     if Path(path).suffix == ".jsonl" and "://" not in path:
-        raw: Sequence[Row] = StoredRows([Path(path)])  # also rows that do not all have the same columns
+        raw: Sequence[Row] = StoredRows([Path(path).expanduser()])  # also rows that do not all have the same columns
     else:
         raw = next(iter(load_splits(path).values()))
     if not len(raw):

@@ -27,6 +27,7 @@ logger = get_logger(__name__)
 def generate(context: RunContext, iteration: int, path: Path) -> None:
     """Samples completions of the iteration's prompts, and adds negatives."""
     options = context.options
+    path = path.absolute()  # early rewards run beside the sampling, and may change the working directory for a moment
     kinds = [SampleKind("policy", options.temperature_in(iteration))] * options.num_samples
     for name in TEMPERATURES:
         if name in options.negatives:

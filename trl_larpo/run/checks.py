@@ -16,6 +16,7 @@ from ..generation.server_process import check_servers, server_command
 from ..generation.server_routes import check_command
 from ..rewards.functions import PAIRWISE, load_rewards
 from ..storage import check_folder
+from .candidate_files import read_candidate_pools
 from .folder import RunFolder
 from .health import CHECKS
 from .loading import model_init_kwargs
@@ -68,8 +69,10 @@ def check_run(folder: RunFolder) -> None:
     folder.check_configuration()
     load_rewards(options.reward_funcs, options.reward_weights)
     for candidates in options.earlier_candidates or []:
-        if "://" not in candidates and not Path(candidates).exists():
+        if "://" not in candidates and not Path(candidates).expanduser().exists():
             raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")
+        if not (folder.iteration(1) / "rewarded.jsonl").exists():  # then they have been read, and are the same still
+            read_candidate_pools(candidates)
     if options.random_prompts:
         load_random_prompts(options)
     if options.accelerate_config:
@@ -171,7 +174,7 @@ def existing_folder(path: Path) -> Path:
 def bytes_of_models(folder: RunFolder, config: PretrainedConfig) -> int | None:
     """
     What the run still needs for the model of each iteration and, in a training, for its best weights and its
-    checkpoints; `None` where that is not known.
+    checkpoints, beside what a stopped training has left; `None` where that is not known.
     """
     num_parameters, training = _num_parameters(config), folder.training
     if num_parameters is None:
@@ -179,14 +182,24 @@ def bytes_of_models(folder: RunFolder, config: PretrainedConfig) -> int | None:
     dtype = model_init_kwargs(folder.model, training)["dtype"]
     own = getattr(config, "dtype", None) or torch.float32
     weights = num_parameters * (own if dtype == "auto" else getattr(torch, dtype)).itemsize
-    missing = sum(not (folder.iteration(i) / "model").exists() for i in range(1, folder.options.num_iterations + 1))
-    needed = 0 if folder.keeps_adapter else weights * missing
+    iterations = map(folder.iteration, range(1, folder.options.num_iterations + 1))
+    missing = [path for path in iterations if not (path / "model").exists()]
+
+    def left(num_bytes: int, pattern: str) -> int:
+        return max(0, num_bytes - sum(_bytes_in(found) for path in missing for found in path.glob(pattern)))
+
+    needed = 0 if folder.keeps_adapter else left(weights * len(missing), "model.partial")
     if missing and not folder.model.use_peft:  # of an adapter, both are small
-        needed += 2 * weights if folder.options.monitor_evals else 0
+        needed += left(2 * weights, "trainer/best-*") if folder.options.monitor_evals else 0
         if training.save_strategy != "no":
             num_checkpoints = (training.save_total_limit or 2) + 1  # one is written before the oldest is deleted
-            needed += num_checkpoints * num_parameters * _bytes_of_checkpoint(folder.options.accelerate_config)
+            of_all = num_checkpoints * num_parameters * _bytes_of_checkpoint(folder.options.accelerate_config)
+            needed += left(of_all, "trainer/checkpoint-*")
     return needed
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _num_parameters(config: PretrainedConfig) -> int | None:

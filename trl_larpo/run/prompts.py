@@ -52,11 +52,19 @@ def choose_prompts(
     if limit is None and max_length is not None:
         limit = max_length - 1  # room for one token of the completion
 
+    file_of: dict[type, str] = {}  # form of prompts: a file that has it
+
     def load(path: str, split: str, known: set[str]) -> list[Prompt]:
         prompts = []
         config = options.prompts_config if path in options.prompt_sources else None
         for prompt in load_prompts(path, options, config, split):
             counts["read"] += 1
+            file_of.setdefault(type(prompt.content), path)
+            if len(file_of) > 1:
+                raise DataError(
+                    f"The prompts in {file_of[str]!r} are texts, and those in {file_of[list]!r} are conversations. Set "
+                    "`prompts_as_messages: true`, which makes conversations of the texts."
+                )
             if prompt.id in known:
                 counts["duplicates"] += 1
             elif limit is not None and len(encode_prompt(tokenizer, prompt.content, options.template_kwargs)) > limit:

@@ -51,7 +51,7 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
         if local.is_dir() and any((local / name).exists() for name in ("state.json", "dataset_dict.json")):
             saved = load_from_disk(str(local))
             return {"train": saved} if isinstance(saved, Dataset) else saved
-        return load_dataset(path, name=config_name, streaming=streaming)
+        return load_dataset(str(local) if local.is_dir() else path, name=config_name, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{path!r} cannot be read: {cause}") from error
