@@ -76,6 +76,19 @@ def test_what_changes_results_is_refused(start, training, options, name):
         start(training, **options)
 
 
+def test_a_run_that_was_stopped_before_it_began_may_start(start, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/prompts.jsonl.partial").touch()
+    start({"output_dir": "new"})
+    (tmp_path / "new/run.yaml").rename("new/prompts.jsonl")
+    with pytest.raises(ConfigError, match=r"holds prompts.jsonl and no run. If a run was stopped here .* delete these"):
+        start({"output_dir": "new"})
+    (tmp_path / "new/thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"holds other files \(prompts.jsonl, thesis.tex\) and no run. Take a new"):
+        start({"output_dir": "new"})
+    assert len(list((tmp_path / "new").iterdir())) == 3
+
+
 def test_moved_files_are_the_same_and_changed_ones_are_not(start, tmp_path):
     for name in ("prompts.jsonl", "model", "judge"):
         (tmp_path / name).rename(f"new-{name}")

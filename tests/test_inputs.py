@@ -1,9 +1,11 @@
 """What a person may write into a configuration file or a file of prompts by mistake, or with good reason."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from small_run import change_options, larpo_run
 
@@ -85,6 +87,17 @@ def test_earlier_candidates_are_read_before_the_start(project, capsys, monkeypat
     (project / "earlier.jsonl").write_text(json.dumps(row | {"rewards": [0.0, 1.0]}) + "\n")
     assert larpo_run(*flags) == 0
     assert [pool.prompt.text for pool in read_candidate_pools("~/earlier.jsonl")] == ["why"]
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(project, capsys, talkative_model):
+    shutil.copytree(talkative_model, "model")
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported.') }}"
+    tokenizer.save_pretrained("model")
+    change_options(project, model_name_or_path="model")
+    assert larpo_run("--dry_run") == 2
+    said = error_of(capsys)
+    assert "'prompts.jsonl': The chat template refuses the prompt '0 why is the dog blue': System role not supp" in said
 
 
 def test_prompts_that_are_all_too_long_are_said_to_be(project, capsys):

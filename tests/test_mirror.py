@@ -76,6 +76,22 @@ def test_a_restart_copies_what_is_new_alone(tmp_path):
     assert not [name for name in fsspec.filesystem("memory").find("/restarted") if "mirrored" in name]
 
 
+def test_deleted_files_are_not_fetched(tmp_path):
+    folder, url = tmp_path / "run", "memory://deleted/run"
+    folder.mkdir()
+    for name in ("run.yaml", "samples.set_aside.jsonl"):
+        (folder / name).write_text("{}")
+    mirror = Mirror(folder, url)
+    assert mirror.push() == 2
+    (folder / "samples.set_aside.jsonl").unlink()
+    assert mirror.push() == 0 and Mirror(tmp_path / "second", url).fetch() == 1
+    (folder / "samples.set_aside.jsonl").write_text("{}")
+    assert mirror.push() == 1
+    (folder / "samples.set_aside.jsonl").unlink()
+    assert Mirror(folder, url).push() == 0 and Mirror(tmp_path / "third", url).fetch() == 1, "after a restart"
+    assert [path.name for path in (tmp_path / "third").glob("[!.]*")] == ["run.yaml"]
+
+
 @pytest.mark.parametrize("name", ["../outside.jsonl", "a/../../outside.jsonl", "/tmp/outside.jsonl", 3])
 def test_an_index_of_files_outside_the_folder_is_refused(tmp_path, name):
     store = fsspec.filesystem("memory")

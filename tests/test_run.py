@@ -436,6 +436,15 @@ BAD = {
     "reload of no servers": (["--server_reload", "always"], "`server_reload` is for servers that the run starts"),
     "4 bits, sharded": (["--use_peft", "--load_in_4bit", "--accelerate_config", "shards.yaml"], "Take ZeRO-2, or"),
     "an adapter and FSDP1": (["--use_peft", "--accelerate_config", "fsdp1.yaml"], "set `fsdp_version: 2` in 'fsdp1"),
+    "code of a model": (["--trust_remote_code", "true"], "`trust_remote_code` is True in a run: models with code"),
+    "revision of a model": (
+        ["--server_command", "python {model} {port}", "--model_name_or_path", "ORG/MODEL", "--model_revision", "v2"],
+        "Add `--revision v2` to the command",
+    ),
+    "revision in the command": (
+        ["--server_command", "python {model} {port} --revision=v2", "--model_name_or_path", "ORG/MODEL",
+         "--model_revision", "v2"], "`model_name_or_path`: 'ORG/MODEL' cannot be loaded",
+    ),
     "resume": (["--resume_from_checkpoint", "x"], "`larpo run` resumes on its own"),
     "a reference and none": (["--reference_free", "true", "--reference", "initial"], "`reference` is 'initial', but"),
     "loss": (["--loss_type", "lambdarnak"], "Did you mean 'lambdarank'"),
@@ -475,6 +484,13 @@ def test_a_disk_too_small_is_found_before_the_start(project, capsys, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert larpo_run() == 2
     assert "the disk has 0.0 MiB free, and the run may need" in capsys.readouterr().err
+
+
+def test_a_model_in_the_home_folder(project, monkeypatch, talkative_model):
+    monkeypatch.setenv("HOME", str(project))
+    (project / "model").symlink_to(talkative_model)
+    change_options(project, model_name_or_path="~/model")
+    assert larpo_run("--dry_run") == 0
 
 
 def test_yaml_of_the_wrong_type_is_named(project, capsys):

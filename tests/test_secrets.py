@@ -32,11 +32,23 @@ SECRET = "s3cr3t-and-long-enough"
     ("serve --api-key $KEY --port {port}", "serve --api-key $KEY --port {port}"),
     (f"https://me:{SECRET}@host/v1?x=1&api_key={SECRET}#a", f"https://{HIDDEN}@host/v1?x=1&api_key={HIDDEN}#a"),
     (f"curl -H 'Authorization: Bearer {SECRET}'", f"curl -H 'Authorization: Bearer {HIDDEN}'"),
+    (f"curl -H 'X-Api-Key: {SECRET}' -d a=1", f"curl -H 'X-Api-Key: {HIDDEN}' -d a=1"),
+    (f"wget --header=Authorization:{SECRET} http://a/", f"wget --header=Authorization:{HIDDEN} http://a/"),
+    (f'curl -H "Authorization: Basic {SECRET}"', f'curl -H "Authorization: Basic {HIDDEN}"'),
+    ('curl -H "Authorization: Bearer $KEY" -H "Accept: a/b"', 'curl -H "Authorization: Bearer $KEY" -H "Accept: a/b"'),
+    (f"curl -u user:{SECRET} http://a/", f"curl -u user:{HIDDEN} http://a/"),
+    (f"curl --user 'user:{SECRET}'", f"curl --user 'user:{HIDDEN}'"),
+    ("curl -u user:$PASSWORD; python -u a.py", "curl -u user:$PASSWORD; python -u a.py"),
+    ("docker run -u 1000:1000 -u http://a/", "docker run -u 1000:1000 -u http://a/"),
+    (f"https://hooks.slack.com/services/T0/B0/{SECRET}", f"https://hooks.slack.com/services/{HIDDEN}"),
+    (f"curl 'https://discord.com/api/webhooks/1/{SECRET}'", f"curl 'https://discord.com/api/webhooks/{HIDDEN}'"),
+    (f"https://api.telegram.org/bot12:{SECRET}/sendMessage", f"https://api.telegram.org/bot{HIDDEN}"),
+    ("https://hooks.slack.com/services/$PATH_OF_HOOK", "https://hooks.slack.com/services/$PATH_OF_HOOK"),
     ("hf_" + "a" * 30, HIDDEN), ("sk-" + "b" * 30, HIDDEN),
     ("Answer with one token. Keys are 3=c, 4=d", "Answer with one token. Keys are 3=c, 4=d"), (3.5, 3.5),
 ])  # fmt: skip
 def test_what_is_hidden(value, expected):
-    assert hide_secrets(value) == expected
+    assert hide_secrets(value) == expected == hide_secrets(expected)
 
 
 def test_secrets_are_in_no_file_and_no_tracker_and_reach_the_processes_of_stages(tmp_path, config, monkeypatch):
@@ -68,6 +80,27 @@ def test_settings_beside_an_output_have_no_secrets(tmp_path):
     path = tmp_path / "settings.json"
     keep_settings(path, {"prompts": [f"https://host/p.jsonl?sig={SECRET}"]}, "`output`")
     assert SECRET not in path.read_text() and HIDDEN in path.read_text()
+
+
+def test_stages_need_no_secret_of_the_loop(tmp_path, config):
+    """A launcher for several machines that passes no variables on works as before."""
+    command = f"curl https://hooks.slack.com/services/{SECRET}"
+    options = RunConfig(prompts=["a"], reward_funcs=["gsm8k"], notify_command=command)
+    folder = RunFolder(options, config(RunTrainingConfig, output_dir=str(tmp_path / "out")), ModelConfig("model"))
+    assert SECRET not in str(folder.configuration()) and environment_of_stages(folder) == {}
+    assert with_hidden_options(folder.configuration())["notify_command"].endswith(HIDDEN)
+
+
+def test_a_run_that_an_earlier_version_began_without_hiding_is_the_same(tmp_path, config):
+    command = f"curl https://hooks.slack.com/services/{SECRET}"
+    options = RunConfig(prompts=["a"], reward_funcs=["gsm8k"], notify_command=command)
+    folder = RunFolder(options, config(RunTrainingConfig, output_dir=str(tmp_path / "out")), ModelConfig("model"))
+    folder.path.mkdir()
+    (folder.path / "run.yaml").write_text(yaml.safe_dump(folder._all_options()))
+    folder.check_configuration()
+    folder.save_configuration()
+    assert [path.name for path in folder.path.iterdir()] == ["run.yaml"]
+    assert SECRET not in (folder.path / "run.yaml").read_text()
 
 
 @pytest.mark.slow

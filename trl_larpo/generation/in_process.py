@@ -1,16 +1,18 @@
 """Samples several completions per prompt from a model, in this process."""
 
 import hashlib
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
-from ..prompts import Content
+from ..prompts import Content, prompt_text
 from .continuous_batching import Job, sample
 
 _HALF = "\ufffd"  # what half a character is decoded to
@@ -160,11 +162,22 @@ def check_sampling(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Content, chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
-    """Tokens of a prompt: the chat template's for a conversation, up to where the assistant begins."""
+    """
+    Tokens of a prompt: the chat template's for a conversation, up to where the assistant begins.
+
+    Raises:
+        DataError: If the chat template refuses the conversation.
+    """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     rendered = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    return tokenizer.apply_chat_template(prompt, **(chat_template_kwargs or {}), **rendered)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(prompt, **(chat_template_kwargs or {}), **rendered)["input_ids"]
+    except TemplateError as error:
+        text = textwrap.shorten(prompt_text(prompt), 60)
+        raise DataError(
+            f"The chat template refuses the prompt {text!r}: {str(error).rstrip('.')}. Change the prompt or remove it."
+        ) from error
 
 
 def tokens_beyond_text(

@@ -1,6 +1,7 @@
 """Checks a run before any time is spent."""
 
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -32,6 +33,7 @@ _REFUSED = {  # option of the trainer: (what it must be, why)
     "sync_ref_model": (False, "the reference is fixed within an iteration (`reference`)."),
     "precompute_ref_log_probs": (False, "`larpo run` always computes them once; leave it out."),
     "enable_jit_checkpoint": (False, "a run stops on SIGTERM, and resumes from its last checkpoint (`save_steps`)."),
+    "trust_remote_code": (False, "models with code of their own cannot be sampled and scored by a run yet."),
     "load_best_model_at_end": (False, "the model at the end of an iteration is the next policy."),
 }
 
@@ -65,7 +67,7 @@ def check_run(folder: RunFolder) -> None:
         raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
     if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
         raise ConfigError(f"`model_name_or_path` is {path!r}, and there is no such folder.")
-    model.model_name_or_path = os.path.expanduser(path)
+    path = model.model_name_or_path = os.path.expanduser(path)
     folder.check_configuration()
     load_rewards(options.reward_funcs, options.reward_weights)
     for candidates in options.earlier_candidates or []:
@@ -81,6 +83,12 @@ def check_run(folder: RunFolder) -> None:
         program = shlex.split(options.train_launcher)[0]
         raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
     if options.server_command:
+        words = re.split(r"[\s='\"]+", options.server_command)
+        if model.model_revision not in (None, "main", *words) and not os.path.isdir(path):
+            raise ConfigError(
+                f"`server_command` would sample the revision 'main' of {path!r}, and `model_revision` is "
+                f"{model.model_revision!r}. Add `--revision {model.model_revision}` to the command."
+            )
         check_command(options.server_command, model.lora_r if folder.keeps_adapter else None)
         words, _ = server_command(options.server_command, model="model", port=1, index=0)
         if not words or shutil.which(words[0]) is None:

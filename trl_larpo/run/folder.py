@@ -73,6 +73,8 @@ TIMINGS = "timings.jsonl"
 WORK = "work.json"
 """Seconds of the latest stage without loading models and starting processes; `timings.jsonl` has them of all stages."""
 
+_FIRST_FILES = ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")  # written before run.yaml
+
 _NUM_SAVED = "saved"  # in prompts.json: how many prompts of training and evaluation the other files have
 
 logger = get_logger(__name__)
@@ -165,14 +167,9 @@ class RunFolder:
         """
         stored = self.path / "run.yaml"
         if not stored.exists():
-            others = [x.name for x in self.path.iterdir() if not x.name.startswith(".")] if self.path.is_dir() else []
-            if others:
-                raise ConfigError(
-                    f"The folder {str(self.path)!r} holds other files ({', '.join(sorted(others)[:3])}) and no run. "
-                    "Take a new `output_dir`."
-                )
+            self._check_is_new()
             return
-        before, now = read_yaml(stored), self.configuration()
+        before, now = hide_secrets(read_yaml(stored)), self.configuration()
         parts = (type(self.options), type(self.training))
         own = {option.name for part in parts for option in dataclasses.fields(part)} - set(
             DPOConfig.__dataclass_fields__
@@ -209,6 +206,26 @@ class RunFolder:
             more = f" Changed too: {', '.join(changed[1:])}." if changed[1:] else ""
             raise ConfigError(f"{change}{more} Undo the change, or take a new `output_dir`.")
 
+    def _check_is_new(self) -> None:
+        """
+        Raises:
+            ConfigError: If a folder without a run holds files that are whole. A user's own `prompts.jsonl` may be among
+                them, so that nothing is deleted.
+        """
+        found = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        others = sorted(name for name in found if not name.startswith(".") and ".partial" not in name)
+        if others and set(others) <= set(_FIRST_FILES):
+            raise ConfigError(
+                f"The folder {str(self.path)!r} holds {', '.join(others)} and no run. If a run was stopped here before "
+                "it began, delete these files and run the same command again. If they are your own, take a new "
+                "`output_dir`."
+            )
+        if others:
+            raise ConfigError(
+                f"The folder {str(self.path)!r} holds other files ({', '.join(others[:3])}) and no run. "
+                "Take a new `output_dir`."
+            )
+
     def save_configuration(self) -> None:
         """Also records the options that changed since the last start, in changes.jsonl."""
         if self._changes:
@@ -223,7 +240,7 @@ class RunFolder:
 
     def prepare_prompts(self, tokenizer: PreTrainedTokenizerBase, save: bool = True) -> None:
         """Loads, checks and orders the prompts, once for the whole run."""
-        paths = [self.path / name for name in ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")]
+        paths = [self.path / name for name in _FIRST_FILES]
         known: set[str] = set()
         if all(path.exists() for path in paths):
             try:

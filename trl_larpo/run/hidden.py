@@ -10,10 +10,12 @@ from .folder import RunFolder
 
 _VARIABLE = "LARPO_HIDDEN_OPTIONS"
 
+_NOT_OF_STAGES = ("notify_command", "mirror")  # the loop alone uses them
+
 
 def environment_of_stages(folder: RunFolder) -> dict[str, str]:
     """What the environment of a stage's processes has beside that of this one."""
-    hidden = folder.hidden_options()
+    hidden = {name: value for name, value in folder.hidden_options().items() if name not in _NOT_OF_STAGES}
     return {_VARIABLE: json.dumps(hidden)} if hidden else {}
 
 
@@ -25,7 +27,7 @@ def with_hidden_options(options: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If the environment does not have it.
     """
     known = options | json.loads(os.environ.get(_VARIABLE, "{}"))
-    missing = [name for name, value in known.items() if HIDDEN in str(value)]
+    missing = [name for name, value in known.items() if HIDDEN in str(value) and name not in _NOT_OF_STAGES]
     if missing:
         raise ConfigError(
             f"`{missing[0]}` has a secret in it, which is in no file. Let `train_launcher` pass on the environment "

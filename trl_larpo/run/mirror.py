@@ -63,17 +63,21 @@ class Mirror:
         return len(names)
 
     def push(self) -> int:
-        """Copies what is new or has changed, and is whole. Returns the number of files."""
+        """Copies what is new or has changed, and is whole; forgets what is gone. Returns the number of files copied."""
         if self._copied is None:
             self._copied = self._recall()
-        changed = {name: path for name, path in self._whole_files() if self._copied.get(name) != _state(path)}
+        whole = dict(self._whole_files())
+        changed = {name: path for name, path in whole.items() if self._copied.get(name) != _state(path)}
         for name, path in changed.items():
             state = _state(path)
             self.files.makedirs(os.path.dirname(f"{self.root}/{name}"), exist_ok=True)
             self.files.put_file(str(path), f"{self.root}/{name}")
             self._copied[name] = state
-        if changed:  # last: what is not named here was not copied to its end, and is not fetched
-            self.files.pipe_file(f"{self.root}/{_MANIFEST}", json.dumps(sorted(self._copied), indent=1).encode())
+        kept = {name: state for name, state in self._copied.items() if name in whole}
+        if changed or len(kept) < len(self._copied):
+            # Last: what is not named here was not copied to its end, or has been deleted, and is not fetched
+            self.files.pipe_file(f"{self.root}/{_MANIFEST}", json.dumps(sorted(kept), indent=1).encode())
+            self._copied = kept
             self._remember()
         return len(changed)
 

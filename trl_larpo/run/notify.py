@@ -6,6 +6,8 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
+from ..redaction import hide_secrets
+
 logger = get_logger(__name__)
 
 _SECONDS = 60  # that the command may take
@@ -27,5 +29,9 @@ def notify(command: str | None, run: Path, state: str, message: str) -> None:
     told = {"LARPO_RUN": str(run.resolve()), "LARPO_STATE": state, "LARPO_MESSAGE": message}
     try:
         subprocess.run(command, shell=True, check=True, env=os.environ | told, timeout=_SECONDS)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        logger.warning(f"`notify_command` failed: {error}")
+    except subprocess.CalledProcessError as error:
+        logger.warning(f"`notify_command` failed with exit status {error.returncode}: {hide_secrets(command)}")
+    except subprocess.TimeoutExpired:
+        logger.warning(f"`notify_command` took more than {_SECONDS} s and was ended: {hide_secrets(command)}")
+    except (OSError, ValueError) as error:
+        logger.warning(f"`notify_command` failed: {hide_secrets(str(error))}")

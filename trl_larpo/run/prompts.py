@@ -52,6 +52,12 @@ def choose_prompts(
     if limit is None and max_length is not None:
         limit = max_length - 1  # room for one token of the completion
 
+    def num_tokens(prompt: Prompt, path: str) -> int:
+        try:
+            return len(encode_prompt(tokenizer, prompt.content, options.template_kwargs))
+        except DataError as error:
+            raise DataError(f"{path!r}: {error}") from error
+
     file_of: dict[type, str] = {}  # form of prompts: a file that has it
 
     def load(path: str, split: str, known: set[str]) -> list[Prompt]:
@@ -67,7 +73,7 @@ def choose_prompts(
                 )
             if prompt.id in known:
                 counts["duplicates"] += 1
-            elif limit is not None and len(encode_prompt(tokenizer, prompt.content, options.template_kwargs)) > limit:
+            elif limit is not None and num_tokens(prompt, path) > limit:
                 counts["too_long"] += 1
             else:
                 prompts.append(prompt)
