@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_larpo import ConfigError
+from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation.continuous_batching import Job, _draw
 from trl_larpo.generation.in_process import (
     Sample,
@@ -95,7 +95,7 @@ def test_samples_do_not_depend_on_the_batch(tmp_path, architecture):
 def test_nucleus_sampling_leaves_out_the_tail():
     weights = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     job = Job([1], [1.0], np.linspace(0, 0.999, 1000)[None, :])
-    drawn = [int(_draw(weights, [(job, 0, n)], top_p=0.8)) for n in range(1000)]
+    drawn = [int(_draw(weights, [(job, 0, n)], top_p=0.8)[0]) for n in range(1000)]
     assert Counter(drawn) == {0: pytest.approx(625, abs=2), 1: pytest.approx(375, abs=2)}  # 0.5 and 0.3 of 0.8
 
 
@@ -193,3 +193,27 @@ def test_model_mode_is_restored(model):
 def test_impossible_requests_are_refused(model, options, message):
     with pytest.raises(ConfigError, match=message):
         generate_completions(model, tiny.tiny_tokenizer(), ["a"], **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("architecture, options", [
+    ("llama", {"temperature": 1.0}), ("llama", {"temperature": 1.0, "top_p": 0.9}), ("llama", {"temperature": 0.0}),
+    ("mamba", {"temperature": 1.0}),
+])  # fmt: skip
+def test_logits_that_are_not_finite_are_said_to_be(tmp_path, architecture, options, value):
+    """As of a model in float16 whose numbers are too large for it, from its third token on."""
+    config = {"state_size": 4} if architecture == "mamba" else {}
+    model = AutoModelForCausalLM.from_pretrained(tiny.save_tiny_model(tmp_path, architecture, **config))
+    forward, calls = model.forward, []
+
+    def overflows(*arguments, **named):
+        output = forward(*arguments, **named)
+        calls.append(1)
+        if len(calls) > 2:
+            output.logits[0] = value
+        return output
+
+    model.forward = overflows
+    with pytest.raises(LarPOError, match=r"are NaN or infinite in float32\. If .*`generation_dtype: float32`"):
+        generate_completions(model, tiny.tiny_tokenizer(), ["a", "the dog"], num_samples=1, **options)
+    assert len(calls) > 2

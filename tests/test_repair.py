@@ -142,6 +142,13 @@ def test_a_model_that_is_cut_off_is_trained_again(run):
     assert not model.exists() and (run.iteration(1) / "ref_logps.jsonl").exists()
 
 
+def test_checkpoints_are_deleted_where_a_kill_left_them_beside_the_model(run):
+    save_model(run.iteration(1) / "model")
+    checkpoint = save_checkpoint(run.iteration(1) / "trainer", 3)
+    repair(run)
+    assert not checkpoint.parent.exists() and (run.iteration(1) / "model").exists()
+
+
 def save_model(folder):
     folder.mkdir(parents=True)
     save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")

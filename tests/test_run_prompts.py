@@ -14,7 +14,7 @@ from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.loading import model_init_kwargs
 from trl_larpo.run.negatives import unrelated_prompts
 from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
-from trl_larpo.run.prompts import choose_prompts, load_prompts
+from trl_larpo.run.prompts import choose_prompts, load_prompts, load_random_prompts
 
 
 @pytest.fixture
@@ -86,6 +86,18 @@ def test_unrelated_prompts_are_drawn_by_the_prompt_alone():
     }
     assert unrelated_prompts(prompts[7:9], others, 0, 1) == {prompt.id: drawn[prompt.id] for prompt in prompts[7:9]}
     assert unrelated_prompts(prompts, others, 0, 2) != drawn != unrelated_prompts(prompts, others, 1, 1)
+
+
+def test_unrelated_prompts_are_no_longer_than_others(tmp_path):
+    path = tmp_path / "others.jsonl"
+    path.write_text("".join(json.dumps({"question": text}) + "\n" for text in ("why", "why is the cat blue")))
+    options = RunConfig(random_prompts=str(path), random_prompts_column="question", max_prompt_length=3)
+    assert [prompt.text for prompt in load_random_prompts(options, tiny.tiny_tokenizer())] == ["why"]
+    options.max_prompt_length = 0
+    with pytest.raises(ConfigError, match=r"all 2 prompts in .* have more than 0 tokens: raise `max_prompt_length`"):
+        load_random_prompts(options, tiny.tiny_tokenizer())
+    options.max_prompt_length = None
+    assert len(load_random_prompts(options, tiny.tiny_tokenizer())) == 2
 
 
 @pytest.mark.parametrize(

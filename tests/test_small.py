@@ -9,6 +9,7 @@ from small_run import CONFIG, rows_of
 
 from trl_larpo import cli
 from trl_larpo.run.small import shrink
+from trl_larpo.storage import read_jsonl
 
 
 def test_functions_and_files_of_the_users_stay(project):
@@ -20,6 +21,14 @@ def test_functions_and_files_of_the_users_stay(project):
     assert (small["num_samples"], small["loss_type"], small["memory"]) == (7, "listmle", "all")
     [prompts] = small["prompts"]
     assert rows_of(prompts) == rows_of(project / "prompts.jsonl")[:8]
+
+
+def test_prompts_are_read_as_the_run_reads_them(tmp_path):
+    """An empty line, and a character that ends a line for Python but not in JSON."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n\n{"prompt": "c"}\n', encoding="utf-8")
+    [prompts] = shrink({"prompts": str(path), "output_dir": "o"}, tmp_path / "parts")["prompts"]
+    assert read_jsonl(prompts) == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
 
 
 def test_flags_win(project, talkative_model, capsys):

@@ -77,6 +77,20 @@ def test_files_may_go_while_they_are_looked_at(run, monkeypatch):
     assert found["done"] == 10 and found["disk"]["used"] == 0
 
 
+def test_a_checkpoint_that_is_being_written_or_deleted_does_not_count(run):
+    for stage in ("generate", "reward", "select", "reference"):
+        write_json(run / "iteration_2" / STAGES[stage].output, {})
+    trainer = run / "iteration_2/trainer"
+    for number, text in ((9, '{"global_step": 9, "max_steps": 40}'), (10, '{"global_st'), (11, None)):
+        (trainer / f"checkpoint-{number}").mkdir(parents=True)
+        if text is not None:
+            (trainer / f"checkpoint-{number}/trainer_state.json").write_text(text)
+    (trainer / "checkpoint-12").mkdir()
+    (trainer / "checkpoint-12/trainer_state.json").symlink_to("gone")  # listed, and gone when it is read
+    found = status_of(run)
+    assert (found["stage"], found["done"], found["total"]) == ("train", 9, 40)
+
+
 def test_a_line_that_is_being_written_does_not_count(run):
     with open(run / "iteration_2/samples.jsonl.partial-0", "a") as file:
         file.write('{"prompt_id": "half')

@@ -94,6 +94,8 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch):
 def test_other_errors_of_a_full_disk_are_said_too(tmp_path, monkeypatch):
     with pytest.raises(LarPOError, match=r"The disk is full: .* Free some space"), explain_full_disk(tmp_path):
         raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
+    with pytest.raises(LarPOError, match="The disk is full"), explain_full_disk(tmp_path):
+        raise RuntimeError("I/O error: Disk quota exceeded (os error 122)")
     with pytest.raises(RuntimeError, match="something else"), explain_full_disk(tmp_path):
         raise RuntimeError("something else")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))

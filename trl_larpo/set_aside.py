@@ -23,8 +23,9 @@ class SetAsideOptions(CheckedOptions):
     max_failed_share: float = option(
         0.05,
         "Share of the prompts that may fail in a stage, e.g. too long for a server, or a reward that raises an error. "
-        "They are set aside, named at the end, and tried again by the next run of the same command. With more of them "
-        "the stage ends. 0: the first one ends it.",
+        "They are set aside and named at the end. `larpo generate` and `larpo reward` try them again when the same "
+        "command runs again, `larpo run` only if the stage was not done. With more of them the stage ends. 0: the "
+        "first one ends it.",
     )
 
     def check_set_aside(self) -> None:

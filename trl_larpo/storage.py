@@ -30,6 +30,8 @@ _PARTIAL = ".partial"
 
 _LITTLE_SPACE = 2**18  # bytes
 
+_FULL = ("No space left", "Disk quota exceeded")  # as systems say it
+
 _BLOCK = 2**16  # bytes
 
 _LONE_SURROGATES = "backslashreplace"  # makes of them the escapes that JSON has for them
@@ -333,7 +335,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     except Exception as error:
         text = f"{error} {error.__context__}"
         # torch says nothing of the disk; but then nothing is left on it
-        if "No space left" in text or shutil.disk_usage(folder).free < _LITTLE_SPACE:
+        if any(said in text for said in _FULL) or shutil.disk_usage(folder).free < _LITTLE_SPACE:
             raise LarPOError(
                 f"The disk is full: {folder} cannot be written to. Free some space and run the same command again; "
                 "what was saved so far is kept."

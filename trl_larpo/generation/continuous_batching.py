@@ -88,7 +88,7 @@ def sample(
         on_completion: Called with the tokens of each completion when it has ended.
 
     Raises:
-        LarPOError: If the memory is too small for a single completion.
+        LarPOError: If the memory is too small for a single completion, or logits are not finite.
     """
     settings = _Settings(max_new_tokens, end_ids, pad_id, top_p)
     work = _sample_in_groups if layer_obstacle(model) is not None else _sample_continuously
@@ -256,6 +256,7 @@ class _Batch:
         self.cache = _cache()
         self.real = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (rows, length): 0 is padding
         self.last_ids = torch.zeros(0, dtype=torch.long, device=model.device)
+        self.are_finite: list[Tensor] = []  # whether logits were, at each token since the last check
 
     def enter(self, groups: list[_Group]) -> None:
         """Runs the prompts through the model and adds a row for each of their completions."""
@@ -271,6 +272,7 @@ class _Batch:
         repeats = torch.tensor([len(numbers) for _, numbers in groups], device=device)
         new_rows: list[tuple[Job, int, list[int]]] = [(job, i, []) for job, numbers in groups for i in numbers]
         new_ids = self._draw(logits.repeat_interleave(repeats, dim=0), new_rows, 0)
+        _check_finite(self.model, self.are_finite)
         for (*_, ids), token in zip(new_rows, new_ids.tolist(), strict=True):
             ids.append(token)
 
@@ -296,6 +298,7 @@ class _Batch:
             logits = self._run(self.last_ids[:, None], self.real, self.cache)
             self.last_ids = self._draw(logits, self.rows, len(columns))
             columns.append(self.last_ids)
+        _check_finite(self.model, self.are_finite)
         new_ids = torch.stack(columns, dim=1).tolist() if columns else [[]] * len(self.rows)
         for (*_, ids), of_row in zip(self.rows, new_ids, strict=True):
             ids += of_row
@@ -335,7 +338,10 @@ class _Batch:
 
     def _draw(self, logits: Tensor, rows: list[tuple[Job, int, list[int]]], offset: int) -> Tensor:
         """Tokens for some rows, `offset` tokens beyond those they have in their lists."""
-        return _draw(logits, [(job, i, len(ids) + offset) for job, i, ids in rows], self.settings.top_p)
+        places = [(job, i, len(ids) + offset) for job, i, ids in rows]
+        drawn, is_finite = _draw(logits, places, self.settings.top_p)
+        self.are_finite.append(is_finite)
+        return drawn
 
 
 def _stack(above: Tensor, below: Tensor) -> Tensor:
@@ -345,7 +351,16 @@ def _stack(above: Tensor, below: Tensor) -> Tensor:
     return torch.cat(padded)
 
 
-def _draw(logits: Tensor, places: list[tuple[Job, int, int]], top_p: float) -> Tensor:
+def _check_finite(model: PreTrainedModel, are_finite: list[Tensor]) -> None:
+    if are_finite and not torch.stack(are_finite).all():
+        raise LarPOError(
+            f"The logits of the model are NaN or infinite in {str(model.dtype).removeprefix('torch.')}. If its weights "
+            "are sound, sample with a larger range: `generation_dtype: float32`, or bfloat16."
+        )
+    are_finite.clear()
+
+
+def _draw(logits: Tensor, places: list[tuple[Job, int, int]], top_p: float) -> tuple[Tensor, Tensor]:
     """
     One token for each row.
 
@@ -355,12 +370,13 @@ def _draw(logits: Tensor, places: list[tuple[Job, int, int]], top_p: float) -> T
         top_p: Nucleus sampling threshold.
 
     Returns:
-        Token ids `(rows,)`.
+        Token ids `(rows,)`, and whether the largest logits of all rows are finite, a scalar. Of others, any token.
     """
     temperatures = torch.tensor([job.temperatures[i] for job, i, _ in places], device=logits.device)[:, None]
-    greedy = logits.argmax(dim=-1)
+    greedy = logits.argmax(dim=-1)  # NaN counts as the largest
+    is_finite = logits.gather(1, greedy[:, None]).isfinite().all()
     if not temperatures.any():
-        return greedy
+        return greedy, is_finite
     uniforms = [job.uniforms[i, n] for job, i, n in places]
     logits = logits.float() / torch.where(temperatures > 0, temperatures, 1.0)
     weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
@@ -370,7 +386,7 @@ def _draw(logits: Tensor, places: list[tuple[Job, int, int]], top_p: float) -> T
         smallest = torch.where(before < top_p, ordered, torch.inf).amin(dim=-1, keepdim=True)
         weights = torch.where(weights >= smallest, weights, 0.0)
     drawn = _inverse_cdf(weights, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
-    return torch.where(temperatures[:, 0] > 0, drawn, greedy)
+    return torch.where(temperatures[:, 0] > 0, drawn.clamp(max=logits.size(1) - 1), greedy), is_finite
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -393,7 +409,7 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:
     index = torch.searchsorted(sums, target, right=True)
     last = torch.searchsorted(sums, sums[:, -1:].contiguous())
-    return torch.minimum(index, last)
+    return torch.minimum(index, last).clamp(max=sums.size(1) - 1)  # NaN is beyond the end
 
 
 class _DrawWithOwnNumbers(LogitsProcessor):
@@ -401,21 +417,20 @@ class _DrawWithOwnNumbers(LogitsProcessor):
 
     def __init__(self, rows: list[tuple[Job, int]], prompt_length: int, top_p: float):
         self.rows, self.prompt_length, self.top_p = rows, prompt_length, top_p
+        self.are_finite: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         number = input_ids.size(1) - self.prompt_length
-        drawn = _draw(scores, [(job, i, number) for job, i in self.rows], self.top_p)
+        drawn, is_finite = _draw(scores, [(job, i, number) for job, i in self.rows], self.top_p)
+        self.are_finite.append(is_finite)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 
-def _generate(
-    model: PreTrainedModel,
-    rows: list[tuple[Job, int]],
-    settings: _Settings,
-) -> list[list[int]]:
+def _generate(model: PreTrainedModel, rows: list[tuple[Job, int]], settings: _Settings) -> list[list[int]]:
     """Completions by `generate`, for models that keep something else than keys and values. Prompts of one length."""
     input_ids = torch.tensor([job.prompt_ids for job, _ in rows], device=model.device)
     length = input_ids.size(1)
+    draw = _DrawWithOwnNumbers(rows, length, settings.top_p)
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -425,7 +440,8 @@ def _generate(
         repetition_penalty=1.0,
         eos_token_id=sorted(settings.end_ids) or None,
         pad_token_id=settings.pad_id,
-        logits_processor=LogitsProcessorList([_DrawWithOwnNumbers(rows, length, settings.top_p)]),
+        logits_processor=LogitsProcessorList([draw]),
     )
+    _check_finite(model, draw.are_finite)
     completions, end_ids = output[:, length:].tolist(), settings.end_ids
     return [ids[: next((n + 1 for n, token in enumerate(ids) if token in end_ids), len(ids))] for ids in completions]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from transformers import AutoTokenizer
 
 from ..candidates import CandidateList, CandidatePool, SelectionCounts, each_list
 from ..errors import LarPOError
@@ -72,7 +73,9 @@ def _responses_to_unrelated_prompts(
 ) -> Callable[[Prompt], CandidatePool]:
     """Gives, for each prompt of the iteration, responses to one of another set."""
     options, prompts = context.options, context.folder.prompts_of(task.iteration)
-    drawn = unrelated_prompts(prompts, load_random_prompts(options), context.folder.training.seed, task.iteration)
+    model_path, revision = context.model(0)
+    others = load_random_prompts(options, AutoTokenizer.from_pretrained(model_path, revision=revision))
+    drawn = unrelated_prompts(prompts, others, context.folder.training.seed, task.iteration)
     kinds = [SampleKind("random_prompt", options.temperature_in(task.iteration))] * options.num_negatives
     task = replace(task, kinds=kinds, description=f"Iteration {task.iteration}: sampling unrelated prompts")
     path = path.with_name("unrelated_samples.jsonl")

@@ -75,8 +75,6 @@ def check_run(folder: RunFolder) -> None:
             raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")
         if not (folder.iteration(1) / "rewarded.jsonl").exists():  # then they have been read, and are the same still
             read_candidate_pools(candidates)
-    if options.random_prompts:
-        load_random_prompts(options)
     if options.accelerate_config:
         _check_accelerate_config(options.accelerate_config, folder)
     if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
@@ -96,11 +94,13 @@ def check_run(folder: RunFolder) -> None:
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     try:
         config = AutoConfig.from_pretrained(path, revision=model.model_revision)
-        AutoTokenizer.from_pretrained(path, revision=model.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.model_revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`model_name_or_path`: {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
+    if options.random_prompts:
+        load_random_prompts(options, tokenizer)
     for name in (name.removeprefix(PAIRWISE) for name in options.reward_funcs):
         if ":" not in name and os.path.isdir(os.path.expanduser(name)):
             try:

@@ -170,7 +170,7 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     reward_while_sampling: bool = option(
         True,
         "Reward prompts as they are sampled, where all rewards are functions. false: when all are sampled, e.g. for a "
-        "function that holds a model on the GPU, or that only works in the main thread.",
+        "function that holds a model on the GPU, or that only works in the main thread, as math-verify does.",
     )
     server_reload: str = option(
         "auto",

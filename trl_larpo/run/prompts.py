@@ -199,17 +199,28 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
     return prompts
 
 
-def load_random_prompts(options: RunConfig) -> list[Prompt]:
+def load_random_prompts(options: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """
-    The prompts of another set to which the negative `"random_prompt"` responds.
+    The prompts of another set to which the negative `"random_prompt"` responds, without those longer than
+    `max_prompt_length`.
 
     Raises:
+        ConfigError: If all are longer.
         DataError: Names the file, the row and what is wrong with it.
     """
-    assert options.random_prompts is not None
-    return load_prompts(
-        options.random_prompts, replace(options, prompt_column=options.random_prompts_column or options.prompt_column)
-    )
+    path, limit = options.random_prompts, options.max_prompt_length
+    assert path is not None
+    column = options.random_prompts_column or options.prompt_column
+    prompts = load_prompts(path, replace(options, prompt_column=column))
+    if limit is None:
+        return prompts
+    kept = [each for each in prompts if len(encode_prompt(tokenizer, each.content, options.template_kwargs)) <= limit]
+    if not kept:
+        raise ConfigError(
+            f"`random_prompts`: all {len(prompts)} prompts in {path!r} have more than {limit} tokens: raise "
+            "`max_prompt_length`."
+        )
+    return kept
 
 
 def _with_system_prompt(prompt: Content, text: str) -> Content:

@@ -50,6 +50,8 @@ def repair(folder: RunFolder) -> None:
         is_start = iteration == last or not (folder.iteration(iteration + 1) / "model").exists()
         if is_start:  # what the next training begins with
             _drop_damaged_model(path / "model")
+        if (path / "model").exists():
+            shutil.rmtree(path / "trainer", ignore_errors=True)  # left by a kill just after a training
         is_done = all((path / stage.output).exists() for stage in STAGES.values() if iteration or stage.at_start)
         if iteration and not is_done and not (path / "model").exists():
             _repair_lists(folder, iteration)

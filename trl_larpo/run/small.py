@@ -6,7 +6,7 @@ with Llama 3's chat format for a reward model, DeBERTa-v3 with PairRM's head for
 configuration what it is (losses, list sizes, selection, memory, temperatures, learning rate, iterations) stays.
 """
 
-import json
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import (
 from ..errors import ConfigError
 from ..rewards.functions import BUILT_IN, PAIRWISE
 from ..rewards.pairrm import FIRST, SECOND, SOURCE, PairRMModel
-from ..storage import write_jsonl, write_text
+from ..storage import iter_jsonl, write_jsonl, write_text
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -150,8 +150,7 @@ def _reward(name: str, folder: Path) -> str:
 def _prompts(path: str, target: Path, config: dict[str, Any], seed: int, num_rows: int = _NUM_PROMPTS) -> str:
     """The first rows of a JSONL file; in place of any other source, sums in the form that the configuration expects."""
     if Path(path).suffix == ".jsonl" and Path(path).is_file():
-        lines = Path(path).read_text(encoding="utf-8").splitlines()[:num_rows]
-        write_jsonl(target, map(json.loads, lines))
+        write_jsonl(target, itertools.islice(iter_jsonl(path), num_rows))
         return str(target)
     rng, rows = random.Random(seed), []
     for _ in range(num_rows):

@@ -20,6 +20,7 @@ from ..locks import is_locked
 from ..prompts import Row
 from ..set_aside import set_aside_in
 from ..storage import partial_files, read_json, read_yaml, whole_rows, write_json
+from ..training.checkpoints import checkpoints
 from .folder import TIMINGS
 from .stages import STAGES, Stage
 
@@ -161,8 +162,7 @@ def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]
     """How many prompts, or steps of a training, are done, and how many there are; `None` where nothing tells."""
     folder = run / f"iteration_{iteration}"
     if stage.name == "train":
-        states = sorted((folder / "trainer").glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
-        state = read_json(states[-1]) if states else {}
+        state = _trainer_state(folder / "trainer")
         return state.get("global_step", 0), state.get("max_steps")
     if stage.name in ("select", "reference", "evaluate"):
         return 0, None
@@ -177,6 +177,14 @@ def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]
     if stage.name == "generate" and slices:
         return done, slices[iteration - 1]
     return done, _num_rows(source) if source.exists() else None
+
+
+def _trainer_state(folder: Path) -> Row:
+    """That of the latest checkpoint which is neither being written nor deleted at this moment; empty without one."""
+    for checkpoint in checkpoints(folder):
+        with contextlib.suppress(OSError, DataError):
+            return read_json(checkpoint / "trainer_state.json")
+    return {}
 
 
 def _num_rows(path: Path) -> int:

@@ -110,7 +110,7 @@ def dataset_on_disk(rows: Callable[[], Iterable[dict[str, Any]]], folder: Path) 
     path = folder / "rows.arrow"
     if PartialState().is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # on NFS, files that a process holds open cannot be deleted
         # Of a column that is empty in the first rows Arrow does not know the type, and messages may have further keys
         schema = pa.schema([])
         for batch in _batches(rows()):
