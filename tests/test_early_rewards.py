@@ -231,7 +231,7 @@ def test_a_reward_may_change_the_working_directory_while_others_are_sampled(stag
 
 
 def test_a_sampler_hands_over_what_it_has_saved(tmp_path, talkative_model):
-    from trl_larpo.generation.sampler import SampleKind, SamplingTask
+    from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
     from trl_larpo.prompts import Prompt
 
     handed_over = []

@@ -82,8 +82,21 @@ def test_wrong_gradients_alone_are_found(tmp_path, monkeypatch):
 def test_a_forward_of_another_model_is_refused(tmp_path):
     model, other = architectures.tiny_model("llama"), architectures.tiny_model("llama")
     model.forward = other.forward
-    with pytest.raises(ConfigError, match="forward of this LlamaForCausalLM does not use its own input embeddings"):
+    with pytest.raises(ConfigError, match="`forward` of this LlamaForCausalLM was replaced, and calls another model"):
         architectures.make_scorer(model, str(tmp_path))
+
+
+def test_a_model_that_looks_its_embeddings_up_by_itself_gets_separate_rows(tmp_path, caplog):
+    model = architectures.tiny_model("llama")
+    forward, weight = model.forward, model.get_input_embeddings().weight
+
+    def looks_up(input_ids=None, **named):
+        return forward(inputs_embeds=torch.nn.functional.embedding(input_ids, weight), **named)
+
+    model.forward = looks_up
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        assert architectures.make_scorer(model, str(tmp_path)).layout is Layout.SEPARATE
+    assert "does not call its layer of input embeddings" in caplog.text
 
 
 def test_what_raises_steps_aside(tmp_path, monkeypatch, caplog):

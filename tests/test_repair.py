@@ -199,7 +199,7 @@ def test_weights_that_an_index_names_must_be_there(tmp_path):
 def test_damaged_prompts_are_chosen_again_if_they_are_the_same(project, config, talkative_model, caplog):
     from transformers import AutoTokenizer
 
-    options = RunConfig(prompts=["prompts.jsonl"], reward_funcs=["gsm8k"], num_held_out=4)
+    options = RunConfig(prompts=["prompts.jsonl"], reward_funcs=["run_rewards:vowels"], num_held_out=4)
     training, tokenizer = config(RunTrainingConfig), AutoTokenizer.from_pretrained(talkative_model)
 
     def prepared():

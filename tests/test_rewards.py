@@ -1,6 +1,7 @@
 """Rules for verifiable instructions, and what is done with a reward that goes wrong."""
 
 import copy
+import functools
 import math
 import sys
 
@@ -10,7 +11,15 @@ from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt, without_thoughts
 from trl_larpo.rewards import verifiers
-from trl_larpo.rewards.functions import Reward, as_function, load_rewards, mean_preferences, reward_id, score_pools
+from trl_larpo.rewards.functions import (
+    Reward,
+    as_function,
+    check_columns,
+    load_rewards,
+    mean_preferences,
+    reward_id,
+    score_pools,
+)
 from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.rewards.scorer import RewardScorer
 from trl_larpo.rewards.verifiers import (
@@ -246,6 +255,24 @@ def test_weights_normalisation_and_rewards_that_do_not_apply():
 def test_rewards_that_go_wrong_are_named(function, message):
     with pytest.raises(DataError, match=message):
         rewards_of(function)
+
+
+def test_columns_that_a_function_takes_are_checked_before_it_is_called():
+    prompts = [Prompt.of("p", {"answer": "1", "finished": True}), Prompt.of("q", {"level": 2})]
+
+    def check(function, pairwise=False):
+        check_columns([Reward("mine", function, pairwise=pairwise)], prompts)
+
+    check(lambda prompts, completions, answer, hint=None, **columns: None)
+    check(lambda prompts, completions, finished, answer, level: None)
+    check(lambda prompt, completions: None, pairwise=True)
+    check(lambda *arguments, **named: None)
+    check(functools.wraps(gsm8k_reward)(lambda **columns: None))
+    check(dict)
+    with pytest.raises(ConfigError, match=r"mine needs the column `solution`, and the prompts have answer, level"):
+        check(lambda completions, solution, **columns: None)
+    with pytest.raises(ConfigError, match=r"mine takes no argument `finished`\. Let it end in `\*\*columns`"):
+        check(lambda prompts, completions, answer, level: None)
 
 
 def test_pairwise_rankers_become_mean_win_rates():

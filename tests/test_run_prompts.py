@@ -64,18 +64,18 @@ def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
     assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
 
 
-@pytest.mark.parametrize("is_held_out", [False, True])
-def test_texts_beside_conversations_are_refused(file, tmp_path, is_held_out):
+def test_texts_beside_conversations_are_refused(file, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"prompt": f"what {number}"}) + "\n" for number in range(40)))
-    prompts = {"prompts": [file], "held_out_prompts": str(texts)} if is_held_out else {"prompts": [file, str(texts)]}
-    options = RunConfig(num_held_out=4, reward_funcs=["gsm8k"], **prompts)
+    options = RunConfig(num_held_out=4, reward_funcs=["gsm8k"], prompts=[file, str(texts)])
     with pytest.raises(
         DataError, match=r"'.*texts.jsonl' are texts, and .*prompts.jsonl' are conversations.* Set `prom"
     ):
         choose_prompts(options, tiny.tiny_tokenizer(), 0, 128)
     options.prompts_as_messages = True
     assert len(choose_prompts(options, tiny.tiny_tokenizer(), 0, 128).held_out) == 4
+    options = RunConfig(num_held_out=4, reward_funcs=["gsm8k"], prompts=[file], held_out_prompts=str(texts))
+    assert isinstance(choose_prompts(options, tiny.tiny_tokenizer(), 0, 128).held_out[0].content, str)
 
 
 def test_unrelated_prompts_are_drawn_by_the_prompt_alone():

@@ -15,7 +15,8 @@ from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
 
 from trl_larpo.generation.options import GenerationOptions
-from trl_larpo.generation.sampler import PolicySampler, SampleKind, SamplingTask
+from trl_larpo.generation.sampler import PolicySampler
+from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
 from trl_larpo.prompts import Prompt
 from trl_larpo.run.stages import STAGES
 

@@ -58,7 +58,8 @@ def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), 
     """Samples by the key of their request. Those in `poison` say so; `failures` takes what is set aside."""
     settings = {"max_new_tokens": 20, "top_p": 0.9, "end_ids": [2], "count_tokens": lambda text: len(text.split())}
     settings |= {"model_path": "fake", "must_offer": False, "requests_in_flight": 3}
-    before = {name: options.pop(name, 0) for name in ("num_answered", "num_tolerated")}
+    known = Request("known", "prompt 0", list(temperatures), [1, 2, 3], 7) if options.pop("known", False) else None
+    num_tolerated = options.pop("num_tolerated", 0)
     sampler = Sampler([server.url for server in urls], None, **(settings | options))
     results = {}
     requests = [
@@ -78,7 +79,8 @@ def sample(urls, num_requests=6, temperatures=(1.0,) * 4, chat=True, poison=(), 
             requests,
             lambda request, samples: results.setdefault(request.key, samples),
             lambda request, reason: failures.setdefault(request.key, reason),
-            **before,
+            known=known,
+            num_tolerated=num_tolerated,
         )
     except LarPOError as error:
         error.results = results
@@ -208,17 +210,32 @@ def test_bad_prompts_that_come_first_or_are_left_do_not_look_like_bad_servers(fa
     results = sample([server], num_requests=30, poison=range(25), failures=failures, num_tolerated=26)
     assert len(results) == 5 and len(failures) == 25
     again: dict[str, str] = {}
-    assert sample([server], 25, poison=range(25), failures=again, num_answered=5, num_tolerated=26) == {}
+    assert sample([server], 25, poison=range(25), failures=again, known=True) == {}
     assert again.keys() == failures.keys()
     with pytest.raises(LarPOError, match="The servers answered none of the first 20 requests"):
         sample([server], num_requests=30, poison=range(30))
 
 
-def test_a_server_that_refuses_words_of_others_is_not_asked_with_them_again(fake):
+def test_many_prompts_that_take_too_long_are_set_aside(fake, monkeypatch):
+    hurry(monkeypatch)
+    server, failures = fake("time-out"), {}
+    assert len(sample([server], 30, poison=range(25), failures=failures, known=True)) == 5
+    assert len(failures) == 25
+
+
+def test_a_server_that_turns_bad_near_the_end_sets_nothing_aside(fake, monkeypatch):
+    hurry(monkeypatch)
+    failures = {}
+    with pytest.raises(LarPOError, match="No server answers any more") as caught:
+        sample([fake("turns_bad")], 60, failures=failures, known=True, num_tolerated=100, patience=0.1)
+    assert not failures and 0 < len(caught.value.results) <= 10
+
+
+def test_a_server_that_refuses_words_of_others_is_not_asked_with_them_again(fake, caplog):
     server = fake("strict")
     results = sample([server], num_requests=3, prompts=["a", "same", "b"], requests_in_flight=1)
     texts = {key: len({x.text for x in samples}) for key, samples in results.items()}
-    assert texts["1"] == 1 and texts["0"] > 1 and texts["2"] > 1
+    assert texts["1"] == 1 and texts["0"] > 1 and texts["2"] > 1 and "Identical samples" in caplog.text
     assert sample([server], num_requests=1, prompts=["same"]).keys() == {"0"}
 
 

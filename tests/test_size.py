@@ -8,8 +8,10 @@ import yaml
 
 from trl_larpo import DataError, cli
 from trl_larpo.candidates import Candidate, CandidatePool, Selection, build_list
+from trl_larpo.generation import server_sampling
 from trl_larpo.generation.options import GenerationOptions
-from trl_larpo.generation.sampler import SampleKind, SamplingTask
+from trl_larpo.generation.sampler import PolicySampler
+from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
 from trl_larpo.prompts import Prompt
 from trl_larpo.report import statistics as report_statistics
 from trl_larpo.report.page import write_report
@@ -61,21 +63,19 @@ def peak_of(function, *arguments):
 @pytest.mark.slow
 def test_tokens_of_all_prompts_take_little_memory(tmp_path, tiny_model, monkeypatch):
     pytest.importorskip("openai")
-    from trl_larpo.generation import sampler as sampler_module
-
     num_tokens, most = [], []
 
-    def sample(self, requests, on_samples, on_failure):
+    def sample(self, requests, on_samples, on_failure, **about_failures):
         num_tokens.append(sum(len(request.prompt_ids) for request in requests))
         most.append(tracemalloc.get_traced_memory()[0])
 
-    monkeypatch.setattr(sampler_module.Sampler, "sample", sample)
+    monkeypatch.setattr(server_sampling.Sampler, "sample", sample)
     options = GenerationOptions(server_urls=["http://127.0.0.1:1/v1"])
     prompts = [Prompt.of(f"{i} " + "why " * 2000) for i in range(100)]
     task = SamplingTask([SampleKind("policy", 1.0)] * 4, tiny_model, 1, key="1")
 
     def run(prompts, name):
-        sampler_module.PolicySampler(options, seed=0, log_folder=tmp_path).sample(prompts, task, tmp_path / name)
+        PolicySampler(options, seed=0, log_folder=tmp_path).sample(prompts, task, tmp_path / name)
 
     run(prompts[:1], "first")  # imports
     peak_of(run, prompts, "samples")

@@ -632,9 +632,14 @@ def test_evaluation_after_precomputed_training_is_refused_as_in_trl(trained):
 
 
 @pytest.mark.parametrize("as_stream", [False, True])
-def test_evaluation_with_reference_log_probabilities_after_training(trained, as_stream):
-    rows = [row | {"ref_logps": [-10.0] * len(row["completions"])} for row in tiny.lists(seed=1)]
-    trainer = trained(Dataset.from_list(rows), {"max_steps": 1})
+@pytest.mark.parametrize("truncated", ["rank_last", "drop"])
+def test_evaluation_with_reference_log_probabilities_after_training(trained, as_stream, truncated):
+    rows = [
+        row | {"ref_logps": [-10.0] * size, "finished": [True] * (size - 1) + [False]}
+        for row in tiny.lists(seed=1)
+        if (size := len(row["completions"])) > 2
+    ]
+    trainer = trained(Dataset.from_list(rows), {"max_steps": 1, "truncated_completions": truncated})
     held_out = Dataset.from_list(rows[:4])
     expected = trainer.evaluate(held_out.to_iterable_dataset() if as_stream else held_out)["eval_loss"]
     assert trainer.evaluate({"a": held_out})["eval_a_loss"] == pytest.approx(expected)

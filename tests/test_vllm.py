@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_larpo import LarPOError
 from trl_larpo.generation.model_servers import ModelServers, has_tied_head
 from trl_larpo.generation.options import GenerationOptions
-from trl_larpo.generation.sampler import PolicySampler, SampleKind, SamplingTask
+from trl_larpo.generation.sampler import PolicySampler
+from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
 from trl_larpo.prompts import Prompt
 from trl_larpo.storage import read_json
 

@@ -16,7 +16,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, SelectionCounts, each_list
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
-from .generation.sampler import PolicySampler, SampleKind, SamplingTask, generation_dtype
+from .generation.sampler import PolicySampler, generation_dtype
+from .generation.sampling_task import SampleKind, SamplingTask
 from .generation.server_process import check_servers
 from .options import option
 from .outputs import check_output, continue_output, resumable_output

@@ -29,13 +29,13 @@ from .commands import (
 from .errors import ConfigError, DataError
 from .generation.in_process import check_sampling
 from .generation.options import GenerationOptions
-from .generation.sampler import SampleKind
+from .generation.sampling_task import SampleKind
 from .generation.server_process import check_servers
 from .locks import exclusive_lock
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .options import option
 from .pools import StoredPools, merge_pools
-from .rewards.functions import import_function, load_rewards
+from .rewards.functions import check_columns, import_function, load_rewards
 from .rewards.options import RewardOptions
 from .rewards.verifiers import boxed_answer, final_number
 from .run.candidate_files import read_candidate_pools
@@ -310,6 +310,8 @@ def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[_S
     kinds = [SampleKind("policy", value) for value in options.temperature for _ in range(options.num_samples)]
     kinds += [SampleKind(GREEDY, 0.0)] if options.greedy else []
     prompts = prompts_of(options)
+    judges = [options.best_of_n_reward] if options.best_of_n_reward else []
+    check_columns(load_rewards([*options.reward_funcs, *judges]), prompts)
     pools = sample_file(options, model, prompts, kinds, samples, seed=options.seed, use_cpu=options.use_cpu)
     pools = _rewarded(options, pools, rewarded, "Rewarding")
     return [_Source("", pools, _judged(options, pools, folder / "judged.jsonl"))]

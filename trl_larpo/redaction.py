@@ -9,6 +9,7 @@ HIDDEN = "<hidden>"
 _NAME = re.compile(
     r"(.*_)?(api_?key|secret|secret_key|access_key|access_key_id|private_key|password|passwd|credentials?"
     r"|authorization|signature|(access|api|auth|hf|hub|bearer|session|security)_?token)|token|use_auth_token|sig"
+    r"|notify_command"  # who may send messages is in it, in one of many forms
 )
 
 _LOOKS_SECRET = re.compile(
@@ -27,14 +28,6 @@ _WEBHOOK = re.compile(  # addresses to which whoever knows them may send message
     r"(?P<kept>\bhooks\.slack\.com/(?:services|workflows|triggers)/|\bdiscord(?:app)?\.com/api/(?:v\d+/)?webhooks/"
     r"|\.webhook\.office\.com/|\bapi\.telegram\.org/(?:file/)?bot)(?![${<])[^\s'\"]+"
 )
-_LOGIN = re.compile(  # of curl
-    r"(?P<kept>(?<!\S)(?:-[uU][ \t]*+|--(?:proxy-)?user[ \t=]++)['\"]?(?!\d+:\d+\b)[^\s:'\"]+:)(?![${<]|//)[^\s'\"]+"
-)
-_HEADER = re.compile(  # of curl and wget
-    r"(?P<kept>(?<!\S)(?:-H|--header)[ \t=]*+['\"]?[\w-]*(?:key|token|secret|password|authorization)[ \t]*+:[ \t]*+"
-    r"(?:(?:Basic|Bearer|Bot|Token)[ \t]++)?+)(?![${<])[^\s'\"]+",
-    re.IGNORECASE,
-)
 
 
 def hide_secrets(value: Any) -> Any:
@@ -42,8 +35,8 @@ def hide_secrets(value: Any) -> Any:
     A copy of options in which secrets are replaced.
 
     Hidden are values of keys such as `token` and `api_key` in dictionaries, of flags (`--api-key ...`) and variables
-    (`HF_TOKEN=...`) in commands, passwords and keys in URLs and in arguments of curl, addresses of webhooks, and what
-    looks like a token of a known service. References to the environment (`$HF_TOKEN`) stay.
+    (`HF_TOKEN=...`) in commands, passwords and keys in URLs, addresses of webhooks, what looks like a token of a known
+    service, and the whole of `notify_command`. References to the environment (`$HF_TOKEN`) stay.
 
     Args:
         value: A text, a number, or lists and dictionaries of them.
@@ -65,8 +58,7 @@ def _hide_in_text(text: str) -> str:
     text = _USER.sub(HIDDEN, text)
     for pattern in (_QUERY, _FLAG, _ASSIGNED):
         text = pattern.sub(_hide_values, text)
-    for pattern in (_WEBHOOK, _LOGIN, _HEADER):
-        text = pattern.sub(rf"\g<kept>{HIDDEN}", text)
+    text = _WEBHOOK.sub(rf"\g<kept>{HIDDEN}", text)
     return _LOOKS_SECRET.sub(HIDDEN, text)
 
 

@@ -17,7 +17,8 @@ from trl import ModelConfig
 from trl_larpo import LarPOError
 from trl_larpo.candidates import Candidate
 from trl_larpo.commands import GenerateConfig, reward_file, sample_file
-from trl_larpo.generation.sampler import SampleKind, generation_dtype
+from trl_larpo.generation.sampler import generation_dtype
+from trl_larpo.generation.sampling_task import SampleKind
 from trl_larpo.generation.server_process import check_servers
 from trl_larpo.pools import read_pools
 from trl_larpo.prompts import Prompt

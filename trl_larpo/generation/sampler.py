@@ -2,12 +2,8 @@
 
 import gc
 import logging
-import time
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,89 +12,25 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ..candidates import Candidate, CandidatePool
+from ..candidates import CandidatePool
 from ..pools import StoredPools
 from ..preparation import preparing
-from ..prompts import Prompt, completion_for
+from ..prompts import Prompt
 from ..set_aside import SetAside
 from ..storage import GrowingFile
-from .in_process import (
-    Sample,
-    encode_prompt,
-    end_token_ids,
-    generate_completions,
-    tokens_beyond_text,
-    with_half_character,
-)
+from .in_process import generate_completions
 from .model_servers import ModelServers
 from .options import GenerationOptions
-from .server_client import Sampler, ServersGoneError, request_seed
-from .server_endpoint import Request
+from .sampling_task import SamplingTask, as_pool
+from .server_sampling import ServerSampling
 
 logger = logging.getLogger(__name__)
 
-_MAX_RESTARTS = 5  # of servers that end while they sample; each has to bring something
-
 _BATCHES_PER_UNIT = 4  # at most this many batches are sampled again after a kill
-
-
-@dataclass(frozen=True)
-class SampleKind:
-    """
-    How one of the samples of a prompt is drawn.
-
-    Attributes:
-        source: What the candidate will say of where it came from.
-        temperature: Sampling temperature.
-    """
-
-    source: str
-    temperature: float
-
-
-@dataclass(frozen=True)
-class SamplingTask:
-    """
-    What to sample.
-
-    Attributes:
-        kinds: One for each sample of a prompt.
-        model_path: Folder or hub id of the policy.
-        iteration: The iteration the samples belong to.
-        key: Together with the prompt, the name of the random numbers.
-        revision: Of a model on the hub.
-        is_trained: Whether the run has trained the model, so that servers that ran before cannot have it yet.
-        description: What the progress bar says.
-    """
-
-    kinds: list[SampleKind]
-    model_path: str
-    iteration: int
-    key: str
-    revision: str = "main"
-    is_trained: bool = False
-    description: str = "Sampling"
-
-    @property
-    def temperatures(self) -> list[float]:
-        return [kind.temperature for kind in self.kinds]
-
-
-class _PackedRequest(Request):
-    """A request whose tokens take 4 bytes each: those of all prompts wait in memory."""
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        return self._tokens.tolist()
-
-    @prompt_ids.setter
-    def prompt_ids(self, ids: list[int]) -> None:
-        self._tokens = array("i", ids)
 
 
 class PolicySampler:
@@ -188,8 +120,8 @@ class PolicySampler:
                 self._sample_in_process(prompts, done, task, file, progress, on_pools)
             elif state.is_main_process:
                 set_aside = SetAside(path, len(prompts), self.options.max_failed_share, "sampled")
-                missing = [prompt for prompt in prompts if prompt.id not in done]
-                self._sample_on_servers(missing, task, file, set_aside, progress, on_pools)
+                work = ServerSampling(self._servers, self.options, self.seed, task, file, set_aside, progress, on_pools)
+                work.sample(prompts, done)
         state.wait_for_everyone()
         if not state.is_main_process:
             return StoredPools.none()
@@ -221,92 +153,6 @@ class PolicySampler:
             new = [pool for pool in pools if pool.prompt.id not in done]
             file.add([pool.to_row() for pool in new])
             on_pools(new)
-
-    def _sample_on_servers(
-        self,
-        prompts: list[Prompt],
-        task: SamplingTask,
-        file: GrowingFile,
-        set_aside: SetAside,
-        progress: tqdm,
-        on_pools: Callable[[list[CandidatePool]], None],
-    ) -> None:
-        options = self.options
-        waiting = {prompt.id: prompt for prompt in prompts}
-        starts = 0
-        while waiting:
-            urls, name, num_waiting = options.server_urls, options.server_model, len(waiting)
-            if not urls:
-                with preparing():
-                    urls, name = self._servers.serve(task.model_path)
-                starts += 1
-            try:
-                self._ask_servers(urls, name, waiting, task, file, set_aside, progress, on_pools)
-            except ServersGoneError as error:
-                ended = not options.server_urls and not self._servers.are_alive()
-                if not ended or len(waiting) == num_waiting or starts > _MAX_RESTARTS:
-                    raise
-                logger.warning(f"Servers have ended, and are started again. {error}")
-
-    def _ask_servers(
-        self,
-        urls: list[str],
-        name: str | None,
-        waiting: dict[str, Prompt],
-        task: SamplingTask,
-        file: GrowingFile,
-        set_aside: SetAside,
-        progress: tqdm,
-        on_pools: Callable[[list[CandidatePool]], None],
-    ) -> None:
-        """Takes those out of the prompts that wait that are sampled or set aside."""
-        options = self.options
-        tokenizer = AutoTokenizer.from_pretrained(task.model_path, revision=task.revision)
-        started, num_tokens = time.monotonic(), 0
-
-        def save(request: Request, samples: list[Sample]) -> None:
-            nonlocal num_tokens
-            samples = [with_half_character(tokenizer, sample) for sample in samples]
-            pool = _as_pool(tokenizer, waiting[request.key], samples, task, options.template_kwargs)
-            file.add([pool.to_row()])
-            del waiting[request.key]
-            on_pools([pool])
-            num_tokens += sum(sample.num_tokens for sample in samples)
-            progress.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
-            progress.update(len(samples))
-
-        sampler = Sampler(
-            urls,
-            name,
-            task.model_path,
-            must_offer=task.is_trained and bool(options.server_urls),
-            max_new_tokens=options.max_new_tokens,
-            top_p=options.top_p,
-            end_ids=sorted(_end_ids_of(task, tokenizer)),
-            count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-            api_key_variable=options.server_api_key_variable,
-            chat_template_kwargs=options.template_kwargs,
-            requests_in_flight=options.server_requests_in_flight,
-            timeout=options.server_timeout,
-            patience=options.server_patience,
-        )
-        requests: list[Request] = [
-            _PackedRequest(
-                key=prompt.id,
-                prompt=prompt.content,
-                temperatures=task.temperatures,
-                prompt_ids=encode_prompt(tokenizer, prompt.content, options.template_kwargs),
-                seed=request_seed(self.seed, task.key, prompt.id),
-            )
-            for prompt in waiting.values()
-        ]
-        sampler.sample(
-            requests,
-            save,
-            lambda request, reason: set_aside.add(waiting.pop(request.key), reason),
-            num_answered=set_aside.num_prompts - len(waiting) - set_aside.count,
-            num_tolerated=int(set_aside.limit),
-        )
 
     def _load(self, path: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None or self._loaded[0] != path:
@@ -363,7 +209,7 @@ def sample_pools(
         chat_template_kwargs=options.template_kwargs,
     )
     return [
-        _as_pool(tokenizer, prompt, of_prompt, task, options.template_kwargs)
+        as_pool(tokenizer, prompt, of_prompt, task, options.template_kwargs)
         for prompt, of_prompt in zip(prompts, samples, strict=True)
     ]
 
@@ -379,32 +225,6 @@ def _saved_pools(path: Path, prompts: list[Prompt]) -> StoredPools:
         return CandidatePool(prompt, CandidatePool.from_row(rows[place_of[prompt.id]]).candidates)
 
     return StoredPools([prompt.id for prompt in sampled], pool)
-
-
-def _as_pool(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    samples: list[Sample],
-    task: SamplingTask,
-    chat_template_kwargs: dict[str, Any],
-) -> CandidatePool:
-    """The candidates that were sampled for a prompt."""
-    token_ids = tokens_beyond_text(tokenizer, prompt.content, samples, chat_template_kwargs)
-    return CandidatePool(
-        prompt,
-        [
-            Candidate(
-                completion_for(prompt.content, sample.text),
-                iteration=task.iteration,
-                source=kind.source,
-                temperature=kind.temperature,
-                finished=sample.finished,
-                num_tokens=sample.num_tokens,
-                token_ids=ids,
-            )
-            for kind, sample, ids in zip(task.kinds, samples, token_ids, strict=True)
-        ],
-    )
 
 
 def _report_tokens(pools: StoredPools) -> None:
@@ -434,10 +254,3 @@ def generation_dtype(name: str = "auto") -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _end_ids_of(task: SamplingTask, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    try:
-        return end_token_ids(GenerationConfig.from_pretrained(task.model_path, revision=task.revision), tokenizer)
-    except OSError:  # it has none
-        return {tokenizer.eos_token_id} - {None}

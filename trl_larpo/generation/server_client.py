@@ -27,7 +27,7 @@ _LONGEST_WAIT = 30.0  # seconds between two tries
 _MAX_TRIES = 8  # of a request to servers that are well
 _TRIES_OF = {"refused": 4, "timeout": 3}  # such a failure counts as so many tries
 
-_BAD_SERVER = 20  # so many requests in a row that fail at their first try are no fault of the prompts
+_BAD_SERVER = 20  # after so many requests in a row that fail at their first try it may be no fault of the prompts
 
 
 def request_seed(seed: int, key: str, prompt_id: str) -> int:
@@ -47,7 +47,14 @@ def request_seed(seed: int, key: str, prompt_id: str) -> int:
 
 
 class ServersGoneError(LarPOError):
-    """No server answers any more."""
+    """
+    No server answers any more.
+
+    Attributes:
+        reason: What the last of them said.
+    """
+
+    reason = ""
 
 
 class Sampler(SamplerSettings):
@@ -58,7 +65,7 @@ class Sampler(SamplerSettings):
         requests: list[Request],
         on_samples: Callable[[Request, list[Sample]], None],
         on_failure: Callable[[Request, str], None],
-        num_answered: int = 0,
+        known: Request | None = None,
         num_tolerated: int = 0,
     ) -> None:
         """
@@ -68,26 +75,32 @@ class Sampler(SamplerSettings):
             requests: What to sample.
             on_samples: Called with the samples of each request as they come, in any order.
             on_failure: Called with a request that is set aside, and why; what it raises ends the sampling.
-            num_answered: Requests of the same kind that were answered before.
-            num_tolerated: So many prompts may be at fault before it must be the servers.
+            known: A request that was answered before. By such ones servers and prompts at fault are told apart.
+            num_tolerated: So many of the first prompts may be refused before it must be the servers.
 
         Raises:
             ServersGoneError: If no server answers any more.
             LarPOError: If none answers any request, or one has another model. In each case what was handed to
                 `on_samples` before stays there.
         """
-        run = _Run(self, requests, on_samples, on_failure)
-        run.num_answered, run.num_tolerated = num_answered, num_tolerated
-        asyncio.run(run.run())
+        asyncio.run(_Run(self, requests, on_samples, on_failure, known, num_tolerated).run())
 
 
 class _Run:
-    def __init__(self, sampler: Sampler, requests: list[Request], on_samples, on_failure):
+    def __init__(
+        self,
+        sampler: Sampler,
+        requests: list[Request],
+        on_samples,
+        on_failure,
+        known: Request | None,
+        num_tolerated: int,
+    ):
         self.sampler, self.on_samples, self.on_failure = sampler, on_samples, on_failure
         self.waiting, self.num_unanswered = deque(requests), len(requests)
         self.endpoints: list[Endpoint] = []
         self.set_aside: list[tuple[Request, str]] = []
-        self.num_answered = self.num_tolerated = 0
+        self.known, self.num_tolerated = known, num_tolerated
         self.last_error = ""
         self.is_ending = False
 
@@ -106,11 +119,13 @@ class _Run:
             for endpoint in self.endpoints:
                 await endpoint.client.close()
         if self.num_unanswered:
-            raise ServersGoneError(
+            error = ServersGoneError(
                 f"No server answers any more ({', '.join(self.sampler.urls)}): {self.last_error} "
                 f"{self.num_unanswered} prompts are left. Start the servers and run the same command again; what was "
                 "sampled so far is kept."
             )
+            error.reason = self.last_error
+            raise error
         self._hand_over_set_aside()
 
     async def _work(self, endpoint: Endpoint) -> None:
@@ -128,7 +143,7 @@ class _Run:
                 await self._failed(endpoint, request, kind, error)
             else:
                 endpoint.failing_since, endpoint.wait, endpoint.first_failures = None, FIRST_WAIT, 0
-                self.num_answered += 1
+                self.known = request
                 self.num_unanswered -= 1
                 self.on_samples(request, samples)
 
@@ -144,19 +159,18 @@ class _Run:
 
     async def _failed(self, endpoint: Endpoint, request: Request, kind: str, error: Exception) -> None:
         """Whose fault is it? The server's, if it is not well; else the prompt's."""
-        # What takes long is not tried as often
-        limit = _BAD_SERVER if kind == "timeout" else max(_BAD_SERVER, self.num_tolerated)
         self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if kind == "hopeless":
             self.waiting.appendleft(request)
             endpoint.dead = True
             logger.warning(f"{endpoint.url} is given up: {self.last_error}")
-        elif kind == "unreachable" or endpoint.first_failures >= limit or not await endpoint.is_well():
+        elif kind == "unreachable" or not await endpoint.is_well() or not await self._answers_another(endpoint):
             self.waiting.appendleft(request)
             await self._rest(endpoint)
         else:
             endpoint.first_failures += request.tries == 0
-            if endpoint.first_failures >= limit and not self.num_answered:
+            limit = max(_BAD_SERVER, self.num_tolerated) if kind == "refused" else _BAD_SERVER
+            if self.known is None and endpoint.first_failures >= limit:
                 reason = self._reason(endpoint, kind, error)
                 raise LarPOError(f"The servers answered none of the first {limit} requests. {reason}")
             request.tries += _TRIES_OF.get(kind, 1)
@@ -167,8 +181,23 @@ class _Run:
             else:
                 self.set_aside.append((request, self._reason(endpoint, kind, error)))
                 self.num_unanswered -= 1
-                if self.num_answered:
+                if self.known is not None:
                     self._hand_over_set_aside()
+
+    async def _answers_another(self, endpoint: Endpoint) -> bool:
+        """Whether a server on which many prompts in a row have failed answers one that was answered before."""
+        async with endpoint.lock:  # one asks for all
+            if self.known is None or endpoint.first_failures < _BAD_SERVER:
+                return True
+            try:
+                found = await endpoint.complete(self.known, self.known.temperatures[0], 1, self.known.seed)
+            except Exception as error:
+                if kind_of(error) is None:
+                    raise
+                return False
+            if found:
+                endpoint.failing_since, endpoint.wait, endpoint.first_failures = None, FIRST_WAIT, 0
+            return bool(found)
 
     def _reason(self, endpoint: Endpoint, kind: str, error: Exception) -> str:
         how = {"refused": "refuses it", "timeout": "does not answer in time"}.get(kind, "fails on it")
@@ -177,7 +206,7 @@ class _Run:
         return f"The server {endpoint.url} {how}{status}: {' '.join(str(error).split())[:300]}"
 
     def _hand_over_set_aside(self) -> None:
-        if self.set_aside and not self.num_answered:  # then it is not the prompts
+        if self.set_aside and self.known is None:  # then it is not the prompts
             count = len(self.set_aside)
             raise LarPOError(f"The servers answered none of the first {count} requests. {self.set_aside[0][1]}")
         while self.set_aside:
@@ -214,22 +243,27 @@ class _Run:
     ) -> list[Sample]:
         """All samples are the same: perhaps the server decodes greedily unless told otherwise in its own words."""
         if endpoint.extra is None:  # it does not know these words
+            self._warn_of_equal(endpoint, temperature, len(places))
             return found
         extra = endpoint.extra or {"do_sample": True, "top_k": 0, "eos_token_id": self.sampler.end_ids}
         again = [found[0]]
         for place in places[1:]:
             more = await endpoint.try_with(extra, request, temperature, request.seed + place)
             if more is None:
+                self._warn_of_equal(endpoint, temperature, len(places))
                 return found
             again += more[:1]
         if len(again) < len(places):
             return found
         if len({sample.text for sample in again}) == 1:
-            endpoint.warn(
-                f"Identical samples: at temperature {temperature} a server returned the same completion "
-                f"{len(places)} times for a prompt. If that continues, the server ignores the temperature."
-            )
+            self._warn_of_equal(endpoint, temperature, len(places))
         return again
+
+    def _warn_of_equal(self, endpoint: Endpoint, temperature: float, count: int) -> None:
+        endpoint.warn(
+            f"Identical samples: at temperature {temperature} a server returned the same completion {count} times for "
+            "a prompt. If that continues, the server ignores the temperature."
+        )
 
 
 def _log_unless_stopped(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

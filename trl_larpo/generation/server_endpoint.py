@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..errors import LarPOError
@@ -119,6 +118,7 @@ class Endpoint:
         self.first_failures = 0  # requests in a row that failed at their first try
         self.wait = FIRST_WAIT
         self.dead = False
+        self.lock = asyncio.Lock()
 
     async def try_with(
         self, extra: dict[str, Any], request: Request, temperature: float, seed: int
@@ -226,7 +226,8 @@ class Endpoint:
             raise LarPOError(
                 f"`server_urls`: {self.url} offers {', '.join(model.id for model in models)} and not {path}, which the "
                 "run has trained. Servers that run already are not given new weights: restart them with this model and "
-                "run the same command again. With `server_command`, a run gives its servers each model by itself."
+                "run the same command again, with `server_model` if they call it otherwise. With `server_command`, a "
+                "run gives its servers each model by itself."
             )
         self.warn(f"The servers offer another name: {models[0].id} is taken to be {path}.")
         return models[0].id
@@ -272,8 +273,8 @@ class Endpoint:
 
 
 def _is_same_path(name: Any, path: str) -> bool:
-    """Whether a server's name of a model is its path, also if one of them is relative."""
-    return isinstance(name, str) and (name == path or Path(name).absolute() == Path(path).absolute())
+    """Whether a server's name of a model is its path, also if one of them is relative or leads over a link."""
+    return isinstance(name, str) and (name == path or os.path.realpath(name) == os.path.realpath(path))
 
 
 def kind_of(error: Exception) -> str | None:

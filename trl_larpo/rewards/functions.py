@@ -19,7 +19,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -39,6 +39,8 @@ Completions = dict[str, list[Content]]
 
 PAIRWISE = "pairwise:"
 """In front of the name of a ranker that compares the completions of a prompt with each other."""
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 OWN_ARGUMENTS = ("prompts", "completions", "finished")
 """Arguments of every reward function. The user's columns of these names are not passed on."""
@@ -112,6 +114,40 @@ def load_rewards(
             function = load_model(os.path.expanduser(path) if path.startswith("~") else path, pairwise)
         rewards.append(Reward(name, function, weight, pairwise))
     return rewards
+
+
+def check_columns(rewards: list[Reward], prompts: Iterable[Prompt]) -> None:
+    """
+    Checks that the prompts have what reward functions take, before any completion is sampled.
+
+    Args:
+        rewards: The rewards.
+        prompts: All prompts that they will be called for.
+
+    Raises:
+        ConfigError: Names the reward and the column that is missing, or that it does not take.
+    """
+    columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in OWN_ARGUMENTS)
+    for reward in rewards:
+        try:
+            parameters = inspect.signature(reward.function, follow_wrapped=False).parameters
+        except (TypeError, ValueError):  # some callables have none
+            continue
+        kinds = {parameter.kind for parameter in parameters.values()}
+        if reward.pairwise or inspect.Parameter.POSITIONAL_ONLY in kinds:
+            continue
+        needed = [name for name, x in parameters.items() if x.default is x.empty and x.kind not in _VARIABLE]
+        if missing := [name for name in needed if name not in (*OWN_ARGUMENTS, *columns)]:
+            raise ConfigError(
+                f"`reward_funcs`: {reward.name} needs the column `{missing[0]}`, and the prompts have "
+                f"{', '.join(columns) or 'no columns beside the prompt'}. Add or rename it."
+            )
+        refused = [name for name in (*OWN_ARGUMENTS, *columns) if name not in parameters]
+        if refused and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ConfigError(
+                f"`reward_funcs`: {reward.name} takes no argument `{refused[0]}`. Let it end in `**columns`, which "
+                "takes all that it does not use."
+            )
 
 
 def reward_id(names: list[str], weights: list[float] | None, **settings: Any) -> str:

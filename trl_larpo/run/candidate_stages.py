@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ..candidates import CandidateList, CandidatePool, SelectionCounts, each_list
 from ..errors import LarPOError
-from ..generation.sampler import SampleKind, SamplingTask
+from ..generation.sampling_task import SampleKind, SamplingTask
 from ..pools import chain_pools, read_pools
 from ..prompts import Prompt
 from ..rewards.early import EarlyRewards, can_reward_early, forget_early_rewards, with_early_rewards

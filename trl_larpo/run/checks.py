@@ -81,11 +81,12 @@ def check_run(folder: RunFolder) -> None:
         program = shlex.split(options.train_launcher)[0]
         raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
     if options.server_command:
-        words = re.split(r"[\s='\"]+", options.server_command)
-        if model.model_revision not in (None, "main", *words) and not os.path.isdir(path):
+        revision = model.model_revision
+        words = re.split(r"[\s='\"@]+", os.path.expandvars(options.server_command))
+        if revision not in (None, "main", *words) and not os.path.isdir(path):
             raise ConfigError(
-                f"`server_command` would sample the revision 'main' of {path!r}, and `model_revision` is "
-                f"{model.model_revision!r}. Add `--revision {model.model_revision}` to the command."
+                f"`server_command` would sample the revision 'main' of {path!r}, and `model_revision` is {revision!r}. "
+                f"Add `--revision {revision}` to the command."
             )
         check_command(options.server_command, model.lora_r if folder.keeps_adapter else None)
         words, _ = server_command(options.server_command, model="model", port=1, index=0)

@@ -2,7 +2,8 @@
 
 from functools import cached_property
 
-from ..generation.sampler import PolicySampler, SampleKind, SamplingTask
+from ..generation.sampler import PolicySampler
+from ..generation.sampling_task import SampleKind, SamplingTask
 from ..pools import read_pools
 from ..rewards.functions import Completions
 from ..rewards.scorer import RewardScorer

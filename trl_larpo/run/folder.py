@@ -26,6 +26,7 @@ from trl import DPOConfig, ModelConfig
 from ..errors import ConfigError, DataError
 from ..prompts import Prompt, Row
 from ..redaction import hide_secrets
+from ..rewards.functions import check_columns, load_rewards
 from ..settings import changed_settings, describe_change, fingerprints
 from ..storage import append_jsonl, iter_jsonl, read_json, read_yaml, whole_rows, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
@@ -249,7 +250,10 @@ class RunFolder:
             except DataError as error:
                 logger.warning(f"{error} The prompts are chosen again.")
                 known = {row["prompt_id"] for path in paths[:2] for row in whole_rows(path, [])}
-        chosen = choose_prompts(self.options, tokenizer, self.training.seed, self.training.max_length)
+        options = self.options
+        chosen = choose_prompts(options, tokenizer, self.training.seed, self.training.max_length)
+        rewards = load_rewards(options.reward_funcs, options.reward_weights)
+        check_columns(rewards, itertools.chain(chosen.prompts, chosen.held_out))
         self.prompts, self.held_out, self.prompt_counts = chosen.prompts, chosen.held_out, chosen.counts
         if known - {prompt.id for prompt in (*self.prompts, *self.held_out)}:
             raise DataError(

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
-from ..redaction import hide_secrets
-
 logger = get_logger(__name__)
 
 _SECONDS = 60  # that the command may take
@@ -30,8 +28,8 @@ def notify(command: str | None, run: Path, state: str, message: str) -> None:
     try:
         subprocess.run(command, shell=True, check=True, env=os.environ | told, timeout=_SECONDS)
     except subprocess.CalledProcessError as error:
-        logger.warning(f"`notify_command` failed with exit status {error.returncode}: {hide_secrets(command)}")
+        logger.warning(f"`notify_command` failed with exit status {error.returncode}.")
     except subprocess.TimeoutExpired:
-        logger.warning(f"`notify_command` took more than {_SECONDS} s and was ended: {hide_secrets(command)}")
+        logger.warning(f"`notify_command` took more than {_SECONDS} s and was ended.")
     except (OSError, ValueError) as error:
-        logger.warning(f"`notify_command` failed: {hide_secrets(str(error))}")
+        logger.warning(f"`notify_command` could not be run: {type(error).__name__}")

@@ -201,7 +201,8 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     mirror: str | None = option(
         None,
         "Where a copy of the folder is kept, for machines that come and go: s3://bucket/run, gs://... or any URL of "
-        "fsspec's. An empty `output_dir` is filled from it, and the run resumes.",
+        "fsspec's. An empty `output_dir` is filled from it, and the run resumes. What is deleted in the folder is not "
+        "fetched again.",
     )
     notify_command: str | None = option(
         None,

@@ -58,9 +58,7 @@ def choose_prompts(
         except DataError as error:
             raise DataError(f"{path!r}: {error}") from error
 
-    file_of: dict[type, str] = {}  # form of prompts: a file that has it
-
-    def load(path: str, split: str, known: set[str]) -> list[Prompt]:
+    def load(path: str, split: str, known: set[str], file_of: dict[type, str]) -> list[Prompt]:
         prompts = []
         config = options.prompts_config if path in options.prompt_sources else None
         for prompt in load_prompts(path, options, config, split):
@@ -81,7 +79,8 @@ def choose_prompts(
         return prompts
 
     known: set[str] = set()
-    sources = [load(path, options.prompts_split, known) for path in options.prompt_sources]
+    file_of: dict[type, str] = {}  # form of prompts: a file that has it
+    sources = [load(path, options.prompts_split, known, file_of) for path in options.prompt_sources]
     if options.prompt_schedule != "fresh":
         sources = [[prompt for prompts in sources for prompt in prompts]]
     for prompts in sources:
@@ -92,7 +91,7 @@ def choose_prompts(
         held_out = [prompt for prompts, share in zip(sources, shares, strict=True) for prompt in prompts[:share]]
         sources = [prompts[share:] for prompts, share in zip(sources, shares, strict=True)]
     else:
-        held_out = load(options.held_out_prompts, options.held_out_split, set())[: options.num_held_out]
+        held_out = load(options.held_out_prompts, options.held_out_split, set(), {})[: options.num_held_out]
         ids = {prompt.id for prompt in held_out}
         counts["also_held_out"] = sum(prompt.id in ids for prompts in sources for prompt in prompts)
         sources = [[prompt for prompt in prompts if prompt.id not in ids] for prompts in sources]

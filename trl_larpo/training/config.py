@@ -178,7 +178,7 @@ def trains_lists(
         if is_set:
             raise ConfigError(
                 f"{option} has no effect where DPOTrainer's own code trains pairs, as it does because of {reasons[0]}. "
-                "Remove one of the two."
+                "Remove one of the two, or name TRL's 'sigmoid' in place of the ranking loss."
             )
     for where, row_format in formats.items():
         if row_format == "list":

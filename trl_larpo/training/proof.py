@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from .attention import uses_blocks
 from .collator import DataCollatorForCandidateLists
 from .token_rows import Batch
+from .trl_compat import calls_another_model
 
 logger = get_logger(__name__)
 
@@ -89,7 +90,8 @@ class Proof:
         with_gradients: Whether the model is trained.
 
     Raises:
-        ConfigError: If the model's forward does not use the model's own embeddings.
+        ConfigError: If the model's forward pass is that of another model.
+        RuntimeError: If it does not call the layer of input embeddings, so that nothing can be measured.
     """
 
     def __init__(self, model: PreTrainedModel, separate: Score, accelerator: Accelerator, with_gradients: bool):
@@ -230,10 +232,12 @@ class Proof:
         ):
             logps = score(batch)[batch["candidate_mask"]].float()
             if not embedded.is_used:
-                raise ConfigError(
-                    f"The forward of this {type(self._model).__name__} does not use its own input embeddings: "
-                    "`model.forward` was probably replaced, and calls another model. Load the model again."
-                )
+                if calls_another_model(self._model):
+                    raise ConfigError(
+                        f"`forward` of this {type(self._model).__name__} was replaced, and calls another model. Load "
+                        "the model again."
+                    )
+                raise RuntimeError("the model's forward pass does not call its layer of input embeddings")
             self._is_full_precision = embedded.dtype == torch.float32
             if not with_gradients:
                 return _Measured(logps.detach(), None)

@@ -183,18 +183,19 @@ def restore_forward_of_copy(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         return
-    bare: Any = model.get_base_model() if is_peft_model(model) else model
-    if not _calls_another_model(bare.__dict__.get("forward"), bare):
+    if not calls_another_model(model):
         return
+    bare: Any = model.get_base_model() if is_peft_model(model) else model
     for name in ("forward", "_original_forward"):  # the second is accelerate's
         bare.__dict__.pop(name, None)
     if hasattr(bare, "_hf_hook"):  # of a model that is split across devices
         add_hook_to_module(bare, bare._hf_hook)
 
 
-def _calls_another_model(forward: Any, model: nn.Module) -> bool:
+def calls_another_model(model: nn.Module) -> bool:
     """Whether a patched `forward` is built around a method of another object of the model's class."""
-    remaining, seen = [forward], set()
+    model = model.get_base_model() if is_peft_model(model) else model
+    remaining, seen = [model.__dict__.get("forward")], set()
     while remaining:
         value = remaining.pop()
         if id(value) in seen:

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl_larpo import LarPOTrainer
 from trl_larpo.candidates import CandidateList, CandidatePool, Selection, build_list
 from trl_larpo.generation.options import GenerationOptions
-from trl_larpo.generation.sampler import SampleKind, SamplingTask, sample_pools
+from trl_larpo.generation.sampler import sample_pools
+from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
 from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.functions import load_rewards, score_pools
 from trl_larpo.run.evaluation import evaluate, means_by_prompt

@@ -1,0 +1,143 @@
+"""[`ServerSampling`]: samples the prompts of a task on servers, and starts servers again that end meanwhile."""
+
+import logging
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..candidates import CandidatePool
+from ..preparation import preparing
+from ..prompts import Prompt
+from ..set_aside import SetAside
+from ..storage import GrowingFile
+from .in_process import Sample, encode_prompt, with_half_character
+from .model_servers import ModelServers
+from .options import GenerationOptions
+from .sampling_task import SamplingTask, as_pool, end_ids_of
+from .server_client import Sampler, ServersGoneError, request_seed
+from .server_endpoint import Request
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESTARTS = 5  # of servers that end while they sample; each has to bring something
+
+
+class _PackedRequest(Request):
+    """A request whose tokens take 4 bytes each: those of all prompts wait in memory."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self._tokens.tolist()
+
+    @prompt_ids.setter
+    def prompt_ids(self, ids: list[int]) -> None:
+        self._tokens = array("i", ids)
+
+
+@dataclass
+class ServerSampling:
+    """
+    Samples on servers.
+
+    Attributes:
+        servers: Those that are started, where none run already.
+        options: How to sample.
+        seed: Seed of the random numbers.
+        task: What to sample.
+        file: Where samples are saved.
+        set_aside: Where prompts are named that cannot be sampled.
+        progress: A bar to advance, in completions.
+        on_pools: Called with what has been sampled and saved.
+    """
+
+    servers: ModelServers
+    options: GenerationOptions
+    seed: int
+    task: SamplingTask
+    file: GrowingFile
+    set_aside: SetAside
+    progress: tqdm
+    on_pools: Callable[[list[CandidatePool]], None]
+    _waiting: dict[str, Prompt] = field(default_factory=dict)
+    _known: Prompt | None = None  # one that was answered
+
+    def sample(self, prompts: list[Prompt], done: set[str]) -> None:
+        """
+        Samples prompts.
+
+        Args:
+            prompts: The prompts.
+            done: Names of those that are in the file.
+
+        Raises:
+            LarPOError: If no server answers any more, or too many prompts fail.
+        """
+        options, starts = self.options, 0
+        self._waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
+        self._known = next((prompt for prompt in prompts if prompt.id in done), None)
+        while self._waiting:
+            urls, name, num_waiting = options.server_urls, options.server_model, len(self._waiting)
+            if not urls:
+                with preparing():
+                    urls, name = self.servers.serve(self.task.model_path)
+                starts += 1
+            try:
+                return self._ask(urls, name)
+            except ServersGoneError as error:
+                ended = not options.server_urls and not self.servers.are_alive()
+                if not ended or len(self._waiting) == num_waiting or starts > _MAX_RESTARTS:
+                    raise
+                logger.warning(f"Servers have ended, and are started again: {error.reason}")
+
+    def _ask(self, urls: list[str], name: str | None) -> None:
+        """Takes those out of the prompts that wait that are sampled or set aside."""
+        options, task, waiting = self.options, self.task, self._waiting
+        tokenizer = AutoTokenizer.from_pretrained(task.model_path, revision=task.revision)
+        started, num_tokens = time.monotonic(), 0
+
+        def save(request: Request, samples: list[Sample]) -> None:
+            nonlocal num_tokens
+            samples = [with_half_character(tokenizer, sample) for sample in samples]
+            pool = as_pool(tokenizer, waiting[request.key], samples, task, options.template_kwargs)
+            self.file.add([pool.to_row()])
+            self._known = waiting.pop(request.key)
+            self.on_pools([pool])
+            num_tokens += sum(sample.num_tokens for sample in samples)
+            self.progress.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+            self.progress.update(len(samples))
+
+        sampler = Sampler(
+            urls,
+            name,
+            task.model_path,
+            must_offer=task.is_trained and bool(options.server_urls),
+            max_new_tokens=options.max_new_tokens,
+            top_p=options.top_p,
+            end_ids=sorted(end_ids_of(task, tokenizer)),
+            count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+            api_key_variable=options.server_api_key_variable,
+            chat_template_kwargs=options.template_kwargs,
+            requests_in_flight=options.server_requests_in_flight,
+            timeout=options.server_timeout,
+            patience=options.server_patience,
+        )
+        sampler.sample(
+            [self._request(tokenizer, prompt) for prompt in waiting.values()],
+            save,
+            lambda request, reason: self.set_aside.add(waiting.pop(request.key), reason),
+            known=None if self._known is None else self._request(tokenizer, self._known),
+            num_tolerated=int(self.set_aside.limit),
+        )
+
+    def _request(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Request:
+        return _PackedRequest(
+            key=prompt.id,
+            prompt=prompt.content,
+            temperatures=self.task.temperatures,
+            prompt_ids=encode_prompt(tokenizer, prompt.content, self.options.template_kwargs),
+            seed=request_seed(self.seed, self.task.key, prompt.id),
+        )
