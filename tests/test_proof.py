@@ -79,9 +79,10 @@ def test_wrong_gradients_alone_are_found(tmp_path, monkeypatch):
     assert scorer_of(tmp_path).layout is Layout.SHARED  # the next best
 
 
-def test_a_forward_of_another_model_is_refused(tmp_path):
+@pytest.mark.parametrize("replace", [lambda other: other.forward, lambda other: lambda **named: other(**named)])
+def test_a_forward_of_another_model_is_refused(tmp_path, replace):
     model, other = architectures.tiny_model("llama"), architectures.tiny_model("llama")
-    model.forward = other.forward
+    model.forward = replace(other)
     with pytest.raises(ConfigError, match="`forward` of this LlamaForCausalLM was replaced, and calls another model"):
         architectures.make_scorer(model, str(tmp_path))
 

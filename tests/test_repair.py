@@ -256,3 +256,25 @@ def test_a_damaged_run_ends_with_the_files_of_an_undamaged_one(finished_run, pro
         if path.name in ("samples.jsonl", "rewarded.jsonl", "lists.jsonl") or path.parent.name == "iteration_1":
             assert (project / "out" / path).read_bytes() == data, path
     assert all((project / "out" / path).exists() for path in whole)
+
+
+def test_a_run_that_is_stopped_as_it_writes_prompts_starts_again(project, config, talkative_model, monkeypatch):
+    from transformers import AutoTokenizer
+
+    options = RunConfig(prompts=["prompts.jsonl"], reward_funcs=["run_rewards:vowels"], num_held_out=4)
+    training, tokenizer = config(RunTrainingConfig), AutoTokenizer.from_pretrained(talkative_model)
+
+    def start():
+        folder = RunFolder(options, training, ModelConfig(talkative_model))
+        folder.check_configuration()
+        folder.prepare_prompts(tokenizer)
+        return folder
+
+    def stops(path, value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trl_larpo.run.folder.write_json", stops)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    assert len(start().held_out) == 4

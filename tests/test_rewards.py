@@ -261,7 +261,7 @@ def test_columns_that_a_function_takes_are_checked_before_it_is_called():
     prompts = [Prompt.of("p", {"answer": "1", "finished": True}), Prompt.of("q", {"level": 2})]
 
     def check(function, pairwise=False):
-        check_columns([Reward("mine", function, pairwise=pairwise)], prompts)
+        check_columns([Reward("mine", function, pairwise=pairwise)], prompts, "prompts")
 
     check(lambda prompts, completions, answer, hint=None, **columns: None)
     check(lambda prompts, completions, finished, answer, level: None)

@@ -414,7 +414,7 @@ BAD = {
     "too few prompts": (["--num_held_out", 10], "too few for 1"),
     "too many held out": (["--num_held_out", 11], "only 10 prompts to hold out"),
     "prompts per iteration": (["--prompts_per_iteration", 7], "There are 6 prompts beside the 4 held out"),
-    "column of a reward": (["--reward_funcs", "gsm8k"], "gsm8k needs the column `answer`, and the prompts have"),
+    "column of a reward": (["--reward_funcs", "gsm8k"], "gsm8k needs the column `answer`, and the prompts of"),
     "server answers not": (["--server_urls", "http://127.0.0.1:9/v1"], "does not answer"),
     "server address": (["--server_urls", "127.0.0.1:8000"], "starts with http"),
     "server password": (["--server_urls", "http://me:word@host/v1"], "address with a password"),

@@ -24,7 +24,7 @@ from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation import server_client as servers
 from trl_larpo.generation import server_endpoint
 from trl_larpo.generation.server_client import Sampler, request_seed
-from trl_larpo.generation.server_endpoint import Request
+from trl_larpo.generation.server_endpoint import Endpoint, Request
 from trl_larpo.generation.server_process import check_url, running_servers, server_command, stop_leftovers
 from trl_larpo.lifetime import Stopped
 
@@ -223,12 +223,45 @@ def test_many_prompts_that_take_too_long_are_set_aside(fake, monkeypatch):
     assert len(failures) == 25
 
 
-def test_a_server_that_turns_bad_near_the_end_sets_nothing_aside(fake, monkeypatch):
+@pytest.mark.parametrize("num_requests", [13, 25, 60])
+@pytest.mark.parametrize("num_servers", [1, 2])
+def test_a_server_that_turns_bad_near_the_end_sets_nothing_aside(fake, monkeypatch, num_requests, num_servers):
     hurry(monkeypatch)
-    failures = {}
+    failures, servers = {}, [fake("turns_bad") for _ in range(num_servers)]
     with pytest.raises(LarPOError, match="No server answers any more") as caught:
-        sample([fake("turns_bad")], 60, failures=failures, known=True, num_tolerated=100, patience=0.1)
-    assert not failures and 0 < len(caught.value.results) <= 10
+        sample(servers, num_servers * num_requests, failures=failures, num_tolerated=100, patience=0.1)
+    assert not failures and 0 < len(caught.value.results) <= 10 * num_servers
+
+
+def test_a_server_that_fails_beside_one_that_takes_its_time_is_given_up(fake, monkeypatch):
+    hurry(monkeypatch)
+    failures, good, complete = {}, fake(), Endpoint.complete
+
+    async def slowly(self, *arguments, **named):
+        if self.url == good.url:
+            await asyncio.sleep(0.2)
+        return await complete(self, *arguments, **named)
+
+    monkeypatch.setattr(Endpoint, "complete", slowly)
+    assert len(sample([fake("refuses"), good], 60, failures=failures, requests_in_flight=30, patience=0.1)) == 60
+    assert not failures
+
+
+def test_a_server_that_hangs_is_asked_once_whether_it_answers_others(fake, monkeypatch):
+    hurry(monkeypatch)
+    asked, complete = [], Endpoint.complete
+
+    async def hangs(self, request, *arguments, **named):
+        asked.append(request.key)
+        if len(asked) > 40:
+            await asyncio.sleep(0.3)
+            raise TimeoutError("no answer")
+        return await complete(self, request, *arguments, **named)
+
+    monkeypatch.setattr(Endpoint, "complete", hangs)
+    with pytest.raises(LarPOError, match="No server answers any more"):
+        sample([fake()], 300, requests_in_flight=32, patience=0.2)
+    assert asked.count("0") == 2 and len(asked) < 200
 
 
 def test_a_server_that_refuses_words_of_others_is_not_asked_with_them_again(fake, caplog):

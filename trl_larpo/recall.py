@@ -154,9 +154,12 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
     answer_of = options.load_answer_func()
     assert options.output is not None  # by `check_recall`
     folder = Path(options.output)
+    paths = options.candidates or []
+    if not paths:
+        judges = [options.best_of_n_reward] if options.best_of_n_reward else []
+        check_columns(load_rewards([*options.reward_funcs, *judges]), prompts_of(options), "prompts")
     with exclusive_lock(folder):
         _keep_settings(options, model, folder)
-        paths = options.candidates or []
         sources = _read(options, paths, folder) if paths else _sampled(options, model, folder)
         groups = [samples for source in sources for samples in _groups(source, answer_of, options)]
         if not groups:
@@ -310,8 +313,6 @@ def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[_S
     kinds = [SampleKind("policy", value) for value in options.temperature for _ in range(options.num_samples)]
     kinds += [SampleKind(GREEDY, 0.0)] if options.greedy else []
     prompts = prompts_of(options)
-    judges = [options.best_of_n_reward] if options.best_of_n_reward else []
-    check_columns(load_rewards([*options.reward_funcs, *judges]), prompts)
     pools = sample_file(options, model, prompts, kinds, samples, seed=options.seed, use_cpu=options.use_cpu)
     pools = _rewarded(options, pools, rewarded, "Rewarding")
     return [_Source("", pools, _judged(options, pools, folder / "judged.jsonl"))]

@@ -4,7 +4,8 @@ Samples completions from servers that speak OpenAI's protocol: vLLM, SGLang, `tr
 Several servers are used side by side with many requests in flight. What comes back is checked, because servers differ:
 some return one completion however many are asked for, some sample greedily whatever the temperature, some render the
 prompt in another way. A server that fails hands its requests to the others. A request that a server cannot answer while
-it answers others is tried again later, elsewhere, and set aside after a few tries.
+it answers others is tried again later, elsewhere, and set aside after a few tries: as soon as the server has answered
+another one since, so that what a bad server does is not put down to prompts.
 """
 
 import asyncio
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 _LONGEST_WAIT = 30.0  # seconds between two tries
 
 _MAX_TRIES = 8  # of a request to servers that are well
-_TRIES_OF = {"refused": 4, "timeout": 3}  # such a failure counts as so many tries
+_TRIES_OF = {"refused": 4, "timeout": 3, "busy": 0.5}  # such a failure counts as so many tries
 
-_BAD_SERVER = 20  # after so many requests in a row that fail at their first try it may be no fault of the prompts
+_BAD_SERVER = 20  # after so many failures in a row it may be no fault of the prompts
 
 
 def request_seed(seed: int, key: str, prompt_id: str) -> int:
@@ -99,7 +100,6 @@ class _Run:
         self.sampler, self.on_samples, self.on_failure = sampler, on_samples, on_failure
         self.waiting, self.num_unanswered = deque(requests), len(requests)
         self.endpoints: list[Endpoint] = []
-        self.set_aside: list[tuple[Request, str]] = []
         self.known, self.num_tolerated = known, num_tolerated
         self.last_error = ""
         self.is_ending = False
@@ -126,13 +126,12 @@ class _Run:
             )
             error.reason = self.last_error
             raise error
-        self._hand_over_set_aside()
 
     async def _work(self, endpoint: Endpoint) -> None:
         while self.num_unanswered and not endpoint.dead and not self.is_ending:
             request = self._next_for(endpoint)
-            if request is None:  # others may still fail and give their requests back
-                await asyncio.sleep(0.05)
+            if request is None:
+                await self._without_work(endpoint)
                 continue
             try:
                 samples = await self._all_samples(endpoint, request)
@@ -142,10 +141,28 @@ class _Run:
                     raise
                 await self._failed(endpoint, request, kind, error)
             else:
-                endpoint.failing_since, endpoint.wait, endpoint.first_failures = None, FIRST_WAIT, 0
-                self.known = request
                 self.num_unanswered -= 1
                 self.on_samples(request, samples)
+                self.known = self.known or request
+                endpoint.known = endpoint.known or request
+                self._is_well(endpoint)
+
+    def _is_well(self, endpoint: Endpoint) -> None:
+        """Notes that a server answers. So what it has not answered before is at fault itself, and set aside."""
+        endpoint.failing_since, endpoint.wait, endpoint.failures = None, FIRST_WAIT, 0
+        while endpoint.doubtful:
+            self.num_unanswered -= 1
+            self.on_failure(*endpoint.doubtful.pop(0))
+
+    async def _without_work(self, endpoint: Endpoint) -> None:
+        """Others may still fail and give their requests back. Meanwhile, what is in doubt is decided."""
+        doubtful = [each for other in self.endpoints for each in other.doubtful]
+        if self.known is None and len(doubtful) == self.num_unanswered:
+            raise LarPOError(f"The servers answered none of the first {len(doubtful)} requests. {doubtful[0][1]}")
+        if self.known is None or not endpoint.doubtful:
+            await asyncio.sleep(0.05)
+        elif not await self._answers_another(endpoint):
+            await self._rest(endpoint)
 
     def _next_for(self, endpoint: Endpoint) -> Request | None:
         """A request that has not failed on the server yet; one that has only where it has failed on all others too."""
@@ -160,44 +177,55 @@ class _Run:
     async def _failed(self, endpoint: Endpoint, request: Request, kind: str, error: Exception) -> None:
         """Whose fault is it? The server's, if it is not well; else the prompt's."""
         self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = self._reason(endpoint, kind, error)
         if kind == "hopeless":
             self.waiting.appendleft(request)
-            endpoint.dead = True
-            logger.warning(f"{endpoint.url} is given up: {self.last_error}")
-        elif kind == "unreachable" or not await endpoint.is_well() or not await self._answers_another(endpoint):
+            self._give_up(endpoint)
+        elif kind == "unreachable" or not await endpoint.is_well() or not await self._trusts(endpoint, kind, reason):
             self.waiting.appendleft(request)
             await self._rest(endpoint)
         else:
-            endpoint.first_failures += request.tries == 0
-            limit = max(_BAD_SERVER, self.num_tolerated) if kind == "refused" else _BAD_SERVER
-            if self.known is None and endpoint.first_failures >= limit:
-                reason = self._reason(endpoint, kind, error)
-                raise LarPOError(f"The servers answered none of the first {limit} requests. {reason}")
             request.tries += _TRIES_OF.get(kind, 1)
             request.failed_on.add(endpoint.url)
             if request.tries < _MAX_TRIES:
                 self.waiting.append(request)  # behind all others, and on another server
-                await asyncio.sleep(FIRST_WAIT * random.uniform(0.5, 1.0) if kind != "refused" else 0)
+                wait = FIRST_WAIT * (2 ** min(2 * request.tries, 6) if kind == "busy" else 1)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0) if kind != "refused" else 0)
             else:
-                self.set_aside.append((request, self._reason(endpoint, kind, error)))
-                self.num_unanswered -= 1
-                if self.known is not None:
-                    self._hand_over_set_aside()
+                endpoint.doubtful.append((request, reason))
+
+    async def _trusts(self, endpoint: Endpoint, kind: str, reason: str) -> bool:
+        """Whether a failure may be the prompt's fault: not after too many in a row."""
+        endpoint.failures += 1
+        if self.known is not None:
+            return endpoint.failures < _BAD_SERVER or await self._answers_another(endpoint)
+        limit = max(_BAD_SERVER, self.num_tolerated) if kind == "refused" else _BAD_SERVER
+        if all(other.dead or other.failures >= limit for other in self.endpoints):
+            raise LarPOError(f"The servers answered none of the first {limit} requests. {reason}")
+        return endpoint.failures < limit
 
     async def _answers_another(self, endpoint: Endpoint) -> bool:
-        """Whether a server on which many prompts in a row have failed answers one that was answered before."""
-        async with endpoint.lock:  # one asks for all
-            if self.known is None or endpoint.first_failures < _BAD_SERVER:
+        """Whether a server answers a request that it, or else another one, has answered before."""
+        known = endpoint.known or self.known
+        assert known is not None
+        began = time.monotonic()
+        async with endpoint.lock:  # one asks for all who wait
+            if endpoint.dead or endpoint.last_refusal > began:
+                return False
+            if endpoint.failures < _BAD_SERVER and not endpoint.doubtful:  # it has answered meanwhile
                 return True
             try:
-                found = await endpoint.complete(self.known, self.known.temperatures[0], 1, self.known.seed)
+                await self._all_samples(endpoint, known)
             except Exception as error:
                 if kind_of(error) is None:
                     raise
+                self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                endpoint.last_refusal = time.monotonic()
+                endpoint.failing_since = endpoint.failing_since or began
+                self._take_back(endpoint)
                 return False
-            if found:
-                endpoint.failing_since, endpoint.wait, endpoint.first_failures = None, FIRST_WAIT, 0
-            return bool(found)
+            self._is_well(endpoint)
+            return True
 
     def _reason(self, endpoint: Endpoint, kind: str, error: Exception) -> str:
         how = {"refused": "refuses it", "timeout": "does not answer in time"}.get(kind, "fails on it")
@@ -205,19 +233,24 @@ class _Run:
         status = "" if status is None else f" (status {status})"
         return f"The server {endpoint.url} {how}{status}: {' '.join(str(error).split())[:300]}"
 
-    def _hand_over_set_aside(self) -> None:
-        if self.set_aside and self.known is None:  # then it is not the prompts
-            count = len(self.set_aside)
-            raise LarPOError(f"The servers answered none of the first {count} requests. {self.set_aside[0][1]}")
-        while self.set_aside:
-            self.on_failure(*self.set_aside.pop(0))
+    def _take_back(self, endpoint: Endpoint) -> None:
+        """What a server that is not well has failed on is asked for again."""
+        for request, _ in endpoint.doubtful:
+            request.tries, request.failed_on = 0, set()
+            self.waiting.append(request)
+        endpoint.doubtful.clear()
+
+    def _give_up(self, endpoint: Endpoint) -> None:
+        if not endpoint.dead:
+            endpoint.dead = True
+            logger.warning(f"{endpoint.url} is given up: {self.last_error}")
+            self._take_back(endpoint)
 
     async def _rest(self, endpoint: Endpoint) -> None:
         now = time.monotonic()
         endpoint.failing_since = endpoint.failing_since or now
-        if now - endpoint.failing_since > self.sampler.patience and not endpoint.dead:
-            endpoint.dead = True
-            logger.warning(f"{endpoint.url} is given up: {self.last_error}")
+        if now - endpoint.failing_since > self.sampler.patience:
+            self._give_up(endpoint)
         wait, endpoint.wait = endpoint.wait, min(2 * endpoint.wait, _LONGEST_WAIT)
         await asyncio.sleep(wait * random.uniform(0.5, 1.0))
 

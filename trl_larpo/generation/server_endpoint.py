@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import LarPOError
@@ -28,6 +29,7 @@ _UNKNOWN_SETTING = (400, 422)  # what a server says to a setting that it does no
 
 _NEVER_AGAIN = (401, 403, 404)  # what a server says to a wrong key, model or address
 _LATER = (408, 409, 425, 429)
+_BUSY = (429, 503)
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Request:
         temperatures: One for each completion.
         prompt_ids: Tokens of the prompt as training sees them.
         seed: Of the first completion; the others' follow.
-        tries: How often servers that are well could not answer it.
+        tries: How often servers that are well could not answer it; some failures count for more, or less, than one.
         failed_on: Addresses of these servers.
     """
 
@@ -50,7 +52,7 @@ class Request:
     temperatures: list[float]
     prompt_ids: list[int]
     seed: int
-    tries: int = 0
+    tries: float = 0
     failed_on: set[str] = field(default_factory=set)
 
 
@@ -114,11 +116,14 @@ class Endpoint:
             http_client=DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None,  # no proxy
         )
         self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
+        self.known: Request | None = None  # one that it has answered
+        self.doubtful: list[tuple[Request, str]] = []  # what it does not answer, and why
+        self.failures = 0  # in a row
         self.failing_since: float | None = None
-        self.first_failures = 0  # requests in a row that failed at their first try
+        self.last_refusal = 0.0  # when it did not answer what was answered before
+        self.lock = asyncio.Lock()
         self.wait = FIRST_WAIT
         self.dead = False
-        self.lock = asyncio.Lock()
 
     async def try_with(
         self, extra: dict[str, Any], request: Request, temperature: float, seed: int
@@ -274,7 +279,10 @@ class Endpoint:
 
 def _is_same_path(name: Any, path: str) -> bool:
     """Whether a server's name of a model is its path, also if one of them is relative or leads over a link."""
-    return isinstance(name, str) and (name == path or os.path.realpath(name) == os.path.realpath(path))
+    if not isinstance(name, str) or name == path:
+        return name == path
+    # A link `latest` may have been moved since the server was started
+    return os.path.realpath(name) == os.path.realpath(path) and Path(name).parts[-2:] == Path(path).parts[-2:]
 
 
 def kind_of(error: Exception) -> str | None:
@@ -288,6 +296,8 @@ def kind_of(error: Exception) -> str | None:
     if isinstance(error, openai.APIStatusError):
         if error.status_code in _NEVER_AGAIN:
             return "hopeless"
+        if error.status_code in _BUSY:
+            return "busy"
         return "refused" if 400 <= error.status_code < 500 and error.status_code not in _LATER else "failed"
     # Half an answer, or one in another form
     if isinstance(

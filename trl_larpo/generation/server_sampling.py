@@ -78,7 +78,8 @@ class ServerSampling:
         """
         options, starts = self.options, 0
         self._waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
-        self._known = next((prompt for prompt in prompts if prompt.id in done), None)
+        # A short one, which every server should take
+        self._known = min((prompt for prompt in prompts if prompt.id in done), key=lambda x: len(x.text), default=None)
         while self._waiting:
             urls, name, num_waiting = options.server_urls, options.server_model, len(self._waiting)
             if not urls:

@@ -116,30 +116,33 @@ def load_rewards(
     return rewards
 
 
-def check_columns(rewards: list[Reward], prompts: Iterable[Prompt]) -> None:
+def check_columns(rewards: list[Reward], prompts: Iterable[Prompt], where: str) -> None:
     """
     Checks that the prompts have what reward functions take, before any completion is sampled.
 
     Args:
         rewards: The rewards.
-        prompts: All prompts that they will be called for.
+        prompts: All prompts of a stage, which they will be called for.
+        where: What messages call these prompts.
 
     Raises:
         ConfigError: Names the reward and the column that is missing, or that it does not take.
     """
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in OWN_ARGUMENTS)
     for reward in rewards:
+        if reward.pairwise or hasattr(reward.function, "__signature__"):  # which a decorator may have copied
+            continue
         try:
             parameters = inspect.signature(reward.function, follow_wrapped=False).parameters
-        except (TypeError, ValueError):  # some callables have none
+        except Exception:  # some callables have none, and some are proxies of others
             continue
         kinds = {parameter.kind for parameter in parameters.values()}
-        if reward.pairwise or inspect.Parameter.POSITIONAL_ONLY in kinds:
+        if inspect.Parameter.POSITIONAL_ONLY in kinds:
             continue
         needed = [name for name, x in parameters.items() if x.default is x.empty and x.kind not in _VARIABLE]
         if missing := [name for name in needed if name not in (*OWN_ARGUMENTS, *columns)]:
             raise ConfigError(
-                f"`reward_funcs`: {reward.name} needs the column `{missing[0]}`, and the prompts have "
+                f"`reward_funcs`: {reward.name} needs the column `{missing[0]}`, and the {where} have "
                 f"{', '.join(columns) or 'no columns beside the prompt'}. Add or rename it."
             )
         refused = [name for name in (*OWN_ARGUMENTS, *columns) if name not in parameters]

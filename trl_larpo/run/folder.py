@@ -74,8 +74,6 @@ TIMINGS = "timings.jsonl"
 WORK = "work.json"
 """Seconds of the latest stage without loading models and starting processes; `timings.jsonl` has them of all stages."""
 
-_FIRST_FILES = ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")  # written before run.yaml
-
 _NUM_SAVED = "saved"  # in prompts.json: how many prompts of training and evaluation the other files have
 
 logger = get_logger(__name__)
@@ -210,17 +208,10 @@ class RunFolder:
     def _check_is_new(self) -> None:
         """
         Raises:
-            ConfigError: If a folder without a run holds files that are whole. A user's own `prompts.jsonl` may be among
-                them, so that nothing is deleted.
+            ConfigError: If a folder without a run holds files that are whole.
         """
         found = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         others = sorted(name for name in found if not name.startswith(".") and ".partial" not in name)
-        if others and set(others) <= set(_FIRST_FILES):
-            raise ConfigError(
-                f"The folder {str(self.path)!r} holds {', '.join(others)} and no run. If a run was stopped here before "
-                "it began, delete these files and run the same command again. If they are your own, take a new "
-                "`output_dir`."
-            )
         if others:
             raise ConfigError(
                 f"The folder {str(self.path)!r} holds other files ({', '.join(others[:3])}) and no run. "
@@ -241,7 +232,7 @@ class RunFolder:
 
     def prepare_prompts(self, tokenizer: PreTrainedTokenizerBase, save: bool = True) -> None:
         """Loads, checks and orders the prompts, once for the whole run."""
-        paths = [self.path / name for name in _FIRST_FILES]
+        paths = [self.path / name for name in ("prompts.jsonl", "held_out_prompts.jsonl", "prompts.json")]
         known: set[str] = set()
         if all(path.exists() for path in paths):
             try:
@@ -250,11 +241,12 @@ class RunFolder:
             except DataError as error:
                 logger.warning(f"{error} The prompts are chosen again.")
                 known = {row["prompt_id"] for path in paths[:2] for row in whole_rows(path, [])}
-        options = self.options
-        chosen = choose_prompts(options, tokenizer, self.training.seed, self.training.max_length)
-        rewards = load_rewards(options.reward_funcs, options.reward_weights)
-        check_columns(rewards, itertools.chain(chosen.prompts, chosen.held_out))
+        chosen = choose_prompts(self.options, tokenizer, self.training.seed, self.training.max_length)
         self.prompts, self.held_out, self.prompt_counts = chosen.prompts, chosen.held_out, chosen.counts
+        rewards = load_rewards(self.options.reward_funcs, self.options.reward_weights)
+        for number in range(1, self.options.num_iterations + 1):
+            check_columns(rewards, self.prompts_of(number), f"prompts of iteration {number}")
+        check_columns(rewards, self.held_out, "held-out prompts")
         if known - {prompt.id for prompt in (*self.prompts, *self.held_out)}:
             raise DataError(
                 f"The prompts in {str(self.path)!r} are damaged, and `prompts` does not give the same ones again. Put "
@@ -262,6 +254,8 @@ class RunFolder:
             )
         if save:
             self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "run.yaml").exists():  # first: it makes the folder one of a run, if this is interrupted
+                self.save_configuration()
             write_jsonl(paths[0], map(Prompt.to_row, self.prompts))
             write_jsonl(paths[1], map(Prompt.to_row, self.held_out))
             write_json(paths[2], self.prompt_counts | {_NUM_SAVED: [len(self.prompts), len(self.held_out)]})

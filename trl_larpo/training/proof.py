@@ -221,6 +221,14 @@ class Proof:
         flags = self._accelerator.gather(torch.tensor([int(flag)], device=self._accelerator.device))
         return bool(flags.max())
 
+    def _depends_on_weights(self, logps: Tensor) -> bool:
+        """Whether log-probabilities have gradients of the model's own weights, where they have any."""
+        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
+        if not (trained and logps.requires_grad):
+            return True
+        gradients = torch.autograd.grad(logps.sum(), trained, allow_unused=True, retain_graph=True)
+        return any(gradient is not None for gradient in gradients)
+
     def _measure(
         self, score: Score, batch: Batch, with_gradients: bool | None = None, change: float = 0.0
     ) -> _Measured:
@@ -232,7 +240,7 @@ class Proof:
         ):
             logps = score(batch)[batch["candidate_mask"]].float()
             if not embedded.is_used:
-                if calls_another_model(self._model):
+                if calls_another_model(self._model) or not self._depends_on_weights(logps):
                     raise ConfigError(
                         f"`forward` of this {type(self._model).__name__} was replaced, and calls another model. Load "
                         "the model again."

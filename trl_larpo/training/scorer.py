@@ -154,7 +154,10 @@ class CandidateScorer:
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
                 if isinstance(error, torch.OutOfMemoryError | ConfigError):
                     raise
-                self._settle(Layout.SEPARATE, f"two short lists could not be scored: {error}")
+                obstacle = f"two short lists could not be scored: {error}"
+                if self._wish == "on":
+                    self._refuse(obstacle)
+                self._settle(Layout.SEPARATE, obstacle)
                 return
             head = OutputHead.from_config(self._bare)
             if head.linear:

@@ -320,11 +320,14 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
         if not all("ref_logps" in column_names(dataset) for dataset in datasets.values()):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         # DPOTrainer would refuse to compute a reference after training; there is nothing to compute
+        prepared = {
+            name: self._prepare_dataset(dataset, self.processing_class, self.args, name)
+            for name, dataset in datasets.items()
+        }
         metrics: dict[str, float] = {}
-        for name, dataset in datasets.items():
-            prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        for name, dataset in prepared.items():
             prefix = f"{metric_key_prefix}_{name}" if isinstance(eval_dataset, dict) else metric_key_prefix
-            metrics |= super(DPOTrainer, self).evaluate(prepared, ignore_keys, prefix)
+            metrics |= super(DPOTrainer, self).evaluate(dataset, ignore_keys, prefix)
         return metrics
 
     # From batches to the loss
