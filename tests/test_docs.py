@@ -63,6 +63,8 @@ NOT_RUN = {
     "larpo run --config examples/recipes/today/qwen3_4b_skywork_1x24gb.yaml": "needs a GPU and the hub; "
     "tests/test_recipes.py runs the small form",
     "larpo run --config it_from_rlhflow.yaml": "needs GPUs and the hub",
+    "accelerate launch --config_file examples/accelerate_configs/zero3.yaml train.py": "a script of the reader's",
+    "larpo train --config lists.yaml --accelerate_config zero3": "needs 8 GPUs",
     "larpo recall --model_name_or_path outputs/SmolLM2-135M-Instruct --prompts openai/gsm8k": "needs the hub",
     "larpo recall --model_name_or_path outputs/SmolLM2-135M-Instruct --prompts HuggingFaceH4": "needs the hub",
     "larpo select --candidates openbmb/UltraFeedback": "needs the hub; the small file beside it is run",
