@@ -77,7 +77,7 @@ class Sampler(SamplerSettings):
             on_samples: Called with the samples of each request as they come, in any order.
             on_failure: Called with a request that is set aside, and why; what it raises ends the sampling.
             known: A request that was answered before. By such ones servers and prompts at fault are told apart.
-            num_tolerated: So many of the first prompts may be refused before it must be the servers.
+            num_tolerated: Number of refusals, before any answer, from which on the servers are held to be at fault.
 
         Raises:
             ServersGoneError: If no server answers any more.
