@@ -34,7 +34,7 @@ class GenerationOptions(SetAsideOptions):
     server_urls: list[str] | None = option(
         None,
         "Base addresses of running OpenAI-compatible servers (vLLM, SGLang, ...), e.g. http://127.0.0.1:8000/v1. "
-        "`larpo run` stops after each training, and goes on only when they offer its model by its path.",
+        "`larpo run` stops after each training, and continues only when they offer its model by its path.",
     )
     server_command: str | None = option(
         None,

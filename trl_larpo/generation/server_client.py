@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 _LONGEST_WAIT = 30.0  # seconds between two tries
 
 _MAX_TRIES = 8  # of a request to servers that are well
-_TRIES_OF = {"refused": 4, "timeout": 3, "busy": 0.5}  # such a failure counts as so many tries
+_TRIES_OF = {"refused": 4, "timeout": 3, "busy": 0.5}  # number of tries that such a failure counts as
 
-_BAD_SERVER = 20  # after so many failures in a row it may be no fault of the prompts
+_BAD_SERVER = 20  # failures in a row from which on the prompts may not be at fault
 
 
 def request_seed(seed: int, key: str, prompt_id: str) -> int:

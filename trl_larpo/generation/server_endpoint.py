@@ -232,7 +232,7 @@ class Endpoint:
                 f"`server_urls`: {self.url} offers {', '.join(model.id for model in models)} and not {path}, which the "
                 "run has trained. Servers that run already are not given new weights: restart them with this model and "
                 "run the same command again, with `server_model` if they call it otherwise. With `server_command`, a "
-                "run gives its servers each model by itself."
+                "run gives its servers each model on its own."
             )
         self.warn(f"The servers offer another name: {models[0].id} is taken to be {path}.")
         return models[0].id

@@ -53,7 +53,7 @@ def plan(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str:
     if options.server_urls and not options.server_model:
         lines.append(
             "  note       `server_urls` is not given new weights: after each training the run stops until you have "
-            "restarted these servers with its model; with `server_command` it goes on by itself"
+            "restarted these servers with its model; with `server_command` it continues on its own"
         )
     total_samples = len(folder.held_out) * options.num_eval_samples
     total_steps = total_rewards = 0
