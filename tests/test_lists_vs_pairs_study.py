@@ -2,15 +2,19 @@
 
 import json
 import random
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import image
 from scipy import stats
 
+from trl_larpo import DataError
 from trl_larpo.candidates import Candidate
 
 FOLDER = Path(__file__).parents[1] / "examples" / "studies" / "lists_vs_pairs"
@@ -35,11 +39,9 @@ def test_interval_covers_the_truth_as_often_as_it_says(modules):
     assert 0.93 <= covered / 500 <= 0.99
 
 
-def test_interval_of_one_seed_is_that_of_a_paired_t_test(modules):
-    differences = np.random.default_rng(0).normal(0.2, 1, (1, 30))
-    effect, expected = modules("effects").effect(differences), stats.ttest_1samp(differences[0], 0)
-    assert effect.mean == pytest.approx(differences.mean())
-    assert (effect.low, effect.high) == pytest.approx(expected.confidence_interval(0.95))
+def test_two_seeds_give_no_interval(modules):
+    effect = modules("effects").effect(np.random.default_rng(0).normal(0.2, 0.01, (2, 30)))
+    assert effect.verdict == "too few seeds" and str(effect) == f"{effect.mean:+.3f}"
 
 
 def test_interval_of_prompts_without_noise_is_that_of_the_seeds_alone(modules):
@@ -48,17 +50,14 @@ def test_interval_of_prompts_without_noise_is_that_of_the_seeds_alone(modules):
     assert (effect.low, effect.high) == pytest.approx(stats.ttest_1samp(of_seeds, 0).confidence_interval(0.95))
 
 
-def test_interval_of_two_seeds_covers_the_truth_when_many_arms_tell_how_much_seeds_vary(modules):
-    effects, rng, widths, covered = modules("effects"), np.random.default_rng(0), {"pooled": [], "alone": []}, 0
-    for _ in range(500):
-        of_seeds, of_prompts = rng.normal(0, 0.07, (9, 2, 1)), rng.normal(0, 0.1, (9, 1, 60))
-        rewards = rng.normal(0, 0.3, (1, 2, 1)) + of_seeds + of_prompts + rng.normal(0, 0.2, (9, 2, 60))
-        effect = effects.effect(rewards[1] - rewards[0], between=effects.BetweenSeeds.pooled(rewards))
+def test_interval_covers_the_truth_where_one_arm_varies_more_than_others(modules):
+    """And where seeds have groups of arms in common: an estimate from all arms together covers it less often."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        baseline, arm = rng.normal(0, 0.12, (5, 1)), rng.normal(0, 0.02, (5, 1))
+        effect = modules("effects").effect(arm - baseline + rng.normal(0, 0.1, (1, 16)) + rng.normal(0, 0.1, (5, 16)))
         covered += effect.low <= 0 <= effect.high
-        widths["pooled"].append(effect.half_width)
-        widths["alone"].append(effects.effect(rewards[1] - rewards[0]).half_width)
-    assert 0.93 <= covered / 500 <= 0.98
-    assert np.median(widths["pooled"]) < np.median(widths["alone"]) / 2
+    assert 0.92 <= covered / 1000 <= 0.98
 
 
 def test_seeds_needed_are_enough(modules):
@@ -115,9 +114,26 @@ def test_tasks_hold_out_what_they_do_not_train_on(modules):
     for name, make in tasks.GRADED_TASKS.items():
         task = make()
         assert len(task.train) >= size.prompts and len(task.held_out) >= size.held_out, name
-        parts = [{str(row["prompt"]) for row in part} for part in (task.train, task.held_out, task.tuning)]
-        assert sum(map(len, parts)) == len(set().union(*parts)), name
-        assert len(task.tuning) == 64
+        parts = (task.train, task.held_out, task.tuning, task.tuning_train)
+        assert len(task.tuning) == 64 and len(task.tuning_train) >= size.prompts, name
+        numbers = [{frozenset(re.findall(r"\d+", str(row["prompt"]))) for row in part} for part in parts]
+        topics = [{row.get("topic") for row in part} for part in parts]
+        kept_apart = numbers if name == "close_sums" else topics
+        assert sum(map(len, kept_apart)) == len(set().union(*kept_apart)), name
+
+
+def test_topic_is_a_word_of_the_answer(modules):
+    is_about, topics = modules("tasks").is_about, modules("tasks").TOPICS
+    assert all(is_about(f"We like {topic}.", topic) for topic in topics)
+    for topic, text in {"tomatoes": "A tomato", "wolves": "The wolf's", "butterflies": "Butterfly"}.items():
+        assert is_about(text, topic)
+    for topic, text in {"ants": "important", "rain": "the brain", "ice": "nice", "tea": "a teacher"}.items():
+        assert not is_about(text, topic)
+    rewards = modules("tasks").rules_about_topic(
+        [""] * 2, ["We all like snow and ice", "We all like rain and hail"], topic=["snow"] * 2, finished=[True] * 2,
+        instructions=[["no_commas", "min_words"]] * 2, values=[["", "9"]] * 2,
+    )  # fmt: skip
+    assert rewards == [0.5, 0.0]
 
 
 def test_closeness(modules):
@@ -131,7 +147,7 @@ def tiny_study(modules, project, talkative_model, monkeypatch):
     """The study with a tiny model, a task that it can get better at, and in this process."""
     study, experiment, tasks = modules("study"), modules("experiment"), modules("tasks")
     rows = [{"prompt": [{"role": "user", "content": f"{i} why is the dog blue"}]} for i in range(24)]
-    task = tasks.Task(rows[:8], rows[8:16], "run_rewards:vowels", 24, rows[16:])
+    task = tasks.Task(rows[:8], rows[8:16], "run_rewards:vowels", 24, rows[16:], rows[:8])
     monkeypatch.setattr(experiment, "GRADED_TASKS", {"four_rules": lambda: task})
     monkeypatch.setattr(study, "MODEL", talkative_model)
     monkeypatch.setattr(study, "LEARNING_RATES", (1e-3, 2e-3))
@@ -140,7 +156,9 @@ def tiny_study(modules, project, talkative_model, monkeypatch):
     monkeypatch.setattr(study, "FIRST_RATES", slice(0, 2))
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["study.py", "--small", "--workers", "0", "--tasks", "four_rules", *words])
+        monkeypatch.setattr(
+            sys, "argv", ["study.py", "--small", "--workers", "0", "--device", "cpu", "--tasks", "four_rules", *words]
+        )
         study.main()
         return {path.name: path.read_bytes() for path in Path("outputs/lists_vs_pairs_small").rglob("*_seed*.json")}
 
@@ -154,7 +172,7 @@ def test_claims_compare_runs_that_there_are(modules):
     train = modules("tasks").four_rules().train
     for name, options in claims.RUNS.items():
         assert claims.num_prompts(options) <= len(train), name
-        config(**{key: value for key, value in options.items() if key != "loss_type"})
+        config(**claims.Variation("four_rules", name, 0).options)
     # At equal numbers of samples
     of = {name: claims.num_prompts(options) * options["num_samples"] for name, options in claims.RUNS.items()}
     assert of["list_8"] == of["list_2_more_prompts"]
@@ -168,7 +186,13 @@ def write_results(folder, gains, num_seeds=3):
         for name, gain in gains.items():
             rewards = list(np.linspace(0.4, 0.6, 20) + gain)
             measured = {"reward": float(np.mean(rewards)), "finished": 1.0, "tokens": 20.0}
-            result = {"seed": seed, "settings": {"learning_rate": 1e-5}, "budget": budget, "rewards": rewards}
+            result = {
+                "seed": seed,
+                "settings": {"learning_rate": 1e-5},
+                "basis": {},
+                "budget": budget,
+                "rewards": rewards,
+            }
             result |= {"start": measured, "end": measured}
             path = folder / (
                 f"{name}_seed{seed}.json"
@@ -190,7 +214,9 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     assert "| LambdaRank |  |  | 0.600, 0.600, 0.600 |" in results.seeds_table("four_rules")
     modules("claims").print_tables(results, ["memory", "reference"])
     printed = capsys.readouterr().out
-    assert "| all | 3 | 0.540 | +0.040 [+0.040, +0.040] | 8 | 8 | 99 | 20 |" in printed and "reference" not in printed
+    assert (
+        "| all | 3 | 0.540 | +0.040 [+0.040, +0.040] | 8 | 8 | 4 | 99 | 20 |" in printed and "reference" not in printed
+    )
     publish = modules("publish")
     pictures = publish.draw(results, tmp_path / "pictures")
     assert [path.name for path in pictures] == ["lists_vs_pairs_four_rules.png", "lists_vs_pairs_claims.png"]
@@ -198,24 +224,56 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     page = "# A\n\n<!-- results: effects four_rules -->\nold\n<!-- end of results -->\n\nB\n"
     page += "<!-- results: claim list_size -->\n<!-- end of results -->\n"
     once = publish.filled(page, results)
-    assert "| LambdaRank | 3 | +0.100 [+0.100, +0.100] | better | 2 |\n" in once
+    assert "| LambdaRank | +0.10, +0.10, +0.10 | +0.100 [+0.100, +0.100] | better | 2 |\n" in once
     assert "Not run yet." in once and "old" not in once and once.count("<!--") == page.count("<!--")
     assert publish.filled(once, results) == once
 
 
-def test_intervals_of_claims_know_from_all_runs_how_much_seeds_vary(modules, tmp_path):
-    claims, effects, rng = modules("claims"), modules("effects"), np.random.default_rng(0)
-    rewards = {}
-    for name in claims.RUNS:
-        rewards[name] = rng.normal(0, 0.07, (2, 1)) + rng.normal(0, 0.2, (2, 20))
-        for seed, found in enumerate(rewards[name]):
-            path = tmp_path / "claims" / f"{name}_seed{seed}.json"
+def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path):
+    arms, results = modules("arms"), modules("results").Results(tmp_path)
+    screened, promising = arms.SCREENING_SEEDS, arms.PROMISING_SEEDS
+    all_seeds = (*screened, *promising)
+    of_arms = {"best_worst": all_seeds, "listnet": all_seeds, "lambdarank": screened, "approx_ndcg": screened}
+    for arm, seeds in of_arms.items():
+        for seed in seeds:
+            gain = 0.0 if arm == "best_worst" else 0.5 if seed in screened else 0.1
+            path = tmp_path / "reported" / f"four_rules_{arm}_seed{seed}.json"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"seed": seed, "rewards": list(found)}))
-    effect = claims.effect_of(modules("results").Results(tmp_path), "memory", "memory_all")
-    between = effects.BetweenSeeds.pooled(list(rewards.values()))
-    assert between.degrees == len(claims.RUNS) - 1
-    assert effect == effects.effect(rewards["memory_all"] - rewards["memory_none"], between=between)
+            path.write_text(json.dumps({"settings": {}, "basis": {}, "rewards": [gain] * 4}))
+    assert results.effect("four_rules", "listnet").mean == pytest.approx(0.1)
+    assert results.effect("four_rules", "listnet").num_seeds == len(promising)
+    assert results.effect("four_rules", "lambdarank").mean == results.effect("four_rules", "approx_ndcg").mean == 0.5
+    assert modules("study").seeds_to_confirm("four_rules", results, small=False) == {
+        "best_worst": promising, "listnet": promising, "approx_ndcg": promising,
+        **dict.fromkeys(["contrastive", "listmle", "lambdarank", "lambdarank_sums"], arms.CONFIRMING_SEEDS),
+    }  # fmt: skip
+
+
+def test_results_of_several_kinds_are_not_averaged(modules, tmp_path):
+    results = modules("results").Results(tmp_path)
+    for arm, seed, settings, basis in (("best_worst", 0, 1, 1), ("listnet", 0, 1, 1), ("listnet", 1, 2, 1),
+                                       ("listmle", 0, 1, 2)):  # fmt: skip
+        path = tmp_path / "reported" / f"four_rules_{arm}_seed{seed}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "basis": basis, "rewards": [0.5]}))
+    assert results.rewards("four_rules", "listnet", [0]) == [[0.5]]
+    for arm, seeds in (("listnet", [0, 1]), ("listmle", [0])):
+        with pytest.raises(DataError, match=f"Results of {arm} on four_rules in .* are of several kinds"):
+            results.rewards("four_rules", arm, seeds)
+
+
+def test_negatives_of_the_claim_are_those_that_it_names(modules):
+    """Also beside truncated samples, which would come last otherwise."""
+    from trl_larpo.candidates import CandidatePool, Selection, build_list
+    from trl_larpo.prompts import Prompt
+
+    candidates = [Candidate("good", 0.75), Candidate("bad", 0.0), Candidate("cut", finished=False)]
+    candidates += [Candidate("negative", 0.0, source="random_prompt")]
+    for name in modules("claims").CLAIMS["negatives"]:
+        options = modules("claims").RUNS[name]
+        of_selection = {key: options[key] for key in ("num_best", "num_worst", "truncated_completions")}
+        made = build_list(CandidatePool(Prompt.of("why"), candidates), Selection(**of_selection))
+        assert [candidate.completion for candidate in made.selected] == ["good", "negative"]
 
 
 def test_verdict_is_what_the_interval_allows(modules):
@@ -224,7 +282,7 @@ def test_verdict_is_what_the_interval_allows(modules):
 
     assert verdict(0.01, 0.02) == "better" and verdict(-0.3, -0.1) == "worse"
     assert verdict(-0.02, 0.03) == "no difference" and verdict(-0.02, 0.04) == "cannot tell"
-    assert verdict(0.1, 0.2, num_seeds=1) == "one seed: cannot tell"
+    assert verdict(0.1, 0.2, num_seeds=2) == "too few seeds"
 
 
 def test_tables_of_the_docs_are_those_of_the_results(modules):
@@ -238,41 +296,59 @@ def test_tables_of_the_docs_are_those_of_the_results(modules):
 def test_pictures_of_the_docs_can_be_drawn_again(modules, tmp_path):
     publish, results = modules("publish"), modules("results").Results(FOLDER / "results")
     images = publish.DOCS / "images"
-    drawn = {path.name for path in publish.draw(results, tmp_path)}
-    assert drawn == {path.name for path in images.glob("lists_vs_pairs_*.png")}
+    drawn = publish.draw(results, tmp_path)
+    assert {path.name for path in drawn} == {path.name for path in images.glob("lists_vs_pairs_*.png")}
+    for path in drawn:
+        old, new = (image.imread(folder / path.name) for folder in (images, tmp_path))
+        assert old.shape == new.shape and np.abs(old - new).mean() < 0.02, f"{path.name}: run publish.py"
 
 
-def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp_path):
+@pytest.fixture
+def setup(modules, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    return modules("experiment").Setup(modules("experiment").WHOLE, tmp_path, str(tmp_path))
+
+
+def write_result(results, each, setup, reward=0.5):
+    result = {"settings": each.settings, "basis": setup.basis(each.task), "end": {"reward": reward}}
+    results.path(each).write_text(json.dumps(result))
+
+
+def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp_path, setup):
     study, results = modules("study"), modules("results").Results(tmp_path)
 
     def try_all(arm, reward_of):
         tried = []
-        while rates := study.rates_to_try("four_rules", arm, results, small=False):
-            tried += [each.learning_rate for each in rates]
-            for each in rates:
-                result = {"settings": each.settings, "end": {"reward": reward_of(each)}}
-                results.path(each).write_text(json.dumps(result))
+        while experiments := study.rates_to_try("four_rules", arm, results, setup):
+            tried += [each.learning_rate for each in experiments]
+            for each in experiments:
+                write_result(results, each, setup, reward_of(each.learning_rate))
         return tried
 
-    # Above 2e-4 the second seed ends badly, so that the best but two with the first one is tried with it as well
-    def reward_of(each):
-        return np.log10(each.learning_rate) - 9 * (each.seed == 101 and each.learning_rate > 2e-4)
-
-    assert sorted(try_all("lambdarank", reward_of)) == [1e-5, 3e-5, 1e-4, 1e-4, 3e-4, 3e-4, 1e-3, 1e-3]
+    assert try_all("lambdarank", lambda rate: -abs(rate - 1e-4)) == [3e-5, 1e-4, 3e-4]
     assert results.best_learning_rate("four_rules", "lambdarank") == 1e-4
-    # Arms that are only screened are tried with one seed
-    assert try_all("listnet", lambda each: -each.learning_rate) == [1e-5, 3e-5, 1e-4, 3e-6, 1e-6]
-    assert results.best_learning_rate("four_rules", "listnet") == 1e-6
+    assert try_all("listmle", lambda rate: -abs(rate - 1e-3)) == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    assert try_all("listnet", lambda rate: -abs(rate - 1e-5)) == [3e-5, 1e-4, 3e-4, 1e-5, 3e-6]
+    with pytest.raises(SystemExit, match="best learning rate of approx_ndcg on four_rules is the last"):
+        try_all("approx_ndcg", lambda rate: rate)
 
 
-def test_a_result_of_other_settings_is_computed_again(modules, tmp_path):
+def test_a_result_of_another_kind_is_computed_again(modules, tmp_path, setup):
     results, experiment = modules("results").Results(tmp_path), modules("experiment").Experiment
     same, other = (experiment("four_rules", "lambdarank", rate, 0) for rate in (1e-5, 3e-5))
-    assert results.missing([same, other]) == [same, other]
-    results.path(same).write_text(json.dumps({"settings": same.settings}))
-    assert results.missing([same, other]) == [other]
-    results.path(same).write_text(json.dumps({"settings": same.settings | {"lr_scheduler_type": "constant"}}))
-    assert results.missing([same]) == [same]
+    run = modules("claims").Variation("four_rules", "list_2", 0)
+    assert results.missing([same, other, run], setup) == [same, other, run]
+    for each in (same, run):
+        write_result(results, each, setup)
+    assert results.missing([same, other, run], setup) == [other]
+    smaller, on_gpu = replace(setup, size=modules("experiment").SMALL), replace(setup, device="cuda")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"other weights")
+    for changed in (smaller, on_gpu, replace(setup, model=str(tmp_path / "other"))):
+        assert results.missing([same, run], changed) == [same, run]
+        assert changed.folder_of_samples("four_rules", 0, False) != setup.folder_of_samples("four_rules", 0, False)
+    modules("claims").RUNS["list_2"]["num_samples"] = 3
+    assert results.missing([run], setup) == [run]
 
 
 def test_results_of_the_first_seeds_come_before_the_samples_of_the_last(modules, monkeypatch):
@@ -302,18 +378,20 @@ def test_a_claim_runs_resumes_and_repeats_itself(tiny_study, modules, monkeypatc
     monkeypatch.setattr(claims, "LEARNING_RATE", 1e-2)
 
     def run():
-        monkeypatch.setattr(sys, "argv", ["claims.py", "--small", "--workers", "0", "--claims", "reference"])
+        monkeypatch.setattr(
+            sys, "argv", ["claims.py", "--small", "--workers", "0", "--device", "cpu", "--claims", "reference"]
+        )
         claims.main()
         return {path.name: path.read_bytes() for path in Path("outputs/lists_vs_pairs_small/results/claims").iterdir()}
 
     whole = run()
     table = capsys.readouterr().out
     assert "| start of the iteration | 1 |" in table and "| initial model | 1 |" in table
-    policy, initial = (json.loads(whole[f"{name}_seed0.json"]) for name in ("fresh_none", "reference_initial"))
+    policy, initial = (json.loads(whole[f"{name}_seed10.json"]) for name in ("fresh_none", "reference_initial"))
     assert policy["start"] == initial["start"] and policy["rewards"] != initial["rewards"]
     assert policy["budget"]["samples"] == initial["budget"]["samples"] == 2 * 2 * 4
     assert not list(Path("outputs").rglob("*.safetensors"))
-    next(Path("outputs").rglob("reference_initial_seed0.json")).unlink()
+    next(Path("outputs").rglob("reference_initial_seed10.json")).unlink()
     assert run() == whole
     assert "claims: 1 results to compute." in capsys.readouterr().out
 
@@ -328,7 +406,7 @@ def test_smallest_form_runs_resumes_and_repeats_itself(tiny_study, capsys):
     assert tiny_study() == whole
     assert "tune four_rules: 2 results to compute." in capsys.readouterr().out
     # Arms of a seed share samples and evaluation
-    pairs, lists = (json.loads(whole[f"four_rules_{arm}_seed0.json"]) for arm in ("best_worst", "lambdarank"))
+    pairs, lists = (json.loads(whole[f"four_rules_{arm}_seed10.json"]) for arm in ("best_worst", "lambdarank"))
     assert pairs["start"] == lists["start"] and pairs["rewards"] != lists["rewards"]
     assert pairs["budget"]["samples"] == lists["budget"]["samples"] <= 8 * 4  # without empty ones
     assert pairs["budget"]["steps"] == lists["budget"]["steps"]

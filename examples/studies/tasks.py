@@ -1,6 +1,6 @@
 """
 The tasks of the studies: generated prompts and rule-based rewards. Training and held-out prompts share no topics and no
-pairs of numbers.
+sums; only `addition` may train on 3 + 5 and hold out 5 + 3.
 
     python examples/studies/tasks.py outputs/tasks      # writes the prompts of all tasks
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl_larpo.prompts import completion_text
-from trl_larpo.rewards.verifiers import final_number
+from trl_larpo.rewards.verifiers import final_number, verifiable_instructions_reward
 
 TOPICS = (  # noqa: SIM905
     "bees, coffee, rivers, chess, snow, owls, bread, music, volcanoes, bicycles, tea, whales, mountains, "
@@ -51,6 +51,7 @@ class Task:
         reward: Name of the reward.
         max_new_tokens: Maximum length of an answer, in tokens.
         tuning: Rows to choose learning rates on, apart from the others.
+        tuning_train: Rows to train on for that, apart from the others.
     """
 
     train: list[dict]
@@ -58,6 +59,7 @@ class Task:
     reward: str
     max_new_tokens: int
     tuning: list[dict] = field(default_factory=list)
+    tuning_train: list[dict] = field(default_factory=list)
 
 
 def graded() -> Task:
@@ -100,29 +102,43 @@ def addition() -> Task:
 def four_rules() -> Task:
     """A short fact about a topic with four rules: five levels of reward; 0 for an answer without the topic."""
 
-    def rows(topics: list[str], num_each: int) -> list[dict]:
+    def rows(topics: list[str]) -> list[dict]:
         found = []
         for topic in topics:
             rng = random.Random(topic)
             combinations = list(itertools.product(*_of_kinds().values()))
-            for rules in rng.sample(combinations, num_each):
+            for rules in rng.sample(combinations, 8):
                 chosen = rng.sample(rules, 4)
                 text = " ".join([f"Tell me a short fact about {topic}.", *(sentence for _, sentence, *_ in chosen)])
                 names, values = ([rule[place] for rule in chosen] for place in (2, 3))
-                about = re.sub("(ves|ies|s)$", "", topic.removeprefix("the "))  # one wolf, and one bee
-                found.append(_row(text, instructions=names, values=values, about=about))
+                found.append(_row(text, instructions=names, values=values, topic=topic))
         return found
 
-    train, held_out, tuning = TOPICS[:NUM_TRAIN_TOPICS], TOPICS[NUM_TRAIN_TOPICS:59], TOPICS[59:]
-    return Task(rows(train, 4), rows(held_out, 7)[:128], "verifiable_instructions", 80, rows(tuning, 8)[:64])
+    parts = (TOPICS[:32], TOPICS[44:60], TOPICS[60:], TOPICS[32:44])
+    train, held_out, tuning, tuning_train = map(rows, parts)
+    return Task(train, held_out, "tasks:rules_about_topic", 80, tuning, tuning_train)
+
+
+def rules_about_topic(prompts, completions, *, topic, **columns) -> list[float]:
+    """Reward: that of `verifiable_instructions`, the share of the rules that are met; 0 without the topic."""
+    followed = verifiable_instructions_reward(prompts, completions, **columns)
+    texts = map(completion_text, completions)
+    return [reward * is_about(text, of) for text, of, reward in zip(texts, topic, followed, strict=True)]
+
+
+def is_about(text: str, topic: str) -> bool:
+    """Whether a text has the topic as a word, in singular or plural."""
+    stem = re.sub("(?<=[ox])es$|ves$|ies$|(?<!s)s$", "", topic.removeprefix("the "))
+    return re.search(rf"\b{stem}(s|es|f|ves?|y|ies)?\b", text, re.IGNORECASE) is not None
 
 
 def close_sums() -> Task:
-    """The sum of two numbers from 2 to 20: the reward falls with the distance from the right one."""
-    pairs = [(a, b) for a in range(2, 21) for b in range(2, 21)]
-    random.Random(1).shuffle(pairs)
+    """The sum of two numbers from 2 to 30: the reward falls with the distance from the right one."""
+    rng = random.Random(1)
+    pairs = [rng.sample(pair, 2) for pair in itertools.combinations(range(2, 31), 2)]  # each once, in either order
+    rng.shuffle(pairs)
     rows = [_row(f"What is {a} + {b}?", answer=a + b) for a, b in pairs]
-    return Task(rows[192:], rows[:128], "tasks:closeness", 48, rows[128:192])
+    return Task(rows[288:], rows[:128], "tasks:closeness", 48, rows[128:192], rows[192:288])
 
 
 def closeness(prompts, completions, *, answer, finished, **columns) -> list[float]:
@@ -164,7 +180,7 @@ def _by_topic(of_topic: Callable[[str], list[dict]], reward: str, max_new_tokens
 
 if __name__ == "__main__":
     for name, task in (TASKS | GRADED_TASKS).items():
-        for part in ("train", "held_out", "tuning"):
+        for part in ("train", "held_out", "tuning", "tuning_train"):
             path = Path(sys.argv[1]) / f"{name}_{part}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in getattr(task(), part)))

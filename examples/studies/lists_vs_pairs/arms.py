@@ -87,8 +87,8 @@ ARMS = {
     "best_worst": Arm("best against worst", "pairs", best_and_worst, _loss("pairwise")),
     "best_low": Arm("best against mean - 2 sigma", "pairs", best_and_low, _loss("pairwise")),
     "random_pair": Arm("random pair", "pairs", random_pair, _loss("pairwise")),
-    "best_worst_8_epochs": Arm(
-        "best against worst, 8 epochs", "pairs", best_and_worst, _loss("pairwise", num_train_epochs=8)
+    "best_worst_3_epochs": Arm(
+        "best against worst, 3 epochs", "pairs", best_and_worst, _loss("pairwise", num_train_epochs=3)
     ),
     "nested_pairs": Arm("nested pairs, all samples", "pairs", nested_pairs, _loss("pairwise")),
     "contrastive": Arm("contrastive", "lists", whole_list, _loss("contrastive")),
@@ -115,3 +115,15 @@ ARMS = {
     "lambdarank_smoothed": Arm("LambdaRank, smoothed", "options", whole_list, _loss("lambdarank") | SMOOTHED),
 }
 """By name; the first is what the others are compared with."""
+
+SCREENING_SEEDS = (10, 11)
+"""Seeds of all arms."""
+
+CONFIRMING_SEEDS = (12, 13, 14)
+"""More seeds of the arms that are always confirmed."""
+
+PROMISING_SEEDS = (12, 13, 14, 15, 16)
+"""Seeds of the best others of the screening, and of the baseline beside them. The seeds that they were chosen by would
+flatter them, and do not count."""
+
+ALWAYS_CONFIRMED = (BASELINE, "contrastive", "listmle", "lambdarank", "lambdarank_sums")

@@ -3,7 +3,7 @@ The paper's other claims, each as a comparison of runs of `larpo run` on the sam
 negatives, memory, reference, and the number of iterations.
 
     python examples/studies/lists_vs_pairs/claims.py
-    python examples/studies/lists_vs_pairs/claims.py --claims memory list_size --seeds 0 1 2
+    python examples/studies/lists_vs_pairs/claims.py --claims memory list_size --seeds 10 11 12
     python examples/studies/lists_vs_pairs/claims.py --small          # few prompts: does it run here?
     python examples/studies/lists_vs_pairs/claims.py --table          # only prints the results
 
@@ -14,20 +14,20 @@ part of several comparisons is there once.
 import argparse
 import shutil
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from effects import BetweenSeeds, Effect, effect
+from effects import Effect, effect
 from experiment import (
     GRADED_TASKS,
     SETTINGS,
     SMALL,
     TEMPERATURE,
     Setup,
-    Variation,
-    folder_of_samples,
+    by_topic,
     prompts_of,
     quiet,
     sampled,
@@ -39,7 +39,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from trl_larpo.candidates import CandidatePool
-from trl_larpo.run.evaluation import means_by_prompt
 from trl_larpo.run.loop import run as larpo_run
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.storage import iter_jsonl, read_json, read_jsonl, write_jsonl
@@ -55,8 +54,10 @@ NUM_WATCHED = 2
 ONCE: dict[str, Any] = {"num_iterations": 1, "prompts_per_iteration": 32, "num_samples": 8}
 THRICE: dict[str, Any] = {"num_iterations": 3, "prompts_per_iteration": 16, "num_samples": 4}
 FRESH = {"prompt_schedule": "fresh"}
-# The best sample against one negative, as in the paper's figure 4a
-BEST_AGAINST = {"loss_type": ["pairwise"], "num_best": 1, "num_worst": 1}
+# The best sample against one negative, as in the paper's figure 4a. A truncated sample would come last before it
+BEST_AGAINST = {
+    "loss_type": ["pairwise"], "num_best": 1, "num_worst": 1, "truncated_completions": "drop",
+}  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {
     "list_2": ONCE | {"num_samples": 2},
@@ -83,7 +84,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """Options of `larpo run` by the name of the run. Other options have the defaults, or are in `SETTINGS`."""
 
-BUDGET = ("samples", "candidates", "tokens")
+OF_TRAINING = ("loss_type", "truncated_completions")
+"""Those of them that are options of the training."""
+
+BUDGET = ("samples", "candidates", "steps", "tokens")
 """What a run samples, and what it trains on."""
 
 CLAIMS: dict[str, dict[str, str]] = {
@@ -118,29 +122,61 @@ CLAIMS: dict[str, dict[str, str]] = {
 """Runs and their labels, by claim; the first is what the others are compared with."""
 
 
+@dataclass(frozen=True)
+class Variation:
+    """
+    A run of `larpo run`, one of those that a claim compares.
+
+    Attributes:
+        task: Name of the task.
+        name: Name of its options.
+        seed: Seed of the choice of prompts, and of the run.
+    """
+
+    task: str
+    name: str
+    seed: int
+    tuning: ClassVar[bool] = False
+    folder: ClassVar[str] = "claims"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}_seed{self.seed}.json"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of `larpo run` other than those of the training."""
+        return {name: value for name, value in RUNS[self.name].items() if name not in OF_TRAINING}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options that do not have their defaults."""
+        training = SETTINGS | SCHEDULE | {"learning_rate": LEARNING_RATE, "loss_type": ["lambdarank"]}
+        return training | RUNS[self.name]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--claims", nargs="+", default=list(CLAIMS), choices=CLAIMS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12])
     arguments, setup, results = parse(parser)
     seeds = arguments.seeds[:1] if arguments.small else arguments.seeds
     if not arguments.table:
         names = dict.fromkeys(name for claim in arguments.claims for name in CLAIMS[claim])
         runs = [Variation(TASK, name, seed) for seed in seeds for name in names]
-        run_all(results.missing(runs), setup, results, arguments.workers, "claims", run)
+        run_all(results.missing(runs, setup), setup, results, arguments.workers, "claims", run)
     print_tables(results, arguments.claims)
 
 
 def run(variation: Variation, setup: Setup) -> dict:
     """One run and the evaluation of its last model; models are removed afterwards."""
-    task, options = GRADED_TASKS[variation.task](), dict(RUNS[variation.name])
+    task, options = GRADED_TASKS[variation.task](), variation.options
     if setup.size == SMALL:
         small = {"prompts_per_iteration": 2, "num_samples": 4, "num_iterations": 2}
         options |= {name: min(value, options[name]) for name, value in small.items()}
     folder = setup.output / "runs" / variation.file_name.removesuffix(".json")
     rows = Random(variation.seed).sample(task.train, num_prompts(options))
-    settings = SETTINGS | SCHEDULE | {"learning_rate": LEARNING_RATE, "loss_type": ["lambdarank"]}
-    settings |= {name: options.pop(name) for name in ("loss_type",) if name in options}
+    training = {name: value for name, value in variation.settings.items() if name not in options}
     with quiet(setup.output):
         folder.mkdir(parents=True, exist_ok=True)
         parts = {"prompts": rows, "held_out": task.held_out[:NUM_WATCHED]}
@@ -159,13 +195,14 @@ def run(variation: Variation, setup: Setup) -> dict:
                 reward_funcs=[task.reward],
                 **{"temperature": [TEMPERATURE]} | options,
             ),
-            RunTrainingConfig(str(folder), seed=variation.seed, **settings),
+            RunTrainingConfig(str(folder), seed=variation.seed, use_cpu=setup.device == "cpu", **training),
             ModelConfig(model_name_or_path=setup.model),
         )
         last = folder / f"iteration_{options['num_iterations']}" / "model"
-        samples = folder_of_samples(variation.task, variation.seed, False, setup)
+        samples = setup.folder_of_samples(variation.task, variation.seed, tuning=False)
         start = [CandidatePool.from_row(row) for row in read_jsonl(samples / "start.jsonl")]
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(last), AutoTokenizer.from_pretrained(last)
+        model = AutoModelForCausalLM.from_pretrained(last).to(setup.device)
+        tokenizer = AutoTokenizer.from_pretrained(last)
         prompts = prompts_of(task.held_out)[: setup.size.held_out]
         end = sampled(model, tokenizer, task, prompts, setup.size.eval_samples, "held_out", variation.seed)
         budget = budget_of(folder)
@@ -174,11 +211,12 @@ def run(variation: Variation, setup: Setup) -> dict:
         "task": variation.task,
         "run": variation.name,
         "seed": variation.seed,
-        "settings": settings | options,
+        "settings": variation.settings,
+        "basis": setup.basis(variation.task),
         "budget": budget,
         "start": summary(start),
         "end": summary(end),
-        "rewards": [round(value, 4) for value in means_by_prompt(end).values()],
+        "rewards": by_topic(end),
     }
 
 
@@ -194,6 +232,7 @@ def budget_of(folder: Path) -> dict[str, int]:
     for iteration in folder.glob("iteration_*"):
         if (iteration / "selection.json").exists():
             budget["samples"] += sum(len(row["completions"]) for row in iter_jsonl(iteration / "samples.jsonl"))
+            budget["steps"] += read_jsonl(iteration / "training_log.jsonl")[-1]["step"]
             budget["candidates"] += read_json(iteration / "selection.json")["candidates"]
             for row in iter_jsonl(iteration / "lists.jsonl"):
                 budget["tokens"] += sum(about["num_tokens"] or 0 for about in row["candidates"])
@@ -203,13 +242,11 @@ def budget_of(folder: Path) -> dict[str, int]:
 def effect_of(results: Results, claim: str, name: str) -> Effect | None:
     """How much more a run earns than the first one of a claim, over the seeds that both have; `None` without any."""
     first = next(iter(CLAIMS[claim]))
-    found = {each: results.claims(each) for each in RUNS}
-    seeds = sorted(found[name].keys() & found[first].keys())
+    runs, others = results.claims(name), results.claims(first)
+    seeds = sorted(runs.keys() & others.keys())
     if name == first or not seeds:
         return None
-    whole = {each: by_seed for each, by_seed in found.items() if by_seed.keys() >= set(seeds)}
-    rewards = {each: np.array([by_seed[seed]["rewards"] for seed in seeds]) for each, by_seed in whole.items()}
-    return effect(rewards[name] - rewards[first], between=BetweenSeeds.pooled(list(rewards.values())))
+    return effect(np.array([np.subtract(runs[seed]["rewards"], others[seed]["rewards"]) for seed in seeds]))
 
 
 def print_tables(results: Results, claims: list[str]) -> None:
@@ -221,8 +258,10 @@ def print_tables(results: Results, claims: list[str]) -> None:
 
 def table(results: Results, claim: str) -> list[str]:
     """Lines of a table in Markdown: a line for each run that has a result."""
-    lines = ["| | seeds | reward | difference | samples | candidates trained | tokens trained | tokens of an answer |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| | seeds | reward | difference | samples | candidates trained | steps | tokens trained | tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, label in CLAIMS[claim].items():
         if runs := results.claims(name).values():
             reward, length = (statistics.fmean(run["end"][part] for run in runs) for part in ("reward", "tokens"))

@@ -1,13 +1,19 @@
 """One arm, one seed: samples, training on one thread, and the evaluation on held-out prompts."""
 
 import contextlib
+import functools
+import hashlib
+import itertools
+import json
 import os
 import random
 import shutil
+import statistics
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -36,9 +42,9 @@ MODEL = "outputs/SmolLM2-135M-Instruct"
 TEMPERATURE = 0.8
 
 # Settings for a small model and few prompts; all other options have the defaults of `larpo run`
-SETTINGS = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 2,
+SETTINGS = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 1,
             "gradient_checkpointing": False, "report_to": "none", "logging_strategy": "no", "save_strategy": "no",
-            "disable_tqdm": True, "use_cpu": True, "bf16": False}  # fmt: skip
+            "disable_tqdm": True, "bf16": False}  # fmt: skip
 
 _COLUMNS = ("prompt", "completions", "rewards", "finished", "completion_ids", "ref_logps")
 
@@ -61,7 +67,7 @@ class Size:
     tuning_samples: int
 
 
-WHOLE = Size(prompts=48, samples=8, held_out=128, eval_samples=4, tuning_samples=2)
+WHOLE = Size(prompts=96, samples=8, held_out=128, eval_samples=4, tuning_samples=2)
 SMALL = Size(prompts=8, samples=4, held_out=8, eval_samples=2, tuning_samples=1)
 
 
@@ -72,11 +78,40 @@ class Setup:
         size: How much.
         output: Folder of samples and logs.
         model: The initial model.
+        device: What it is trained and sampled on, `cpu` or `cuda`.
     """
 
     size: Size
     output: Path
     model: str
+    device: str = "cpu"
+
+    def basis(self, task: str) -> dict[str, Any]:
+        """What all results of a task are based on. Results of another basis are not compared."""
+        made = GRADED_TASKS[task]()
+        return {
+            "size": asdict(self.size),
+            "temperature": TEMPERATURE,
+            "prompts": _digest([json.dumps(asdict(made)).encode()]),
+            "model": _digest_of_files(self.model),
+            "device": self.device,
+        }
+
+    def folder_of_samples(self, task: str, seed: int, tuning: bool) -> Path:
+        basis = _digest([json.dumps(self.basis(task)).encode()])
+        return self.output / "samples" / f"{task}{'_tuning' if tuning else ''}_seed{seed}_{basis}"
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:12]
+
+
+@functools.cache
+def _digest_of_files(model: str) -> str:
+    return _digest(path.read_bytes() for path in sorted(Path(model).glob("*.safetensors")))
 
 
 @dataclass(frozen=True)
@@ -114,37 +149,16 @@ class Experiment:
         return SETTINGS | ARMS[self.arm].options | {"learning_rate": self.learning_rate}
 
 
-@dataclass(frozen=True)
-class Variation:
-    """
-    A run of `larpo run`, one of those that a claim compares.
-
-    Attributes:
-        task: Name of the task.
-        name: Name of its options.
-        seed: Seed of the choice of prompts, and of the run.
-    """
-
-    task: str
-    name: str
-    seed: int
-    tuning: ClassVar[bool] = False
-    folder: ClassVar[str] = "claims"
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.name}_seed{self.seed}.json"
-
-
 def prepare(task: str, seed: int, tuning: bool, setup: Setup) -> None:
     """Samples of the initial model, their rewards and log-probabilities; all arms of a task and seed share them."""
-    size, folder = setup.size, folder_of_samples(task, seed, tuning, setup)
+    size, folder = setup.size, setup.folder_of_samples(task, seed, tuning)
     if (folder / "ref_logps.json").exists():
         return
     with quiet(setup.output):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(setup.model), _tokenizer(setup)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(setup.model).to(setup.device), _tokenizer(setup)
         made = GRADED_TASKS[task]()
-        prompts = random.Random(seed).sample(prompts_of(made.train), size.prompts)
+        rows = made.tuning_train if tuning else made.train
+        prompts = random.Random(seed).sample(prompts_of(rows), size.prompts)
         samples = sampled(model, tokenizer, made, prompts, size.samples, f"train/{seed}", seed)
         held_out = prompts_of(made.tuning if tuning else made.held_out)[: size.held_out]
         num_samples = size.tuning_samples if tuning else size.eval_samples
@@ -155,12 +169,12 @@ def prepare(task: str, seed: int, tuning: bool, setup: Setup) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, pools in (("samples", samples), ("start", start)):
             write_jsonl(folder / f"{name}.jsonl", [pool.to_row() for pool in pools])
-        rows = [CandidateList(pool.prompt, pool.candidates).to_row() for pool in samples if pool.candidates]
+        lists = [CandidateList(pool.prompt, pool.candidates).to_row() for pool in samples if pool.candidates]
         columns = ("prompt_id", "prompt", "completions", "finished", "completion_ids")
         logps = log_probabilities_under(
             setup.model,
-            Dataset.from_list([{name: row[name] for name in columns} for row in rows]),
-            RunTrainingConfig(str(folder / "scratch"), **SETTINGS),
+            Dataset.from_list([{name: row[name] for name in columns} for row in lists]),
+            RunTrainingConfig(str(folder / "scratch"), use_cpu=setup.device == "cpu", **SETTINGS),
             {},
             tokenizer,
             description="Reference",
@@ -181,7 +195,7 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         tokenizer = _tokenizer(setup)
         trainer = LarPOTrainer(
             model=setup.model,
-            args=RunTrainingConfig(str(scratch), seed=experiment.seed, **settings),
+            args=RunTrainingConfig(str(scratch), seed=experiment.seed, use_cpu=setup.device == "cpu", **settings),
             train_dataset=Dataset.from_list([{name: made.to_row()[name] for name in _COLUMNS} for made in lists]),
             processing_class=tokenizer,
         )
@@ -195,6 +209,7 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         "arm": experiment.arm,
         "seed": experiment.seed,
         "settings": settings,
+        "basis": setup.basis(experiment.task),
         "budget": {
             "samples": sum(candidate.count for pool in samples for candidate in pool.candidates),
             "lists": len(lists),
@@ -204,8 +219,15 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         },
         "start": summary(start),
         "end": summary(end),
-        "rewards": [round(value, 4) for value in means_by_prompt(end).values()],
+        "rewards": by_topic(end),
     }
+
+
+def by_topic(pools: list[CandidatePool]) -> list[float]:
+    """The mean reward on the prompts of each topic; on each prompt, if they have no topics."""
+    rewards = means_by_prompt(pools)
+    groups = itertools.groupby(pools, key=lambda pool: pool.prompt.columns.get("topic", pool.prompt.id))
+    return [round(statistics.fmean(rewards[pool.prompt.id] for pool in group), 4) for _, group in groups]
 
 
 def make_lists(arm: Arm, pools: list[CandidatePool], rng: random.Random) -> list[CandidateList]:
@@ -221,7 +243,7 @@ def make_lists(arm: Arm, pools: list[CandidatePool], rng: random.Random) -> list
 
 def read_samples(experiment: Experiment, setup: Setup) -> tuple[list[CandidatePool], list[CandidatePool]]:
     """The rewarded samples with their log-probabilities, and the initial model's on held-out prompts."""
-    folder = folder_of_samples(experiment.task, experiment.seed, experiment.tuning, setup)
+    folder = setup.folder_of_samples(experiment.task, experiment.seed, experiment.tuning)
     samples, start = (
         [CandidatePool.from_row(row) for row in read_jsonl(folder / f"{name}.jsonl")] for name in ("samples", "start")
     )
@@ -259,10 +281,6 @@ def prompts_of(rows: list[dict]) -> list[Prompt]:
 
 def _tokenizer(setup: Setup):
     return AutoTokenizer.from_pretrained(setup.model)
-
-
-def folder_of_samples(task: str, seed: int, tuning: bool, setup: Setup) -> Path:
-    return setup.output / "samples" / f"{task}{'_tuning' if tuning else ''}_seed{seed}"
 
 
 @contextlib.contextmanager

@@ -8,14 +8,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from arms import ARMS, BASELINE
 from claims import CLAIMS, effect_of
-from effects import GOAL, Effect
+from effects import GOAL, MIN_SEEDS, Effect
 from matplotlib.axes import Axes
 from results import Results
 
 COLORS = {"pairs": "#f2a65a", "lists": "#2a6f97", "options": "#7a7a7a"}
 
 
-def draw_arms(results: Results, task: str, picture: Path, schedule: str) -> None:
+def draw_arms(results: Results, task: str, picture: Path, title: str) -> None:
     """Effects on the reward, grouped as in the table, each group from the largest to the smallest."""
     found = {arm: effect for arm in results.arms(task) if (effect := results.effect(task, arm)) is not None}
     order = sorted(found, key=lambda arm: ([*COLORS].index(ARMS[arm].group), -found[arm].mean))
@@ -26,7 +26,7 @@ def draw_arms(results: Results, task: str, picture: Path, schedule: str) -> None
     for group in dict.fromkeys(ARMS[arm].group for arm in order):
         axes.plot([], [], "o", color=COLORS[group], label=group)
     figure.legend(fontsize=8, loc="outside right upper")
-    axes.set_title(f"{task}, equal samples; {schedule}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
@@ -53,9 +53,10 @@ def draw_claims(results: Results, picture: Path) -> None:
 
 def _draw(axes: Axes, entries: list[tuple[str, Effect, str]]) -> None:
     for place, (_, effect, color) in enumerate(entries):
-        axes.plot([effect.low, effect.high], [place, place], color=color)
+        ends = [effect.low, effect.high] if effect.num_seeds >= MIN_SEEDS else [effect.mean, effect.mean]
+        axes.plot(ends, [place, place], color=color)
         axes.plot(effect.mean, place, "o", color=color)
-        axes.annotate(f" {effect.num_seeds}", (effect.high, place), va="center", fontsize=7, color="#555555")
+        axes.annotate(f"  {effect.num_seeds}", (ends[1], place), va="center", fontsize=7, color="#555555")
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.set_yticks(range(len(entries)), [label for label, *_ in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.5, -0.5)

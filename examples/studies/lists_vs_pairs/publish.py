@@ -4,8 +4,8 @@ Puts the results into the docs: tables into README.md and docs/evidence.md, pict
     python examples/studies/lists_vs_pairs/publish.py
 
 A table stands between two comments, `<!-- results: arms four_rules -->` and `<!-- end of results -->`, and is replaced
-as a whole. The first word is a kind of table, the second one a task or a claim. Tables of results with another schedule
-name its folder in `results/`: `constant/arms`.
+as a whole. The first word is a kind of table, the second one a task or a claim. Tables of a pilot name its folder in
+`results/`: `pilots/constant/arms`.
 """
 
 import re
@@ -15,24 +15,27 @@ from statistics import fmean
 
 import claims
 import figures
-from arms import ARMS, BASELINE
-from effects import GOAL
+from arms import ALWAYS_CONFIRMED, ARMS, BASELINE
+from effects import GOAL, MIN_SEEDS
 from results import Results
-from study import ALWAYS_CONFIRMED, HERE, TUNING_SEEDS
+from study import HERE
 
 DOCS = HERE.parents[2] / "docs"
 PAGES = (HERE / "README.md", DOCS / "evidence.md")
 
-SCHEDULES = {
+PILOTS = {
     "constant": "constant, 1 epoch",
     "constant_after_warmup": "constant after warm-up, 1 epoch",
     "cosine_1_epoch": "cosine after warm-up, 1 epoch",
     "cosine_batches_of_1": "the same, batches of one list",
-    ".": "**cosine after warm-up, 2 epochs**",
+    "cosine_2_epochs": "cosine after warm-up, 2 epochs",
 }
-"""Schedules that were tried, by the folder of their results; the last one is the study's."""
+"""Schedules that were tried before the study, by the folder of their results in `results/pilots/`."""
 
-_TABLE = re.compile(r"(<!-- results: (?:(\w+)/)?(\w+) (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+PILOT_SEEDS = 2
+"""How many seeds the pilots tried learning rates with, where they tried them with all."""
+
+_TABLE = re.compile(r"(<!-- results: (?:([\w/]+)/)?(\w+) (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -57,16 +60,15 @@ def filled(page: str, results: Results) -> str:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draws what there are results of: a picture for each schedule and task, and one for the other claims."""
+    """Draws what there are results of: a picture for each task and pilot, and one for the other claims."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for schedule, label in SCHEDULES.items():
-        of_schedule = Results(results.folder / schedule)
-        for task in of_schedule.tasks():
-            if len(of_schedule.seeds(task, BASELINE)) > 2:  # two say next to nothing
-                name = "_".join(["lists_vs_pairs", task, *([schedule] if schedule != "." else [])])
-                pictures.append(folder / f"{name}.png")
-                figures.draw_arms(of_schedule, task, pictures[-1], label.strip("*"))
+    pilots = {f"_{name}": (Results(results.folder / "pilots" / name), f"; {label}") for name, label in PILOTS.items()}
+    for suffix, (found, label) in {"": (results, ""), **pilots}.items():
+        for task in found.tasks():
+            if len(found.seeds(task, BASELINE)) >= MIN_SEEDS:
+                pictures.append(folder / f"lists_vs_pairs_{task}{suffix}.png")
+                figures.draw_arms(found, task, pictures[-1], f"{task}, equal samples{label}")
     if any(claims.effect_of(results, claim, name) for claim, names in claims.CLAIMS.items() for name in names):
         pictures.append(folder / "lists_vs_pairs_claims.png")
         figures.draw_claims(results, pictures[-1])
@@ -86,24 +88,28 @@ def seeds_table(results: Results, task: str) -> list[str]:
 
 
 def effects_table(results: Results, task: str) -> list[str]:
-    """What each arm earns over best against worst, what that says, and how many seeds would say it more exactly."""
+    """What each arm earns over best against worst, by seed and on average, and how many seeds would tell it exactly."""
     lines = []
     for arm in results.arms(task):
         if (found := results.effect(task, arm)) is not None:
+            of_seeds = ", ".join(f"{value:+.2f}" for value in results.differences(task, arm).mean(axis=1))
             needed = results.seeds_needed(task, arm) or "–"
-            lines.append(f"| {ARMS[arm].label} | {found.num_seeds} | {found} | {found.verdict} | {needed} |")
-    head = [f"| | seeds | over {ARMS[BASELINE].label} | | seeds for ± {GOAL} |", "|---|---|---|---|---|"]
+            lines.append(f"| {ARMS[arm].label} | {of_seeds} | {found} | {found.verdict} | {needed} |")
+    head = [
+        f"| | over {ARMS[BASELINE].label}, by seed | mean and interval | | seeds for ± {GOAL} |",
+        "|---|---|---|---|---|",
+    ]
     return [*head, *lines] if lines else []
 
 
-def schedules_table(results: Results, task: str) -> list[str]:
-    """The best mean reward of each arm on the prompts for tuning, over rates that all seeds have tried."""
+def pilots_table(results: Results, task: str) -> list[str]:
+    """The best mean reward of each arm on the prompts for tuning, over rates that were tried with all seeds."""
     lines = []
-    for folder, label in SCHEDULES.items():
+    for folder, label in PILOTS.items():
         cells = []
         for arm in ALWAYS_CONFIRMED:
-            found = Results(results.folder / folder).tuning(task, arm)
-            means = {rate: fmean(of_seeds) for rate, of_seeds in found.items() if len(of_seeds) == len(TUNING_SEEDS)}
+            found = Results(results.folder / "pilots" / folder).tuning(task, arm)
+            means = {rate: fmean(of_seeds) for rate, of_seeds in found.items() if len(of_seeds) == PILOT_SEEDS}
             best = max(means, key=means.__getitem__, default=None)
             shown = best and f"{means[best]:.3f} ({', '.join(f'{reward:.2f}' for reward in found[best])}; {best:g})"
             cells.append(shown or "–")
@@ -120,7 +126,7 @@ TABLES: dict[str, Callable[[Results, str], list[str]]] = {
     "tuning": tuning_table,
     "arms": arms_table,
     "seeds": seeds_table,
-    "schedules": schedules_table,
+    "pilots": pilots_table,
     "effects": effects_table,
     "claim": claim_table,
 }

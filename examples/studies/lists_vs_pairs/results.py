@@ -5,16 +5,27 @@ import statistics
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from arms import ARMS, BASELINE
-from effects import BetweenSeeds, Effect, effect, seeds_needed
-from experiment import Experiment, Variation
+from arms import ALWAYS_CONFIRMED, ARMS, BASELINE, SCREENING_SEEDS
+from effects import MIN_SEEDS, Effect, effect, seeds_needed
+from experiment import Setup
 
+from trl_larpo.errors import DataError
 from trl_larpo.storage import read_json
 
-AnyExperiment = TypeVar("AnyExperiment", Experiment, Variation)
+
+class AnyExperiment(Protocol):
+    """What one result is about."""
+
+    task: str
+    folder: str
+    file_name: str
+    settings: dict[str, Any]
+
+
+Some = TypeVar("Some", bound=AnyExperiment)
 
 
 class Results:
@@ -28,20 +39,21 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def path(self, experiment: Experiment | Variation) -> Path:
+    def path(self, experiment: AnyExperiment) -> Path:
         folder = self.folder / experiment.folder
         folder.mkdir(parents=True, exist_ok=True)
         return folder / experiment.file_name
 
-    def missing(self, experiments: Sequence[AnyExperiment]) -> list[AnyExperiment]:
-        """Those that have no result yet, or one of other settings."""
-        return [each for each in experiments if not self._is_there(each)]
+    def missing(self, experiments: Sequence[Some], setup: Setup) -> list[Some]:
+        """Those that have no result yet, or one of other settings, prompts, model or device."""
+        return [each for each in experiments if not self._is_there(each, setup)]
 
-    def _is_there(self, experiment: Experiment | Variation) -> bool:
+    def _is_there(self, experiment: AnyExperiment, setup: Setup) -> bool:
         path = self.path(experiment)
         if not path.exists():
             return False
-        return isinstance(experiment, Variation) or read_json(path)["settings"] == experiment.settings
+        found = read_json(path)
+        return found["settings"] == experiment.settings and found["basis"] == setup.basis(experiment.task)
 
     def read(self, task: str, arm: str, seed: int) -> dict:
         return read_json(self.folder / "reported" / f"{task}_{arm}_seed{seed}.json")
@@ -66,26 +78,46 @@ class Results:
     def seeds(self, task: str, arm: str) -> list[int]:
         return sorted(seed for *names, seed in self._found() if names == [task, arm])
 
+    def counted_seeds(self, task: str, arm: str) -> list[int]:
+        """
+        Seeds that an arm's effect is made of.
+
+        The seeds by which an arm was chosen among many would flatter it, so they do not count once it has others.
+        """
+        seeds = self.seeds(task, arm)
+        others = [seed for seed in seeds if seed not in SCREENING_SEEDS]
+        return seeds if arm in ALWAYS_CONFIRMED or not others else others
+
+    def runs(self, task: str, arm: str, seeds: Sequence[int]) -> list[dict]:
+        """
+        Raises:
+            DataError: If they have not all the same settings, or another basis than the baseline's.
+        """
+        found = [self.read(task, arm, seed) for seed in seeds]
+        basis = [self.read(task, BASELINE, seed).get("basis") for seed in self.seeds(task, BASELINE)[:1]]
+        if any(run["settings"] != found[0]["settings"] for run in found) or any(
+            run.get("basis") != each for run in found for each in basis
+        ):
+            raise DataError(f"Results of {arm} on {task} in {self.folder} are of several kinds: run study.py again.")
+        return found
+
     def rewards(self, task: str, arm: str, seeds: Sequence[int]) -> np.ndarray | None:
-        """Mean reward on each held-out prompt, `(seeds, prompts)`; `None` if a seed is missing."""
+        """Mean reward on each topic or held-out prompt, `(seeds, groups)`; `None` if a seed is missing."""
         if not set(seeds) <= set(self.seeds(task, arm)):
             return None
-        return np.array([self.read(task, arm, seed)["rewards"] for seed in seeds])
+        return np.array([run["rewards"] for run in self.runs(task, arm, seeds)])
 
     def differences(self, task: str, arm: str, other: str = BASELINE) -> np.ndarray | None:
         """
-        How much more an arm earns than another on each held-out prompt.
+        How much more an arm earns than another on each topic or held-out prompt.
 
         Returns:
-            `(seeds, prompts)`, for the seeds that both have; `None` if there are none.
+            `(seeds, groups)`, for the seeds that both have and that count; `None` if there are none.
         """
-        seeds = self._common_seeds(task, arm, other)
+        seeds = [seed for seed in self.counted_seeds(task, arm) if seed in self.seeds(task, other)]
         if not seeds or arm == other:
             return None
         return self.rewards(task, arm, seeds) - self.rewards(task, other, seeds)
-
-    def _common_seeds(self, task: str, arm: str, other: str) -> list[int]:
-        return [seed for seed in self.seeds(task, arm) if seed in self.seeds(task, other)]
 
     def start_rewards(self, task: str) -> list[float]:
         return [self.read(*names)["start"]["reward"] for names in self._found() if names[0] == task]
@@ -106,19 +138,12 @@ class Results:
     def effect(self, task: str, arm: str, other: str = BASELINE) -> Effect | None:
         """How much more an arm earns than another, with an interval; `None` if they share no seeds."""
         differences = self.differences(task, arm, other)
-        return None if differences is None else effect(differences, between=self._between_seeds(task, arm, other))
+        return None if differences is None else effect(differences)
 
     def seeds_needed(self, task: str, arm: str, other: str = BASELINE) -> int | None:
         """How many seeds an interval as narrow as `GOAL` takes; `None` if that is not known, or far too many."""
         differences = self.differences(task, arm, other)
-        if differences is None or len(differences) == 1:
-            return None
-        return seeds_needed(differences, between=self._between_seeds(task, arm, other))
-
-    def _between_seeds(self, task: str, arm: str, other: str) -> BetweenSeeds | None:
-        seeds = self._common_seeds(task, arm, other)
-        found = [rewards for each in self.arms(task) if (rewards := self.rewards(task, each, seeds)) is not None]
-        return BetweenSeeds.pooled(found)
+        return None if differences is None or len(differences) < MIN_SEEDS else seeds_needed(differences)
 
     def tuning_table(self, task: str) -> list[str]:
         """Lines of a table in Markdown, with a column for each learning rate."""
@@ -140,7 +165,7 @@ class Results:
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for arm in self.arms(task):
-            runs = [self.read(task, arm, seed) for seed in self.seeds(task, arm)]
+            runs = self.runs(task, arm, self.counted_seeds(task, arm))
 
             def mean(part: str, name: str, runs: list[dict] = runs) -> float:
                 return statistics.fmean(run[part][name] for run in runs)

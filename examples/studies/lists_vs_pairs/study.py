@@ -7,7 +7,7 @@ Do ranked lists beat pairs? The same samples, many ways to train on them.
     python examples/studies/lists_vs_pairs/study.py --table          # only prints the results
 
 Every arm, learning rate and seed is a small JSON file in `results/`. Stop it whenever you like and start it again: what
-is there is not computed again. Each result is computed on one thread, `--workers` of them side by side.
+is there is not computed again. Each result is computed on one thread or on a GPU, `--workers` of them side by side.
 """
 
 import argparse
@@ -17,13 +17,14 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, BASELINE
-from experiment import GRADED_TASKS, MODEL, SMALL, WHOLE, Experiment, Setup, Variation, prepare, run
+import torch
+from arms import ALWAYS_CONFIRMED, ARMS, BASELINE, CONFIRMING_SEEDS, PROMISING_SEEDS, SCREENING_SEEDS
+from experiment import GRADED_TASKS, MODEL, SMALL, WHOLE, Experiment, Setup, prepare, run
 from results import Results
 
 from trl_larpo.storage import write_json
@@ -32,18 +33,12 @@ HERE = Path(__file__).parent
 
 STAGES = ("tune", "screen", "confirm")
 
-LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-FIRST_RATES = slice(2, 5)
+LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+FIRST_RATES = slice(3, 6)
 """Those of them that every arm is tried with; further ones as long as the best one is the lowest or highest tried."""
 
-TUNING_SEEDS = (100, 101)
-NUM_FINALISTS = 2
-"""How many learning rates of an arm that is always confirmed are tried with further seeds than the first."""
+TUNING_SEED = 100
 
-SCREENING_SEEDS = (0, 1)
-CONFIRMING_SEEDS = (2, 3, 4)
-
-ALWAYS_CONFIRMED = (BASELINE, "contrastive", "listmle", "lambdarank", "lambdarank_sums")
 NUM_PROMISING = 2
 """How many more arms are confirmed: the best of the screening."""
 
@@ -55,14 +50,12 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--tasks", nargs="+", default=list(GRADED_TASKS), choices=GRADED_TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, help="of the stage `confirm`")
     arguments, setup, results = parse(parser)
     arms = arguments.arms or list(SMALL_ARMS if arguments.small else ARMS)
     if not arguments.table:
         for stage in arguments.stages:
             for task in arguments.tasks:  # one after the other: the first is finished sooner
-                asked = (stage, task, arms, results, arguments.seeds, arguments.small)
-                while missing := results.missing(experiments_of(*asked)):
+                while missing := results.missing(experiments_of(stage, task, arms, results, setup), setup):
                     run_all(missing, setup, results, arguments.workers, f"{stage} {task}")
     print_table(results)
 
@@ -71,67 +64,67 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Setup, R
     """Reads the command line, with the options that the scripts of the study have in common."""
     parser.add_argument("--workers", type=int, default=2, help="results computed side by side; 0: in this process")
     parser.add_argument("--small", action="store_true", help="few prompts and comparisons: does it run here?")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, help="folder of samples and logs")
     parser.add_argument("--results", type=Path, help="folder of the JSON files")
     parser.add_argument("--table", action="store_true", help="only print the results")
     arguments = parser.parse_args()
     output = arguments.output or Path("outputs") / ("lists_vs_pairs_small" if arguments.small else "lists_vs_pairs")
     results = Results(arguments.results or (output / "results" if arguments.small else HERE / "results"))
-    return arguments, Setup(SMALL if arguments.small else WHOLE, output, MODEL), results
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return arguments, Setup(SMALL if arguments.small else WHOLE, output, MODEL, device), results
 
 
-def experiments_of(
-    stage: str, task: str, arms: list[str], results: Results, seeds: list[int] | None, small: bool
-) -> list[Experiment]:
+def experiments_of(stage: str, task: str, arms: list[str], results: Results, setup: Setup) -> list[Experiment]:
     """What a stage consists of, given the results that there are."""
+    small = setup.size == SMALL
     if stage == "tune":
-        found = [each for arm in arms for each in rates_to_try(task, arm, results, small)]
-        return sorted(found, key=lambda each: (each.seed, each.learning_rate))
-    if stage == "confirm":
-        arms = [arm for arm in confirmed_arms(task, results) if arm in arms]
-    usual = SCREENING_SEEDS if stage == "screen" else CONFIRMING_SEEDS
-    if stage == "screen" or seeds is None:
-        seeds = list(usual[: 1 if small else None])
-    rates = {arm: results.best_learning_rate(task, arm) for arm in arms}
+        found = [each for arm in arms for each in rates_to_try(task, arm, results, setup)]
+        return sorted(found, key=lambda each: each.learning_rate)
+    if stage == "screen":
+        seeds = dict.fromkeys(arms, SCREENING_SEEDS[: 1 if small else None])
+    else:
+        seeds = {arm: found for arm, found in seeds_to_confirm(task, results, small).items() if arm in arms}
+    rates = {arm: results.best_learning_rate(task, arm) for arm in seeds}
     missing = [arm for arm, rate in rates.items() if rate is None]
     if missing:
         raise SystemExit(f"No learning rate was chosen for {', '.join(missing)} on {task}: run the stage `tune`.")
-    return [Experiment(task, arm, rates[arm], seed) for seed in seeds for arm in arms]
+    experiments = [Experiment(task, arm, rates[arm], seed) for arm in seeds for seed in seeds[arm]]
+    return sorted(experiments, key=lambda each: each.seed)
 
 
-def rates_to_try(task: str, arm: str, results: Results, small: bool) -> list[Experiment]:
-    """Learning rates, with their seeds, that an arm has not been tried with yet: all with the first seed; for arms that
-    are always confirmed the best two of it, and whatever comes out best, with the others as well."""
-    first, *others = TUNING_SEEDS[: 1 if small else None]
+def rates_to_try(task: str, arm: str, results: Results, setup: Setup) -> list[Experiment]:
+    """Learning rates that an arm has not been tried with yet."""
+    small = setup.size == SMALL
 
-    def untried(rates: Iterable[float], seeds: Sequence[int]) -> list[Experiment]:
-        return results.missing([Experiment(task, arm, rate, seed, tuning=True) for rate in rates for seed in seeds])
+    def untried(rates: Sequence[float]) -> list[Experiment]:
+        tried = [Experiment(task, arm, rate, TUNING_SEED, tuning=True) for rate in rates]
+        return results.missing(tried, setup)
 
-    if missing := untried(LEARNING_RATES[FIRST_RATES][: 2 if small else None], [first]):
+    missing = untried(LEARNING_RATES[FIRST_RATES][: 2 if small else None])
+    if missing or small:
         return missing
+    place = LEARNING_RATES.index(results.best_learning_rate(task, arm))
+    if place in (0, len(LEARNING_RATES) - 1):
+        raise SystemExit(f"The best learning rate of {arm} on {task} is the last of `LEARNING_RATES`: add others.")
+    return untried(LEARNING_RATES[place - 1 : place + 2])
+
+
+def seeds_to_confirm(task: str, results: Results, small: bool) -> dict[str, tuple[int, ...]]:
+    """By arm: those that are always reported, and those with the highest mean reward in the screening."""
     if small:
-        return []
-    best = results.best_learning_rate(task, arm)
-    place = LEARNING_RATES.index(best)
-    if missing := untried(LEARNING_RATES[max(0, place - 1) : place + 2], [first]):
-        return missing
-    if arm not in ALWAYS_CONFIRMED:
-        return []
-    by_rate = results.tuning(task, arm)
-    finalists = sorted(by_rate, key=lambda rate: -by_rate[rate][0])[:NUM_FINALISTS]
-    return untried({*finalists, best}, others)
-
-
-def confirmed_arms(task: str, results: Results) -> list[str]:
-    """The arms that are always reported, and those with the highest mean reward in the screening."""
+        return dict.fromkeys(SMALL_ARMS, CONFIRMING_SEEDS[:1])
     found = {arm: results.rewards(task, arm, SCREENING_SEEDS) for arm in results.arms(task)}
     means = {arm: rewards.mean() for arm, rewards in found.items() if rewards is not None}
     others = sorted((arm for arm in means if arm not in ALWAYS_CONFIRMED), key=means.__getitem__, reverse=True)
-    return [*ALWAYS_CONFIRMED, *others[:NUM_PROMISING]]
+    seeds = dict.fromkeys(ALWAYS_CONFIRMED, CONFIRMING_SEEDS)
+    if promising := others[:NUM_PROMISING]:
+        seeds |= dict.fromkeys([BASELINE, *promising], PROMISING_SEEDS)
+    return seeds
 
 
 def run_all(
-    missing: Sequence[Experiment] | Sequence[Variation],
+    missing: Sequence[Any],
     setup: Setup,
     results: Results,
     num_workers: int,
@@ -201,7 +194,7 @@ def _end_with(parent: int) -> None:
 def print_table(results: Results) -> None:
     """Learning rates that were tried; then a line for each arm: its effect with an interval, and what it cost."""
     for task in results.tuned_tasks():
-        print(f"\n{task}: rewards on the prompts for tuning by learning rate, one for each seed; * is used\n")
+        print(f"\n{task}: rewards on the prompts for tuning by learning rate; * is used\n")
         print("\n".join(results.tuning_table(task)))
     for task in results.tasks():
         print(f"\n{task}: the initial model has a reward of {statistics.fmean(results.start_rewards(task)):.3f}.")
