@@ -26,6 +26,7 @@ FAULTS = (
     "empty",  # returns no choice
     "dies",  # closes the connection without an answer from the fourth request on
     "exits",  # ends its process at the sixth request
+    "crashes",  # ends its process at a prompt with the word "poison", while it is asked for others
     "slow_start",  # is never healthy
     "stalls",  # answers the first request after ten seconds
     "drips",  # answers the first request with a byte in each tenth of a second, for ten seconds
@@ -205,6 +206,10 @@ class _Handler(JsonHandler):
             self.server.closing.wait(10)
         if fault == "exits" and number > 5:
             os._exit(1)
+        if fault == "crashes":
+            time.sleep(0.05)
+            if "poison" in prompt:
+                os._exit(1)
         if fault == "dies" and number > 3:
             self.close_connection = True
             return None

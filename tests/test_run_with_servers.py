@@ -14,6 +14,7 @@ import pytest
 from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
 
+from trl_larpo import LarPOError
 from trl_larpo.generation.options import GenerationOptions
 from trl_larpo.generation.sampler import PolicySampler
 from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
@@ -126,19 +127,47 @@ def test_running_servers_are_given_each_model_by_hand(project, caplog, capsys):
     server.close()
 
 
-def test_servers_that_end_while_they_sample_are_started_again(project, talkative_model, caplog):
-    options = GenerationOptions(
-        server_command=f"{FAKE} --fault exits", server_patience=0.2, server_requests_in_flight=1, max_new_tokens=8
-    )
-    task = SamplingTask([SampleKind("policy", 1.0)] * 2, talkative_model, 1, key="1")
-    prompts = [Prompt.of(f"why is {i}") for i in range(12)]
-    sampler = PolicySampler(options, seed=0, log_folder=project / "servers", use_cpu=True)
-    try:
-        pools = sampler.sample(prompts, task, project / "samples.jsonl")
-    finally:
-        sampler.close()
-    assert [pool.prompt.id for pool in pools] == [prompt.id for prompt in prompts]
+@pytest.fixture
+def sample_on_servers(project, talkative_model):
+    """Samples prompts on servers that are started with a fault, into `samples.jsonl`."""
+
+    def sample(texts, fault, **options):
+        options = {"server_command": f"{FAKE} --fault {fault}", "server_patience": 0.2, "max_new_tokens": 8} | options
+        task = SamplingTask([SampleKind("policy", 1.0)] * 2, talkative_model, 1, key="1")
+        sampler = PolicySampler(GenerationOptions(**options), seed=0, log_folder=project / "servers", use_cpu=True)
+        try:
+            pools = sampler.sample([Prompt.of(text) for text in texts], task, project / "samples.jsonl")
+            return [pool.prompt.text for pool in pools]
+        finally:
+            sampler.close()
+
+    return sample
+
+
+def test_servers_that_end_while_they_sample_are_started_again(sample_on_servers, caplog):
+    texts = [f"why is {i}" for i in range(12)]
+    assert sample_on_servers(texts, "exits", server_requests_in_flight=1) == texts
     assert caplog.text.count("Servers have ended, and are started again") == 2
+
+
+@pytest.mark.parametrize("num_servers", [1, 2])
+def test_a_prompt_that_ends_servers_is_set_aside(sample_on_servers, project, caplog, num_servers):
+    texts = [f"why is {i}" for i in range(120)]
+    bad = ["poison 1", "poison 2"]
+    found = sample_on_servers(
+        [*bad[:1], *texts, *bad[1:]], "crashes", num_servers=num_servers, server_requests_in_flight=16
+    )
+    assert found == texts
+    rows = rows_of(project / "samples.set_aside.jsonl")
+    assert sorted(row["prompt"] for row in rows) == bad
+    assert all("stopped answering each of the 3 times that it was asked for it" in row["reason"] for row in rows)
+    assert caplog.text.count("Servers have ended") <= 5
+
+
+def test_servers_that_end_at_once_are_given_up(sample_on_servers, project, caplog):
+    with pytest.raises(LarPOError, match="No server answers any more"):
+        sample_on_servers([f"poison {i}" for i in range(60)], "crashes", server_requests_in_flight=4)
+    assert caplog.text.count("Servers have ended") == 2 and not (project / "samples.set_aside.jsonl").exists()
 
 
 def test_a_prompt_that_no_server_answers_is_set_aside_and_named(project, capsys):

@@ -19,16 +19,18 @@ from typing import Any
 
 from ..errors import LarPOError
 from .in_process import Sample
-from .server_endpoint import FIRST_WAIT, Endpoint, Request, SamplerSettings, UnusableAnswerError, kind_of
+from .server_endpoint import Endpoint, Request, SamplerSettings, UnusableAnswerError, kind_of, was_sent
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_WAIT = 30.0  # seconds between two tries
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
 
 _MAX_TRIES = 8  # of a request to servers that are well
 _TRIES_OF = {"refused": 4, "timeout": 3, "busy": 0.5}  # number of tries that such a failure counts as
 
 _BAD_SERVER = 20  # failures in a row from which on the prompts may not be at fault
+
+_MAX_CRASHES = 3  # of servers that were asked for the same request: among others, among a few, alone
 
 
 def request_seed(seed: int, key: str, prompt_id: str) -> int:
@@ -98,7 +100,10 @@ class _Run:
         num_tolerated: int,
     ):
         self.sampler, self.on_samples, self.on_failure = sampler, on_samples, on_failure
-        self.waiting, self.num_unanswered = deque(requests), len(requests)
+        self.num_unanswered = len(requests)
+        self.waiting, self.suspects = deque[Request](), deque[Request]()  # the latter may be what ends servers
+        for request in requests:
+            self._ask_again(request)
         self.endpoints: list[Endpoint] = []
         self.known, self.num_tolerated = known, num_tolerated
         self.last_error = ""
@@ -133,14 +138,20 @@ class _Run:
             if request is None:
                 await self._without_work(endpoint)
                 continue
+            began, endpoint.in_flight[request.key] = time.monotonic(), request
             try:
                 samples = await self._all_samples(endpoint, request)
             except Exception as error:
+                del endpoint.in_flight[request.key]
                 kind = kind_of(error)
                 if kind is None:
                     raise
+                since = endpoint.failing_since
+                if kind != "busy" and was_sent(error) and (since is None or began < since):
+                    endpoint.failed_last[request.key] = request
                 await self._failed(endpoint, request, kind, error)
             else:
+                del endpoint.in_flight[request.key]
                 self.num_unanswered -= 1
                 self.on_samples(request, samples)
                 self.known = self.known or request
@@ -149,7 +160,8 @@ class _Run:
 
     def _is_well(self, endpoint: Endpoint) -> None:
         """Notes that a server answers. So what it has not answered before is at fault itself, and set aside."""
-        endpoint.failing_since, endpoint.wait, endpoint.failures = None, FIRST_WAIT, 0
+        endpoint.failing_since, endpoint.failures = None, 0
+        endpoint.failed_last.clear()
         while endpoint.doubtful:
             self.num_unanswered -= 1
             self.on_failure(*endpoint.doubtful.pop(0))
@@ -167,29 +179,40 @@ class _Run:
     def _next_for(self, endpoint: Endpoint) -> Request | None:
         """A request that has not failed on the server yet; one that has only where it has failed on all others too."""
         others = {other.url for other in self.endpoints if not other.dead and other is not endpoint}
-        for _ in range(len(self.waiting)):
-            request = self.waiting.popleft()
-            if endpoint.url not in request.failed_on or others <= request.failed_on:
-                return request
-            self.waiting.append(request)
+        room = min(map(self._most_with, endpoint.in_flight.values()), default=self.sampler.requests_in_flight)
+        for queue in (self.waiting, self.suspects):
+            for _ in range(len(queue) if len(endpoint.in_flight) < room else 0):
+                request = queue.popleft()
+                is_new = endpoint.url not in request.failed_on or others <= request.failed_on
+                if is_new and len(endpoint.in_flight) < self._most_with(request):
+                    return request
+                queue.append(request)
         return None
+
+    def _most_with(self, request: Request) -> int:
+        """How many requests, with this one, a server is asked for at a time."""
+        return max(1, self.sampler.requests_in_flight // 8**request.crashes)
+
+    def _ask_again(self, request: Request, first: bool = False) -> None:
+        queue = self.suspects if request.crashes else self.waiting
+        queue.appendleft(request) if first else queue.append(request)
 
     async def _failed(self, endpoint: Endpoint, request: Request, kind: str, error: Exception) -> None:
         """Whose fault is it? The server's, if it is not well; else the prompt's."""
         self.last_error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         reason = self._reason(endpoint, kind, error)
         if kind == "hopeless":
-            self.waiting.appendleft(request)
+            self._ask_again(request, first=True)
             self._give_up(endpoint)
         elif kind == "unreachable" or not await endpoint.is_well() or not await self._trusts(endpoint, kind, reason):
-            self.waiting.appendleft(request)
+            self._ask_again(request, first=True)
             await self._rest(endpoint)
         else:
             request.tries += _TRIES_OF.get(kind, 1)
             request.failed_on.add(endpoint.url)
             if request.tries < _MAX_TRIES:
-                self.waiting.append(request)  # behind all others, and on another server
-                wait = FIRST_WAIT * (2 ** min(2 * request.tries, 6) if kind == "busy" else 1)
+                self._ask_again(request)  # behind all others, and on another server
+                wait = _FIRST_WAIT * (2 ** min(2 * request.tries, 6) if kind == "busy" else 1)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0) if kind != "refused" else 0)
             else:
                 endpoint.doubtful.append((request, reason))
@@ -236,8 +259,8 @@ class _Run:
     def _take_back(self, endpoint: Endpoint) -> None:
         """What a server that is not well has failed on is asked for again."""
         for request, _ in endpoint.doubtful:
-            request.tries, request.failed_on = 0, set()
-            self.waiting.append(request)
+            request.forget_tries()
+            self._ask_again(request)
         endpoint.doubtful.clear()
 
     def _give_up(self, endpoint: Endpoint) -> None:
@@ -249,10 +272,30 @@ class _Run:
     async def _rest(self, endpoint: Endpoint) -> None:
         now = time.monotonic()
         endpoint.failing_since = endpoint.failing_since or now
-        if now - endpoint.failing_since > self.sampler.patience:
-            self._give_up(endpoint)
-        wait, endpoint.wait = endpoint.wait, min(2 * endpoint.wait, _LONGEST_WAIT)
+        self._suspect(endpoint)
+        failing, patience = now - endpoint.failing_since, self.sampler.patience
+        if failing > patience:
+            return self._give_up(endpoint)
+        # All who asked it come here: the longer it fails, the longer they wait
+        wait = min(max(_FIRST_WAIT, failing / 2), _LONGEST_WAIT, max(patience - failing, _FIRST_WAIT))
         await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+
+    def _suspect(self, endpoint: Endpoint) -> None:
+        """Notes what a server had been asked for when it stopped answering."""
+        if not endpoint.failed_last:
+            return
+        for request in endpoint.failed_last.values():
+            request.crashes += 1
+        endpoint.failed_last.clear()
+        waiting, self.waiting, self.suspects = [*self.waiting, *self.suspects], deque(), deque()
+        for request in sorted(waiting, key=lambda x: x.crashes):
+            if request.crashes < _MAX_CRASHES or self.known is None:
+                self._ask_again(request)
+            else:
+                self.num_unanswered -= 1
+                self.on_failure(
+                    request, f"A server stopped answering each of the {request.crashes} times that it was asked for it."
+                )
 
     async def _all_samples(self, endpoint: Endpoint, request: Request) -> list[Sample]:
         samples: dict[int, Sample] = {}

@@ -16,9 +16,6 @@ from .urls import is_loopback
 
 logger = logging.getLogger(__name__)
 
-FIRST_WAIT = 0.5
-"""Seconds between a failure and the next try."""
-
 _MORE_SETTINGS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
 """
 Beyond OpenAI's protocol. What is not said a server takes from the model's `generation_config.json`, so that samples of
@@ -45,6 +42,7 @@ class Request:
         seed: Of the first completion; the others' follow.
         tries: How often servers that are well could not answer it; some failures count for more, or less, than one.
         failed_on: Addresses of these servers.
+        crashes: How often a server that it was sent to stopped answering.
     """
 
     key: str
@@ -54,6 +52,11 @@ class Request:
     seed: int
     tries: float = 0
     failed_on: set[str] = field(default_factory=set)
+    crashes: int = 0
+
+    def forget_tries(self) -> None:
+        """Forgets which servers could not answer it: they were not well, or are others now."""
+        self.tries, self.failed_on = 0, set()
 
 
 @dataclass
@@ -118,11 +121,12 @@ class Endpoint:
         self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
         self.known: Request | None = None  # one that it has answered
         self.doubtful: list[tuple[Request, str]] = []  # what it does not answer, and why
+        self.in_flight: dict[str, Request] = {}
+        self.failed_last: dict[str, Request] = {}  # since its last answer, and sent before it was known to fail
         self.failures = 0  # in a row
         self.failing_since: float | None = None
         self.last_refusal = 0.0  # when it did not answer what was answered before
         self.lock = asyncio.Lock()
-        self.wait = FIRST_WAIT
         self.dead = False
 
     async def try_with(
@@ -275,6 +279,13 @@ class Endpoint:
         if not any(known.startswith(kind) for known in self.sampler.warnings):
             self.sampler.warnings.append(text)
             logger.warning(text)
+
+
+def was_sent(error: Exception) -> bool:
+    """Whether a request that failed had a connection to the server."""
+    import httpx
+
+    return not isinstance(error.__cause__, httpx.ConnectError)
 
 
 def _is_same_path(name: Any, path: str) -> bool:

@@ -23,7 +23,8 @@ from .server_endpoint import Request
 
 logger = logging.getLogger(__name__)
 
-_MAX_RESTARTS = 5  # of servers that end while they sample; each has to bring something
+_MAX_RESTARTS = 5  # in a row that each bring few prompts; those that bring none count twice
+_FEW = 100
 
 
 class _PackedRequest(Request):
@@ -63,7 +64,8 @@ class ServerSampling:
     progress: tqdm
     on_pools: Callable[[list[CandidatePool]], None]
     _waiting: dict[str, Prompt] = field(default_factory=dict)
-    _known: Prompt | None = None  # one that was answered
+    _requests: dict[str, Request] = field(default_factory=dict)  # for those that wait
+    _known: Request | None = None  # one that was answered
 
     def sample(self, prompts: list[Prompt], done: set[str]) -> None:
         """
@@ -76,41 +78,50 @@ class ServerSampling:
         Raises:
             LarPOError: If no server answers any more, or too many prompts fail.
         """
-        options, starts = self.options, 0
+        options, wasted = self.options, 0
+        tokenizer = AutoTokenizer.from_pretrained(self.task.model_path, revision=self.task.revision)
         self._waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
+        self._requests = {key: self._request(tokenizer, prompt) for key, prompt in self._waiting.items()}
         # A short one, which every server should take
-        self._known = min((prompt for prompt in prompts if prompt.id in done), key=lambda x: len(x.text), default=None)
+        known = min((prompt for prompt in prompts if prompt.id in done), key=lambda x: len(x.text), default=None)
+        self._known = None if known is None else self._request(tokenizer, known)
         while self._waiting:
             urls, name, num_waiting = options.server_urls, options.server_model, len(self._waiting)
             if not urls:
                 with preparing():
                     urls, name = self.servers.serve(self.task.model_path)
-                starts += 1
             try:
-                return self._ask(urls, name)
+                return self._ask(urls, name, tokenizer)
             except ServersGoneError as error:
                 ended = not options.server_urls and not self.servers.are_alive()
-                if not ended or len(self._waiting) == num_waiting or starts > _MAX_RESTARTS:
+                num_done = num_waiting - len(self._waiting)
+                wasted = 0 if num_done >= _FEW else wasted + (1 if num_done else 2)
+                if not ended or wasted > _MAX_RESTARTS:
                     raise
                 logger.warning(f"Servers have ended, and are started again: {error.reason}")
 
-    def _ask(self, urls: list[str], name: str | None) -> None:
+    def _ask(self, urls: list[str], name: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
         """Takes those out of the prompts that wait that are sampled or set aside."""
-        options, task, waiting = self.options, self.task, self._waiting
-        tokenizer = AutoTokenizer.from_pretrained(task.model_path, revision=task.revision)
+        options, task = self.options, self.task
         started, num_tokens = time.monotonic(), 0
 
         def save(request: Request, samples: list[Sample]) -> None:
             nonlocal num_tokens
             samples = [with_half_character(tokenizer, sample) for sample in samples]
-            pool = as_pool(tokenizer, waiting[request.key], samples, task, options.template_kwargs)
+            pool = as_pool(tokenizer, self._waiting[request.key], samples, task, options.template_kwargs)
             self.file.add([pool.to_row()])
-            self._known = waiting.pop(request.key)
+            self._take(request)
+            self._known = request
             self.on_pools([pool])
             num_tokens += sum(sample.num_tokens for sample in samples)
             self.progress.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             self.progress.update(len(samples))
 
+        def give_up(request: Request, reason: str) -> None:
+            self.set_aside.add(self._take(request), reason)
+
+        for request in self._requests.values():
+            request.forget_tries()
         sampler = Sampler(
             urls,
             name,
@@ -127,12 +138,16 @@ class ServerSampling:
             patience=options.server_patience,
         )
         sampler.sample(
-            [self._request(tokenizer, prompt) for prompt in waiting.values()],
+            list(self._requests.values()),
             save,
-            lambda request, reason: self.set_aside.add(waiting.pop(request.key), reason),
-            known=None if self._known is None else self._request(tokenizer, self._known),
+            give_up,
+            known=self._known,
             num_tolerated=int(self.set_aside.limit),
         )
+
+    def _take(self, request: Request) -> Prompt:
+        del self._requests[request.key]
+        return self._waiting.pop(request.key)
 
     def _request(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Request:
         return _PackedRequest(
