@@ -81,10 +81,11 @@ class FakeServer(ThreadingHTTPServer):
         model: str = "fake",  # what it serves, if it is vLLM
         offers: tuple[str, ...] = ("fake",),
         host: str = "127.0.0.1",
+        first=None,  # called with the handler and each prompt; answers itself if it returns True
     ):
         super().__init__((host, port), _Handler)
         self.vllm, self.model, self.adapters, self.asleep = vllm, model, [], set()  # one of DEVICES, if it is vLLM
-        self.offers = offers
+        self.offers, self.first = offers, first
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
         self.token_ids = token_ids  # makes tokens of a text
         self.random = random.Random(0)
@@ -106,9 +107,9 @@ class JsonHandler(BaseHTTPRequestHandler):
     """Answers with JSON, and says nothing on the terminal."""
 
     def _send(self, status: int, value: dict) -> None:
-        self._send_text(status, "application/json", json.dumps(value))
+        self.send_text(status, "application/json", json.dumps(value))
 
-    def _send_text(self, status: int, kind: str, text: str) -> None:
+    def send_text(self, status: int, kind: str, text: str) -> None:
         body = text.encode(errors="surrogateescape")
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -177,24 +178,26 @@ class _Handler(JsonHandler):
             number = len(self.server.requests)
         fault = self.server.fault
         prompt = asked.get("prompt") or json.dumps(asked["messages"])
+        if self.server.first is not None and self.server.first(self, prompt):
+            return None
         if fault == "drips" and number == 1:
             return self._drip()
         if fault in BAD_ANSWERS and "poison" in prompt:
-            return self._send_text(*BAD_ANSWERS[fault])
+            return self.send_text(*BAD_ANSWERS[fault])
         if fault == "random":
             kinds = [name for name in BAD_ANSWERS if "poison" in prompt or name != "refusal"]
             if "poison" in prompt:
-                return self._send_text(*BAD_ANSWERS[kinds[hashlib.sha256(prompt.encode()).digest()[0] % len(kinds)]])
+                return self.send_text(*BAD_ANSWERS[kinds[hashlib.sha256(prompt.encode()).digest()[0] % len(kinds)]])
             with self.server.lock:
                 is_bad, kind = self.server.random.random() < _BAD_SHARE, self.server.random.choice([*kinds, "hangs up"])
             if is_bad and kind == "hangs up":
                 self.close_connection = True
                 return None
             if is_bad:
-                return self._send_text(*BAD_ANSWERS[kind])
+                return self.send_text(*BAD_ANSWERS[kind])
         if fault == "wild" and number % 3 == 0:
             kinds = [name for name in BAD_ANSWERS if name != "refusal"]
-            return self._send_text(*BAD_ANSWERS[kinds[number // 3 % len(kinds)]])
+            return self.send_text(*BAD_ANSWERS[kinds[number // 3 % len(kinds)]])
         if fault == "busy" and number % 2:
             return self._send(503, {"error": {"message": "busy"}})
         beyond = {"top_k", "min_p", "repetition_penalty", "return_token_ids", "generation_config"}

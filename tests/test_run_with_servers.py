@@ -151,17 +151,17 @@ def test_servers_that_end_while_they_sample_are_started_again(sample_on_servers,
 
 
 @pytest.mark.parametrize("num_servers", [1, 2])
-def test_a_prompt_that_ends_servers_is_set_aside(sample_on_servers, project, caplog, num_servers):
-    texts = [f"why is {i}" for i in range(120)]
-    bad = ["poison 1", "poison 2"]
+def test_prompts_that_end_servers_are_set_aside(sample_on_servers, project, caplog, num_servers):
+    """Each restart brings few of the others. It is not in vain, because it shows which prompts end servers."""
+    texts, bad = [f"why is {i}" for i in range(40)], [f"poison {i}" for i in range(3)]
     found = sample_on_servers(
-        [*bad[:1], *texts, *bad[1:]], "crashes", num_servers=num_servers, server_requests_in_flight=16
+        [bad[0], *texts, *bad[1:]], "crashes", num_servers=num_servers, server_requests_in_flight=16
     )
     assert found == texts
     rows = rows_of(project / "samples.set_aside.jsonl")
     assert sorted(row["prompt"] for row in rows) == bad
     assert all("stopped answering each of the 3 times that it was asked for it" in row["reason"] for row in rows)
-    assert caplog.text.count("Servers have ended") <= 5
+    assert caplog.text.count("Servers have ended") <= 3 * len(bad)
 
 
 def test_servers_that_end_at_once_are_given_up(sample_on_servers, project, caplog):

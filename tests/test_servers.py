@@ -13,6 +13,7 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_server
 import lanes
@@ -25,6 +26,7 @@ from trl_larpo.generation import server_client as servers
 from trl_larpo.generation.server_client import Sampler, request_seed
 from trl_larpo.generation.server_endpoint import Endpoint, Request
 from trl_larpo.generation.server_process import check_url, running_servers, server_command, stop_leftovers
+from trl_larpo.generation.server_queue import RequestQueue
 from trl_larpo.lifetime import Stopped
 
 pytest.importorskip("openai")
@@ -277,6 +279,173 @@ def test_what_one_server_refuses_another_one_answers(fake, monkeypatch):
     assert len(results) == 40 and not failures
 
 
+def fails_on_poison(fail):
+    """What a fake server does first: fail in some way on each prompt with the word "poison"."""
+
+    def first(handler, prompt):
+        if "poison" in prompt:
+            fail(handler)
+        return "poison" in prompt
+
+    return first
+
+
+def hang_up(handler):
+    handler.close_connection = True
+
+
+def send_half(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"id": "1", "cho')
+    handler.close_connection = True
+
+
+def send_broken_gzip(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", "5")
+    handler.end_headers()
+    handler.wfile.write(b"abcde")
+
+
+def refuse(handler, status=400):
+    handler.send_text(status, "application/json", '{"error": {"message": "not this one"}}')
+
+
+@pytest.mark.parametrize("fail", [hang_up, send_half, send_broken_gzip])
+def test_a_prompt_at_which_the_connection_breaks_is_set_aside(fake, monkeypatch, fail):
+    hurry(monkeypatch)
+    failures = {}
+    assert len(sample([fake(first=fails_on_poison(fail))], 20, poison=[3], failures=failures, patience=0.1)) == 19
+    assert failures.keys() == {"3"} and "Connection error (" in failures["3"]
+
+
+@pytest.mark.parametrize("poison", [[0], range(10, 20)], ids=["first", "last"])
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_prompts_that_are_forbidden_do_not_end_a_server(fake, monkeypatch, status, poison):
+    hurry(monkeypatch)
+    failures, server = {}, fake(first=fails_on_poison(lambda handler: refuse(handler, status)))
+    found = sample([server], 20, poison=poison, failures=failures, requests_in_flight=1, patience=0.1)
+    assert len(found) == 20 - len(poison) and failures.keys() == {str(i) for i in poison}
+    assert all(f"refuses it (status {status}): " in reason for reason in failures.values())
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_servers_may_fail_before_their_first_answer(fake, monkeypatch, status):
+    """For as long as `patience`: they may be loading, or have too much to do."""
+    hurry(monkeypatch)
+    left = list(range(60))
+
+    def first(handler, prompt):
+        if is_early := bool(left):
+            left.pop()
+            refuse(handler, status)
+        return is_early
+
+    failures = {}
+    assert len(sample([fake(first=first)], 30, failures=failures, requests_in_flight=8)) == 30 and not failures
+
+
+def test_a_prompt_is_not_at_fault_if_the_server_is_busy(fake, monkeypatch):
+    monkeypatch.setattr(servers, "_FIRST_WAIT", 0.001)
+    left, failures = list(range(12)), {}
+
+    def first(handler, prompt):
+        if is_busy := "poison" in prompt and bool(left):
+            left.pop()
+            refuse(handler, 503)
+        return is_busy
+
+    assert len(sample([fake(first=first)], 20, poison=[1], failures=failures)) == 20 and not failures
+
+
+def test_a_server_that_is_busy_for_too_long_is_given_up(fake, monkeypatch):
+    hurry(monkeypatch)
+    failures = {}
+    with pytest.raises(LarPOError, match=r"No server answers any more .*not this one"):
+        sample([fake(first=lambda handler, prompt: refuse(handler, 503) is None)], failures=failures, patience=0.2)
+    assert not failures
+
+
+def test_a_prompt_is_set_aside_after_all_servers_were_asked(fake, monkeypatch):
+    hurry(monkeypatch)
+    failures, poison = {}, range(0, 60, 2)
+    assert len(sample([fake("refusal"), fake("refusal"), fake()], 60, poison=poison, failures=failures)) == 60
+    assert not failures
+
+
+def test_an_answer_to_an_earlier_request_does_not_show_that_a_prompt_is_at_fault(fake, monkeypatch):
+    """It may have been worked out before the server turned bad."""
+    hurry(monkeypatch)
+    refused, asked = threading.Semaphore(0), []
+
+    def first(handler, prompt):
+        is_early = "chat" in handler.path and "prompt 0" in prompt and not asked
+        if is_early:
+            asked.append(prompt)
+            for _ in range(4):  # two tries, each with settings beyond OpenAI's and without
+                refused.acquire(timeout=1)
+            time.sleep(0.1)  # until the client has read the refusals
+        else:
+            time.sleep(0 if "prompt 1" in prompt else 0.3)  # what was answered before is refused after the early answer
+            refuse(handler)
+            refused.release()
+        return not is_early
+
+    failures = {}
+    with pytest.raises(LarPOError, match="No server answers any more") as caught:
+        sample([fake(first=first)], 2, failures=failures, requests_in_flight=2, known=True, patience=0.1)
+    assert caught.value.results.keys() == {"0"} and not failures
+
+
+def test_a_server_that_is_given_up_meanwhile_leaves_no_request_in_doubt(fake, monkeypatch):
+    hurry(monkeypatch)
+    failures, second, check = {}, fake("refusal"), servers._Run._is_at_fault
+
+    async def given_up_meanwhile(self, endpoint, *arguments):
+        found = await check(self, endpoint, *arguments)
+        if endpoint.url == second.url:  # the other one has refused it before
+            self._give_up(endpoint)  # as another worker may
+        return found
+
+    monkeypatch.setattr(servers._Run, "_is_at_fault", given_up_meanwhile)
+    assert len(sample([fake("refusal"), second], 20, poison=[0], failures=failures)) == 19
+    assert failures.keys() == {"0"}
+
+
+def test_the_end_does_not_wait_for_servers_that_rest(fake, monkeypatch):
+    async def rest(*_):
+        await asyncio.sleep(5)
+        raise AssertionError("it was waited for")
+
+    monkeypatch.setattr(servers._Run, "_rest", rest)
+    closed = fake()
+    closed.close()
+    assert len(sample([closed, fake()])) == 6
+
+
+def test_servers_that_have_nothing_to_do_do_not_search_again_and_again(fake):
+    class Watched(set):
+        count = 0
+
+        def __contains__(self, url):
+            Watched.count += 1
+            return super().__contains__(url)
+
+    settings = SimpleNamespace(api_key_variable="NONE", model=None, timeout=1.0)
+    endpoints = [Endpoint(settings, f"http://127.0.0.1:{port}/v1") for port in (1, 2)]
+    waiting = [Request(str(i), "a", [1.0], [1], 0, failed_on=Watched([endpoints[0].url])) for i in range(100)]
+    queue = RequestQueue(waiting, 8)
+    assert [queue.next_for(endpoints[0], endpoints) for _ in range(50)] == [None] * 50 and Watched.count == 100
+    queue.put(Request("new", "a", [1.0], [1], 0))
+    assert queue.next_for(endpoints[0], endpoints).key == "new"
+    endpoints[1].dead = True
+    queue.changed()
+    assert queue.next_for(endpoints[0], endpoints) is waiting[0]
+
+
 @pytest.mark.slow
 def test_bad_answers_at_random_lose_nothing(fake, monkeypatch):
     hurry(monkeypatch)
@@ -325,7 +494,7 @@ def test_a_signal_while_requests_are_in_flight_is_no_error_of_theirs(fake, caplo
 def test_an_error_ends_the_sampling_although_answers_come(fake, monkeypatch):
     answered = []
 
-    async def answer(self, endpoint, request):
+    async def answer(self, request):
         with contextlib.suppress(asyncio.CancelledError):  # as libraries do whose answer is there already
             await asyncio.sleep(0.01)
         answered.append(request.key)
@@ -333,7 +502,7 @@ def test_an_error_ends_the_sampling_although_answers_come(fake, monkeypatch):
             raise RuntimeError("no power")
         return []
 
-    monkeypatch.setattr(servers._Run, "_all_samples", answer)
+    monkeypatch.setattr(Endpoint, "all_samples", answer)
     with pytest.raises(RuntimeError, match="no power"):
         sample([fake()], num_requests=300, requests_in_flight=4)
     assert len(answered) < 50

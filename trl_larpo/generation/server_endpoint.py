@@ -5,14 +5,15 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import LarPOError
 from ..prompts import Content
 from .in_process import Sample
-from .urls import is_loopback
+from .server_errors import UnusableAnswerError, describe
+from .urls import api_key, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,8 @@ one model would be drawn in another way than those of the next.
 
 _UNKNOWN_SETTING = (400, 422)  # what a server says to a setting that it does not know
 
-_NEVER_AGAIN = (401, 403, 404)  # what a server says to a wrong key, model or address
-_LATER = (408, 409, 425, 429)
-_BUSY = (429, 503)
+BAD_SERVER = 20
+"""Failures in a row from which on the prompts may not be at fault."""
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Request:
         seed: Of the first completion; the others' follow.
         tries: How often servers that are well could not answer it; some failures count for more, or less, than one.
         failed_on: Addresses of these servers.
+        times_busy: How often they had too much to do.
         crashes: How often a server that it was sent to stopped answering.
     """
 
@@ -52,11 +53,31 @@ class Request:
     seed: int
     tries: float = 0
     failed_on: set[str] = field(default_factory=set)
+    times_busy: int = 0
     crashes: int = 0
 
     def forget_tries(self) -> None:
         """Forgets which servers could not answer it: they were not well, or are others now."""
-        self.tries, self.failed_on = 0, set()
+        self.tries, self.failed_on, self.times_busy = 0, set(), 0
+
+    def for_one_sample(self) -> "Request":
+        """The same for a single completion."""
+        return replace(self, temperatures=self.temperatures[:1])
+
+
+class Doubt(NamedTuple):
+    """
+    A request that a server fails on, although it seems to be well.
+
+    Attributes:
+        request: The request.
+        reason: Why it failed.
+        failed_at: When. What the server answers that it was asked for later shows that the request is at fault.
+    """
+
+    request: Request
+    reason: str
+    failed_at: float
 
 
 @dataclass
@@ -98,36 +119,78 @@ class SamplerSettings:
     warnings: list[str] = field(default_factory=list)
 
 
-class UnusableAnswerError(Exception):
-    """A server answered, but with something else than completions."""
-
-
 class Endpoint:
     """One server, and how it has fared."""
 
     def __init__(self, sampler: SamplerSettings, url: str):
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-        key = os.environ.get(sampler.api_key_variable) or "EMPTY"
         self.url, self.sampler, self.model = url, sampler, sampler.model
+        self.key = api_key(sampler.api_key_variable)
         self.extra: dict[str, Any] | None = {}  # what makes it sample, in its own words; `None`: it refuses such words
         self.client = AsyncOpenAI(
             base_url=url,
-            api_key=key,
+            api_key=self.key,
             timeout=sampler.timeout,
             max_retries=0,
             http_client=DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None,  # no proxy
         )
         self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
         self.known: Request | None = None  # one that it has answered
-        self.doubtful: list[tuple[Request, str]] = []  # what it does not answer, and why
+        self.doubtful: list[Doubt] = []
         self.in_flight: dict[str, Request] = {}
         self.failed_last: dict[str, Request] = {}  # since its last answer, and sent before it was known to fail
         self.failures = 0  # in a row
+        self.trust = BAD_SERVER  # so many failures in a row may be the fault of prompts
         self.failing_since: float | None = None
         self.last_refusal = 0.0  # when it did not answer what was answered before
         self.lock = asyncio.Lock()
         self.dead = False
+
+    async def all_samples(self, request: Request) -> list[Sample]:
+        """One sample for each of the temperatures."""
+        samples: dict[int, Sample] = {}
+        for temperature in dict.fromkeys(request.temperatures):
+            places = [i for i, value in enumerate(request.temperatures) if value == temperature]
+            seed = request.seed + places[0]
+            found = await self.complete(request, temperature, len(places), seed)
+            while len(found) < len(places):  # servers that know no `n`
+                more = await self.complete(request, temperature, 1, request.seed + places[len(found)])
+                if not more:
+                    raise UnusableAnswerError("it returned no completion")
+                found += more
+            if len(places) > 1 and temperature > 0 and len({sample.text for sample in found}) == 1:
+                found = await self._ask_to_sample(request, temperature, places, found)
+            for place, sample in zip(places, found, strict=True):
+                samples[place] = sample
+        return [samples[place] for place in range(len(request.temperatures))]
+
+    async def _ask_to_sample(
+        self, request: Request, temperature: float, places: list[int], found: list[Sample]
+    ) -> list[Sample]:
+        """All samples are the same: perhaps the server decodes greedily unless told otherwise in its own words."""
+        if self.extra is None:  # it does not know these words
+            self._warn_of_equal(temperature, len(places))
+            return found
+        extra = self.extra or {"do_sample": True, "top_k": 0, "eos_token_id": self.sampler.end_ids}
+        again = [found[0]]
+        for place in places[1:]:
+            more = await self.try_with(extra, request, temperature, request.seed + place)
+            if more is None:
+                self._warn_of_equal(temperature, len(places))
+                return found
+            again += more[:1]
+        if len(again) < len(places):
+            return found
+        if len({sample.text for sample in again}) == 1:
+            self._warn_of_equal(temperature, len(places))
+        return again
+
+    def _warn_of_equal(self, temperature: float, count: int) -> None:
+        self.warn(
+            f"Identical samples: at temperature {temperature} a server returned the same completion {count} times for "
+            "a prompt. If that continues, the server ignores the temperature."
+        )
 
     async def try_with(
         self, extra: dict[str, Any], request: Request, temperature: float, seed: int
@@ -256,6 +319,10 @@ class Endpoint:
             return False
         return True
 
+    def describe(self, error: Exception) -> str:
+        """Why a request to it failed."""
+        return describe(error, timeout=self.sampler.timeout, key=self.key)
+
     def extra_body(self, temperature: float, extra: dict[str, Any] | None) -> dict:
         if not extra or temperature == 0:
             return {}
@@ -281,38 +348,9 @@ class Endpoint:
             logger.warning(text)
 
 
-def was_sent(error: Exception) -> bool:
-    """Whether a request that failed had a connection to the server."""
-    import httpx
-
-    return not isinstance(error.__cause__, httpx.ConnectError)
-
-
 def _is_same_path(name: Any, path: str) -> bool:
     """Whether a server's name of a model is its path, also if one of them is relative or leads over a link."""
     if not isinstance(name, str) or name == path:
         return name == path
     # A link `latest` may have been moved since the server was started
     return os.path.realpath(name) == os.path.realpath(path) and Path(name).parts[-2:] == Path(path).parts[-2:]
-
-
-def kind_of(error: Exception) -> str | None:
-    """What an error of a request says of the server or the prompt; `None` for errors of another origin."""
-    import openai
-
-    if isinstance(error, openai.APITimeoutError | TimeoutError):
-        return "timeout"
-    if isinstance(error, openai.APIConnectionError):
-        return "unreachable"
-    if isinstance(error, openai.APIStatusError):
-        if error.status_code in _NEVER_AGAIN:
-            return "hopeless"
-        if error.status_code in _BUSY:
-            return "busy"
-        return "refused" if 400 <= error.status_code < 500 and error.status_code not in _LATER else "failed"
-    # Half an answer, or one in another form
-    if isinstance(
-        error, UnusableAnswerError | openai.APIResponseValidationError | json.JSONDecodeError | UnicodeDecodeError
-    ):
-        return "failed"
-    return None

@@ -17,7 +17,7 @@ import psutil
 from ..errors import ConfigError, LarPOError
 from ..lifetime import end_family
 from ..storage import read_json, write_json
-from .urls import check_answer
+from .urls import api_key, check_answer
 
 logger = logging.getLogger(__name__)
 
@@ -173,11 +173,12 @@ def check_url(url: str, api_key_variable: str, timeout: float = 10.0) -> None:
     Asks a running server for its models.
 
     Raises:
-        ConfigError: If it does not answer.
+        ConfigError: If it does not answer, or its key cannot be sent.
     """
+    key = api_key(api_key_variable)
     try:
         request = urllib.request.Request(url.rstrip("/") + "/models")
-        request.add_header("Authorization", f"Bearer {os.environ.get(api_key_variable) or 'EMPTY'}")
+        request.add_header("Authorization", f"Bearer {key}")
         check_answer(request, timeout)
     except (OSError, ValueError) as error:
         raise ConfigError(

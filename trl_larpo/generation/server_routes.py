@@ -18,6 +18,7 @@ import psutil
 
 from ..errors import ConfigError
 from .server_process import Server, server_command
+from .urls import api_key
 
 _DEVELOPMENT_MODE = "VLLM_SERVER_DEV_MODE"
 _RUNTIME_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -124,7 +125,7 @@ class ServerRoutes:
         data = None if method == "GET" else json.dumps(body or {}).encode()
         request = urllib.request.Request(self.server.root + route, data, method=method)
         request.add_header("Content-Type", "application/json")
-        request.add_header("Authorization", f"Bearer {os.environ.get(self.api_key_variable) or 'EMPTY'}")
+        request.add_header("Authorization", f"Bearer {api_key(self.api_key_variable)}")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches the loopback
         try:
             with opener.open(request, timeout=self.timeout) as response:

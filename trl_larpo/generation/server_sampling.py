@@ -86,7 +86,8 @@ class ServerSampling:
         known = min((prompt for prompt in prompts if prompt.id in done), key=lambda x: len(x.text), default=None)
         self._known = None if known is None else self._request(tokenizer, known)
         while self._waiting:
-            urls, name, num_waiting = options.server_urls, options.server_model, len(self._waiting)
+            urls, name = options.server_urls, options.server_model
+            num_waiting, num_failed = len(self._waiting), self.set_aside.count
             if not urls:
                 with preparing():
                     urls, name = self.servers.serve(self.task.model_path)
@@ -95,7 +96,9 @@ class ServerSampling:
             except ServersGoneError as error:
                 ended = not options.server_urls and not self.servers.are_alive()
                 num_done = num_waiting - len(self._waiting)
-                wasted = 0 if num_done >= _FEW else wasted + (1 if num_done else 2)
+                # What ended a server was found: how often that may be is up to `max_failed_share`
+                found_cause = self.set_aside.count > num_failed
+                wasted = 0 if num_done >= _FEW or found_cause else wasted + (1 if num_done else 2)
                 if not ended or wasted > _MAX_RESTARTS:
                     raise
                 logger.warning(f"Servers have ended, and are started again: {error.reason}")

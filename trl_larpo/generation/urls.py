@@ -2,11 +2,14 @@
 
 import http.client
 import ipaddress
+import os
 import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import Future
 from urllib.parse import urlsplit
+
+from ..errors import ConfigError
 
 
 def is_loopback(url: str) -> bool:
@@ -16,6 +19,26 @@ def is_loopback(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         return host == "localhost" or host.endswith(".localhost")
+
+
+NO_KEY = "EMPTY"
+"""What is sent to servers that need no key."""
+
+
+def api_key(variable: str) -> str:
+    """
+    The key in an environment variable, or [`NO_KEY`].
+
+    Raises:
+        ConfigError: If it holds characters that no header may have. The message does not hold the key.
+    """
+    key = os.environ.get(variable, "").strip()  # files end with a line break
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f"The environment variable {variable} holds a line break or a character that is not ASCII, which no key "
+            "has. Set it again."
+        )
+    return key or NO_KEY
 
 
 class _KeepKey(urllib.request.HTTPRedirectHandler):
