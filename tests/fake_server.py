@@ -86,6 +86,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
         self.vllm, self.model, self.adapters, self.asleep = vllm, model, [], set()  # one of DEVICES, if it is vLLM
         self.offers, self.first = offers, first
+        self.lists = ()  # type and text that it lists its models with; `None`: without an end
         self.fault, self.prompt_tokens, self.requests, self.lock = fault, prompt_tokens, [], threading.Lock()
         self.token_ids = token_ids  # makes tokens of a text
         self.random = random.Random(0)
@@ -136,6 +137,10 @@ class _Handler(JsonHandler):
             self._send(200, {"vllm_config": config})
         elif self.path == "/openapi.json":
             self._send(200, {"paths": {} if self.server.vllm is None else {"/v1/load_lora_adapter": {}}})
+        elif self.server.lists is None:
+            self._drip()
+        elif self.server.lists:
+            self.send_text(200, *self.server.lists)
         else:
             hides = self.server.fault == "random" and self.server.random.random() < _BAD_SHARE
             models = [] if self.server.fault == "no_model" or hides else self.server.offers

@@ -8,7 +8,7 @@ import tiny
 from transformers import LlamaConfig
 
 from trl_larpo import ConfigError, DataError
-from trl_larpo.prompts import Prompt
+from trl_larpo.prompts import Prompt, prompt_problem
 from trl_larpo.run import checks
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.loading import model_init_kwargs
@@ -62,6 +62,11 @@ def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
         RunConfig(prompts=[file], num_held_out=4, system_prompt=text), tiny.tiny_tokenizer(), 0, None
     )
     assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
+
+
+@pytest.mark.parametrize("prompt", ["half \ud83d", [{"role": "user", "content": "half \ud83d"}]], ids=["text", "chat"])
+def test_a_prompt_with_half_a_character_is_named(prompt):
+    assert "has half of a surrogate pair" in prompt_problem(prompt)
 
 
 def test_texts_beside_conversations_are_refused(file, tmp_path):

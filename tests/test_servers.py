@@ -322,6 +322,93 @@ def test_a_prompt_at_which_the_connection_breaks_is_set_aside(fake, monkeypatch,
     assert failures.keys() == {"3"} and "Connection error (" in failures["3"]
 
 
+def choices(**fields):
+    """A body with two such choices, for conversations."""
+    message = {"role": "assistant", "content": fields.pop("content", "a")} | fields.pop("message", {})
+    return json.dumps({"id": "1", "choices": [{"finish_reason": "stop", "message": message} | fields] * 2})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(choices(content=content) for content in (3, ["a"], [{"type": "text", "text": "a"}], "half \ud800")),
+        *(choices(token_ids=ids) for ids in (7, "7", ["7"])),
+        *(choices(prompt_token_ids=ids) for ids in (7, ["7"])),
+        choices(finish_reason="abort"),
+        choices(message={"content": None}, finish_reason="error"),
+        *('[]', '"a"', "3", "null", "", '{"choices": [null]}', '{"choices": ["a"]}'),
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_form_is_no_sample(fake, monkeypatch, body):
+    hurry(monkeypatch)
+    failures = {}
+    first = fails_on_poison(lambda handler: handler.send_text(200, "application/json", body))
+    assert len(sample([fake(first=first)], 10, poison=[3], failures=failures)) == 9
+    assert failures.keys() == {"3"}
+
+
+@pytest.mark.parametrize("usage", ["none", {"completion_tokens": "many", "prompt_tokens": []}])
+def test_numbers_of_tokens_that_are_none_are_counted(fake, usage):
+    body = json.dumps(json.loads(choices()) | {"usage": usage})
+    first = fails_on_poison(lambda handler: handler.send_text(200, "application/json", body))
+    found = sample([fake(first=first)], 1, poison=[0], temperatures=(0.0, 0.0))
+    assert [x.num_tokens for x in found["0"]] == [2, 2]
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_server_that_takes_thoughts_away_is_named(fake, field):
+    body = choices(message={"content": None, field: "the user wants ..."})
+    with pytest.raises(LarPOError, match="reasoning parser"):
+        sample([fake(first=lambda handler, prompt: handler.send_text(200, "application/json", body) is None)])
+
+
+@pytest.mark.parametrize("offers", [None, [3], [{"name": "a"}], "a"])
+def test_a_server_that_lists_no_models_is_named(fake, monkeypatch, offers):
+    hurry(monkeypatch)
+    page = "<html>Welcome</html>" if offers is None else json.dumps({"object": "list", "data": offers})
+    server = fake()
+    server.lists = ("text/html" if offers is None else "application/json", page)
+    with pytest.raises(LarPOError, match=r"No server answers any more .* it offers no model"):
+        sample([server], patience=0.05)
+
+
+def test_a_list_of_models_that_drips_has_a_limit(fake, monkeypatch):
+    hurry(monkeypatch)
+    server = fake()
+    server.lists = None
+    with pytest.raises(LarPOError, match=r"No server answers any more .* no answer in 0.2 s \(`server_timeout`\)"):
+        sample([server], timeout=0.2, patience=0.05)
+
+
+def test_keys_are_checked_and_not_shown(fake, monkeypatch):
+    def refuse_key(handler, prompt):
+        status = 401 if "poison" in prompt else 500
+        text = json.dumps(
+            {"error": {"message": f"{handler.headers['Authorization'].split()[1]} is no key, token=abcdef"}}
+        )
+        handler.send_text(status, "application/json", text)
+        return True
+
+    hurry(monkeypatch)
+    monkeypatch.setenv("MY_KEY", " my-own-key-of-the-servers\n")
+    server, failures = fake(), {}
+    sample([server], api_key_variable="MY_KEY")
+    assert {x["key"] for x in server.requests} == {"Bearer my-own-key-of-the-servers"}
+    check_url(server.url, "MY_KEY")
+    for poison in ([0, 1, 2, 3, 4, 5], []):
+        with pytest.raises(LarPOError, match=r"<hidden> is no key, token=<hidden>") as caught:
+            sample([fake(first=refuse_key)], api_key_variable="MY_KEY", poison=poison, patience=0.1)
+        assert "my-own" not in str(caught.value)
+    first = lambda handler, prompt: "poison" in prompt and refuse_key(handler, prompt)  # noqa: E731
+    sample([fake(first=first)], poison=[5], failures=failures, api_key_variable="MY_KEY")
+    assert "<hidden> is no key, token=<hidden>" in failures["5"]
+    for key in ("my-kéy", "my\nkey"):
+        monkeypatch.setenv("MY_KEY", key)
+        with pytest.raises(ConfigError, match="The environment variable MY_KEY holds a line break or") as caught:
+            check_url(server.url, "MY_KEY")
+        assert key not in str(caught.value)
+
+
 @pytest.mark.parametrize("poison", [[0], range(10, 20)], ids=["first", "last"])
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_prompts_that_are_forbidden_do_not_end_a_server(fake, monkeypatch, status, poison):
@@ -374,6 +461,15 @@ def test_a_prompt_is_set_aside_after_all_servers_were_asked(fake, monkeypatch):
     failures, poison = {}, range(0, 60, 2)
     assert len(sample([fake("refusal"), fake("refusal"), fake()], 60, poison=poison, failures=failures)) == 60
     assert not failures
+
+
+def test_whether_a_server_answers_others_is_seen_by_one_completion(fake, monkeypatch):
+    """Less often, while it refuses prompts and answers others each time."""
+    hurry(monkeypatch)
+    server, failures = fake("refusal"), {}
+    sample([server], 60, poison=range(60), failures=failures, known=True, requests_in_flight=1)
+    checks = [asked.get("n", 1) for asked in server.requests if "prompt 0" in str(asked)]
+    assert len(failures) == 60 and set(checks) == {1} and len(checks) <= 4
 
 
 def test_an_answer_to_an_earlier_request_does_not_show_that_a_prompt_is_at_fault(fake, monkeypatch):

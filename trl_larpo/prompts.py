@@ -54,7 +54,19 @@ class Prompt:
 
 def prompt_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt, to be read after its name; `None` if nothing is."""
-    return message_problem(prompt) if isinstance(prompt, list) else text_problem(prompt)
+    problem = message_problem(prompt) if isinstance(prompt, list) else text_problem(prompt)
+    if problem is None and not is_unicode(prompt):
+        return "has half of a surrogate pair (e.g. \\ud83d alone), which is no character; remove the row or correct it."
+    return problem
+
+
+def is_unicode(prompt: Content) -> bool:
+    """Whether a text or messages can be encoded: JSON may hold halves of characters, which tokenizers do not take."""
+    try:
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_problem(text: Any) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import LarPOError
-from ..prompts import Content
+from ..prompts import Content, is_unicode
 from .in_process import Sample
 from .server_errors import UnusableAnswerError, describe
 from .urls import api_key, is_loopback
@@ -232,26 +232,21 @@ class Endpoint:
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
             raise UnusableAnswerError(f"it answered without choices: {' '.join(str(answer).split())[:150]}")
-        try:
-            # A message without any text is an empty answer; a choice without a text is none
-            texts = [
-                choice.text if isinstance(request.prompt, str) else choice.message.content or "" for choice in choices
-            ]
-        except AttributeError:
-            texts = [None]
-        if None in texts:
-            raise UnusableAnswerError(f"its choices hold no text: {' '.join(str(choices).split())[:150]}")
+        texts = [_text_of(choice, chat=not isinstance(request.prompt, str)) for choice in choices]
         self.check_prompt(request, answer)
         samples = []
         for text, choice in zip(texts, choices, strict=True):
-            if choice.finish_reason is None:
+            reason = getattr(choice, "finish_reason", None)
+            if reason not in ("stop", "length", None):
+                raise UnusableAnswerError(f"a completion ended for another reason than its end or length: {reason!r}")
+            if reason is None:
                 self.warn(
                     "The servers do not say why completions end (`finish_reason` is missing): all of them count as cut "
                     "off. Take a server that says it."
                 )
-            finished = choice.finish_reason == "stop"
-            ids = getattr(choice, "token_ids", None) or None
-            known = answer.usage.completion_tokens if answer.usage and len(texts) == 1 else None
+            finished = reason == "stop"
+            ids = _ids_of(choice, "token_ids")
+            known = _tokens_used(answer, "completion_tokens") if len(texts) == 1 else None
             num_tokens = len(ids) if ids else known or self.sampler.count_tokens(text) + finished
             samples.append(Sample(text=text, num_tokens=num_tokens, finished=finished, token_ids=ids))
         return samples[:count]
@@ -306,7 +301,12 @@ class Endpoint:
 
     async def models(self) -> list[Any]:
         """What it offers, at least one."""
-        if not (models := (await self.client.models.list()).data):
+        try:
+            async with asyncio.timeout(self.sampler.timeout):
+                models = (await self.client.models.list()).data
+        except (AttributeError, TypeError, ValueError):  # the client's own, about what is no list
+            models = None
+        if not models or not all(isinstance(getattr(model, "id", None), str) for model in models):
             raise UnusableAnswerError("it offers no model")
         return models
 
@@ -331,9 +331,9 @@ class Endpoint:
 
     def check_prompt(self, request: Request, answer: Any) -> None:
         """Compares the prompt's tokens, or their number where the server does not give them."""
-        of_choice = getattr(answer.choices[0], "prompt_token_ids", None) if answer.choices else None
-        ids = getattr(answer, "prompt_token_ids", None) or of_choice
-        prompt_tokens = len(ids) if ids else getattr(answer.usage, "prompt_tokens", None)
+        of_choice = _ids_of(answer.choices[0], "prompt_token_ids") if answer.choices else None
+        ids = _ids_of(answer, "prompt_token_ids") or of_choice
+        prompt_tokens = len(ids) if ids else _tokens_used(answer, "prompt_tokens")
         if prompt_tokens and (prompt_tokens != len(request.prompt_ids) or (ids and ids != request.prompt_ids)):
             what = "other" if prompt_tokens == len(request.prompt_ids) else f"{prompt_tokens}"
             self.warn(
@@ -346,6 +346,34 @@ class Endpoint:
         if not any(known.startswith(kind) for known in self.sampler.warnings):
             self.sampler.warnings.append(text)
             logger.warning(text)
+
+
+def _text_of(choice: Any, chat: bool) -> str:
+    message = getattr(choice, "message", None) if chat else choice
+    text = getattr(message, "content" if chat else "text", None)
+    if chat and message is not None and text is None:
+        if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None):
+            raise LarPOError(
+                "A server splits completions into thoughts and answers, and some hold thoughts alone. Start it without "
+                "its reasoning parser (`--reasoning-parser` of vLLM), so that it returns completions as they are."
+            )
+        text = ""  # an empty answer; a choice without a message is none
+    if not isinstance(text, str) or not is_unicode(text):
+        raise UnusableAnswerError(f"its choices hold no text: {' '.join(repr(choice).split())[:150]}")
+    return text
+
+
+def _ids_of(part: Any, name: str) -> list[int] | None:
+    """Tokens in an answer or a choice, if there are any."""
+    ids = getattr(part, name, None) or None
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(x, int) for x in ids)):
+        raise UnusableAnswerError(f"its `{name}` is no list of tokens: {str(ids)[:150]}")
+    return ids
+
+
+def _tokens_used(answer: Any, name: str) -> int | None:
+    count = getattr(getattr(answer, "usage", None), name, None)
+    return count if isinstance(count, int) else None
 
 
 def _is_same_path(name: Any, path: str) -> bool:

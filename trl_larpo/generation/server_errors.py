@@ -60,6 +60,11 @@ def describe(error: Exception, *, timeout: float, key: str) -> str:
         )
     elif kind_of(error) == "unreachable" and cause is not None:
         text = f"{text.rstrip('.')} ({type(cause).__name__}: {cause})."
+    return without_key(text, key)[:300]
+
+
+def without_key(text: str, key: str) -> str:
+    """What a server said, on one line, without the key that it may have repeated and other secrets."""
     if key != NO_KEY:
         text = text.replace(key, HIDDEN)
-    return hide_secrets(" ".join(text.split()))[:300]
+    return hide_secrets(" ".join(text.split()))

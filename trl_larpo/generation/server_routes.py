@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from ..errors import ConfigError
+from .server_errors import without_key
 from .server_process import Server, server_command
 from .urls import api_key
 
@@ -121,17 +122,18 @@ class ServerRoutes:
         self._ask("/v1/unload_lora_adapter", {"lora_name": folder})
 
     def _ask(self, route: str, body: dict[str, Any] | None = None, method: str = "POST") -> dict[str, Any]:
+        key = api_key(self.api_key_variable)
         # A body that is not asked for stays unread, and then the server resets the connection as it closes it
         data = None if method == "GET" else json.dumps(body or {}).encode()
         request = urllib.request.Request(self.server.root + route, data, method=method)
         request.add_header("Content-Type", "application/json")
-        request.add_header("Authorization", f"Bearer {api_key(self.api_key_variable)}")
+        request.add_header("Authorization", f"Bearer {key}")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches the loopback
         try:
             with opener.open(request, timeout=self.timeout) as response:
                 answer = response.read().decode("utf-8", "replace")
         except urllib.error.HTTPError as error:
-            said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+            said = without_key(error.read().decode("utf-8", "replace"), key)[:300]
             raise RouteError(
                 f"it answers {urllib.parse.urlsplit(route).path} with status {error.code}: {said}"
             ) from None
