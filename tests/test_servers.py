@@ -630,6 +630,23 @@ def test_servers_are_started_and_stopped_with_all_they_started(tmp_path):
     assert (tmp_path / "server_0.log").read_text() == "model the-model\n"  # kept
 
 
+def test_what_a_server_that_has_ended_left_behind_is_stopped(tmp_path):
+    """A worker of vLLM that outlives the server it belongs to holds the GPU."""
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        f"worker = subprocess.Popen([sys.executable, {str(SCRIPT)!r}, '--port', sys.argv[2]])\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.wait()\n"
+    )
+    with running_servers(f"{sys.executable} {script} {{model}} {{port}}", "m", 1, tmp_path) as [server]:
+        worker = int((tmp_path / "server_0.log").read_text().split()[0])
+        server.process.kill()
+        server.process.wait()
+        assert psutil.pid_exists(worker)
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie"
+
+
 def test_servers_that_a_killed_run_left_are_stopped_and_no_others(tmp_path):
     record = tmp_path / "servers.json"
     with running_servers(COMMAND, "m", 1, tmp_path):

@@ -155,15 +155,26 @@ def end_now(status: int) -> NoReturn:
 
 def end_family(pid: int, seconds: float = _TIME_TO_END) -> None:
     """
-    Ends a process and all that it started.
+    Ends a process and all that it started; also if it has ended before, where it was the first of a session.
 
     Args:
         pid: The process.
         seconds: What they get to end on their own.
     """
+    family = _of_session(pid)
     with contextlib.suppress(psutil.NoSuchProcess):
         first = psutil.Process(pid)
-        _end([first, *first.children(recursive=True)], seconds)
+        family = [first, *first.children(recursive=True), *family]
+    _end(list(dict.fromkeys(family)), seconds)
+
+
+def _of_session(number: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter() if hasattr(os, "getsid") else ():
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(process.pid) == number:
+                found.append(process)
+    return found
 
 
 def _asking() -> list[int]:
