@@ -15,6 +15,7 @@ from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
 
 from trl_larpo import LarPOError
+from trl_larpo.generation import server_client
 from trl_larpo.generation.options import GenerationOptions
 from trl_larpo.generation.sampler import PolicySampler
 from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
@@ -148,6 +149,15 @@ def test_servers_that_end_while_they_sample_are_started_again(sample_on_servers,
     texts = [f"why is {i}" for i in range(12)]
     assert sample_on_servers(texts, "exits", server_requests_in_flight=1) == texts
     assert caplog.text.count("Servers have ended, and are started again") == 2
+
+
+def test_servers_that_do_not_answer_any_more_are_started_again(sample_on_servers, project, monkeypatch, caplog):
+    """Each answers three prompts. None of the others is at fault: they were asked for later."""
+    monkeypatch.setattr(server_client, "_FIRST_WAIT", 0.01)
+    texts = [f"why is {i}" for i in range(12)]
+    assert sample_on_servers(texts, "dies", server_requests_in_flight=1) == texts
+    assert caplog.text.count("Servers do not answer, and are started again") >= 3
+    assert not (project / "samples.set_aside.jsonl").exists()
 
 
 @pytest.mark.parametrize("num_servers", [1, 2])

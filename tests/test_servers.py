@@ -511,6 +511,28 @@ def test_a_server_that_is_given_up_meanwhile_leaves_no_request_in_doubt(fake, mo
     assert failures.keys() == {"0"}
 
 
+def test_a_server_that_was_given_up_is_used_again(fake, monkeypatch, caplog):
+    hurry(monkeypatch)
+    monkeypatch.setattr(servers, "_TIME_TO_REVIVE", 0.05)
+    is_down, slow = [True], fake()
+
+    def first(handler, prompt):
+        if is_down:
+            hang_up(handler)
+        return bool(is_down)
+
+    def on_slow(handler, prompt):
+        if "is given up" in caplog.text:
+            is_down.clear()
+        time.sleep(0.02)
+
+    slow.first, returning = on_slow, fake(first=first)
+    assert len(sample([returning, slow], 100, patience=0.1)) == 100
+    assert f"{returning.url} answers again." in caplog.text
+    answered = [asked for asked in returning.requests if "prompt" in str(asked)]
+    assert len(answered) > 40
+
+
 def test_the_end_does_not_wait_for_servers_that_rest(fake, monkeypatch):
     async def rest(*_):
         await asyncio.sleep(5)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
 
+_TIME_TO_REVIVE = 30.0  # seconds between two questions to a server that was given up
+
 _MAX_TRIES = 8  # of a request to servers that are well
 _TRIES_OF = {"refused": 4, "hopeless": 4, "timeout": 3}  # number of tries that such a failure counts as
 _MAX_BUSY = 16  # answers "busy" to a request, which are no tries yet
@@ -141,7 +143,8 @@ class _Run:
     async def _work(self, endpoint: Endpoint) -> None:
         while self.num_unanswered and not self.is_ending:
             if endpoint.dead:
-                return
+                await self._try_to_revive(endpoint)
+                continue
             request = self.queue.next_for(endpoint, self.endpoints)
             if request is None:
                 await self._without_work(endpoint)
@@ -154,9 +157,10 @@ class _Run:
                 kind = kind_of(error)
                 if kind is None:
                     raise
-                since = endpoint.failing_since
-                if kind in _OF_A_STOP and was_sent(error) and (since is None or began < since):
-                    endpoint.failed_last[request.key] = request
+                if kind in _OF_A_STOP and was_sent(error):
+                    endpoint.stopped_at = endpoint.stopped_at or time.monotonic()
+                    if began < endpoint.stopped_at:
+                        endpoint.failed_last[request.key] = request
                 await self._failed(endpoint, request, kind, error)
             else:
                 del endpoint.in_flight[request.key]
@@ -178,7 +182,7 @@ class _Run:
 
     def _is_well(self, endpoint: Endpoint, asked_at: float) -> None:
         """Notes that a server has answered. What it had failed on before it was asked is at fault, and set aside."""
-        endpoint.failing_since, endpoint.failures = None, 0
+        endpoint.failing_since, endpoint.stopped_at, endpoint.failures = None, None, 0
         endpoint.failed_last.clear()
         guilty = [each for each in endpoint.doubtful if each.failed_at < asked_at]
         endpoint.doubtful = [each for each in endpoint.doubtful if each.failed_at >= asked_at]
@@ -237,29 +241,46 @@ class _Run:
 
     async def _answers_another(self, endpoint: Endpoint) -> bool:
         """Whether a server answers a request that it, or else another one, has answered before."""
-        known = endpoint.known or self.known
-        assert known is not None
         began = time.monotonic()
         async with endpoint.lock:  # one asks for all who wait
             if endpoint.dead or endpoint.last_refusal > began:
                 return False
             if endpoint.failures < endpoint.trust and not endpoint.doubtful:  # it has answered meanwhile
                 return True
-            asked_at = time.monotonic()
+            return await self._answers_known(endpoint)
+
+    async def _answers_known(self, endpoint: Endpoint) -> bool:
+        known, asked_at = endpoint.known or self.known, time.monotonic()
+        assert known is not None
+        try:
+            await endpoint.all_samples(known.for_one_sample())
+        except Exception as error:
+            kind = kind_of(error)
+            if kind is None:
+                raise
+            self._reason(endpoint, kind, error)
+            endpoint.last_refusal = time.monotonic()
+            endpoint.failing_since = endpoint.failing_since or asked_at
+            self._take_back(endpoint)
+            return False
+        endpoint.trust = min(2 * endpoint.trust, _MAX_TRUST)
+        self._is_well(endpoint, asked_at)
+        return True
+
+    async def _try_to_revive(self, endpoint: Endpoint) -> None:
+        """A server that was given up is used again once it answers what was answered before."""
+        async with endpoint.lock:
+            if not endpoint.dead:
+                return
+            await asyncio.sleep(_TIME_TO_REVIVE)
             try:
-                await endpoint.all_samples(known.for_one_sample())
-            except Exception as error:
-                kind = kind_of(error)
-                if kind is None:
-                    raise
-                self._reason(endpoint, kind, error)
-                endpoint.last_refusal = time.monotonic()
-                endpoint.failing_since = endpoint.failing_since or began
-                self._take_back(endpoint)
-                return False
-            endpoint.trust = min(2 * endpoint.trust, _MAX_TRUST)
-            self._is_well(endpoint, asked_at)
-            return True
+                answers = self.known is not None and await endpoint.is_well() and await self._answers_known(endpoint)
+            except LarPOError:  # it has come back with another model
+                return
+            if answers:
+                endpoint.dead = False
+                self.queue.changed()
+                logger.warning(f"{endpoint.url} answers again.")
 
     def _reason(self, endpoint: Endpoint, kind: str, error: Exception) -> str:
         """Why a request failed, which is noted as the last error too."""

@@ -139,7 +139,8 @@ class Endpoint:
         self.known: Request | None = None  # one that it has answered
         self.doubtful: list[Doubt] = []
         self.in_flight: dict[str, Request] = {}
-        self.failed_last: dict[str, Request] = {}  # since its last answer, and sent before it was known to fail
+        self.failed_last: dict[str, Request] = {}  # in flight when it stopped answering
+        self.stopped_at: float | None = None  # its first failure since its last answer
         self.failures = 0  # in a row
         self.trust = BAD_SERVER  # so many failures in a row may be the fault of prompts
         self.failing_since: float | None = None

@@ -94,14 +94,15 @@ class ServerSampling:
             try:
                 return self._ask(urls, name, tokenizer)
             except ServersGoneError as error:
-                ended = not options.server_urls and not self.servers.are_alive()
                 num_done = num_waiting - len(self._waiting)
                 # What ended a server was found: how often that may be is up to `max_failed_share`
                 found_cause = self.set_aside.count > num_failed
                 wasted = 0 if num_done >= _FEW or found_cause else wasted + (1 if num_done else 2)
-                if not ended or wasted > _MAX_RESTARTS:
+                if options.server_urls or wasted > _MAX_RESTARTS:
                     raise
-                logger.warning(f"Servers have ended, and are started again: {error.reason}")
+                how = "do not answer" if self.servers.are_alive() else "have ended"
+                logger.warning(f"Servers {how}, and are started again: {error.reason}")
+                self.servers.close()
 
     def _ask(self, urls: list[str], name: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
         """Takes those out of the prompts that wait that are sampled or set aside."""
