@@ -269,10 +269,11 @@ class _Run:
 
     async def _try_to_revive(self, endpoint: Endpoint) -> None:
         """A server that was given up is used again once it answers what was answered before."""
+        await asyncio.sleep(_TIME_TO_REVIVE)  # without the lock, at which others wait with requests
         async with endpoint.lock:
-            if not endpoint.dead:
+            if not endpoint.dead or time.monotonic() - endpoint.last_refusal < _TIME_TO_REVIVE:
                 return
-            await asyncio.sleep(_TIME_TO_REVIVE)
+            endpoint.last_refusal = time.monotonic()
             try:
                 answers = self.known is not None and await endpoint.is_well() and await self._answers_known(endpoint)
             except LarPOError:  # it has come back with another model
