@@ -7,8 +7,12 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from trl_larpo import ConfigError, DataError
+from trl_larpo import ConfigError
+from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.prompts import Prompt
+from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.rewards.reward_models import RewardModel
+from trl_larpo.rewards.scorer import RewardScorer
 from trl_larpo.run.small import save_small_reward_model
 
 
@@ -89,8 +93,24 @@ def test_a_model_whose_rewards_depend_on_padding_is_refused(tmp_path):
         return forward(input_ids=input_ids)
 
     model.model.forward = without_mask
-    with pytest.raises(DataError, match=r"cannot be trusted: it gives a completion .* alone and .* in one batch"):
+    with pytest.raises(ConfigError, match=r"cannot be trusted: it gives a completion .* alone and .* in one batch"):
         model(PROMPTS, COMPLETIONS)
+
+
+def test_a_refused_model_ends_the_stage(tmp_path, monkeypatch):
+    """Prompt by prompt it would pass sooner or later, and then reward all others."""
+
+    def score(model, sequences, **settings):  # right for completions of one length
+        longest = max(map(len, sequences))
+        return [float(len(ids) - 10 * (len(ids) < longest)) for ids in sequences]
+
+    monkeypatch.setattr(RewardModel, "_score", score)
+    options = RewardOptions(reward_funcs=[save_reward_model(tmp_path / "model")])
+    pools = [
+        CandidatePool(Prompt.of(str(i)), [Candidate("aa"), Candidate("aa" if i == 2 else "aaaa")]) for i in range(9)
+    ]
+    with pytest.raises(ConfigError, match="cannot be trusted"):
+        RewardScorer(options, use_cpu=True).score(pools, tmp_path / "rewarded.jsonl")
 
 
 @pytest.mark.parametrize("spread, trusted", [(8.0, True), (0.5, False)])
@@ -108,7 +128,7 @@ def test_rounding_is_measured_against_the_spread_of_rewards(tmp_path, monkeypatc
         assert len(model([""] * 40, completions)) == 40
     else:
         with pytest.raises(
-            DataError, match=r"in one batch, where completions differ by 0\.\d+\. Set `reward_dtype: float32`"
+            ConfigError, match=r"in one batch, where completions differ by 0\.\d+\. Set `reward_dtype: float32`"
         ):
             model([""] * 40, completions)
 

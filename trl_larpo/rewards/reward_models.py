@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..prompts import Content, without_empty_system_turn
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class RewardModel(Judge):
             plus completion in tokens; of longer ones the start is cut off. `None`: no limit.
 
     Raises:
-        ConfigError: If it is no reward model, or has no tokenizer.
+        ConfigError: If it is no reward model, has no tokenizer, or (when called) does not pass that check.
     """
 
     model_class = AutoModelForSequenceClassification
@@ -165,7 +165,12 @@ class RewardModel(Judge):
         return next(i for i in range(len(last) + 1) if i not in last)
 
     def _check(self, sequences: list[list[int]]) -> None:
-        """Scores a short and a long completion alone, together, with further padding and another padding token."""
+        """
+        Scores a short and a long completion alone, together, with further padding and another padding token.
+
+        Raises:
+            ConfigError: If a reward changes. It ends the stage: with a few prompts alone the same model may pass.
+        """
         ordered = sorted(sequences, key=len)
         ordered = [*ordered[:: max(1, len(ordered) // _COMPLETIONS_TO_CHECK)], ordered[-1]]
         scores = [self._score([ids])[0] for ids in ordered]
@@ -183,7 +188,7 @@ class RewardModel(Judge):
         for setting, rewards in settings.items():
             for expected, found in zip(alone, rewards, strict=True):
                 if not abs(expected - found) <= tolerance:
-                    raise DataError(
+                    raise ConfigError(
                         f"The reward model {self.__name__!r} cannot be trusted: it gives a completion {expected:.4f} "
                         f"alone and {found:.4f} {setting}, where completions differ by {spread:.4f}. Set "
                         "`reward_dtype: float32`, or wrap it in a function of your own that scores one at a time."
