@@ -230,12 +230,14 @@ def test_several_rewards(aggregation):
     values = torch.tensor([[1.0, 5.0], [2.0, torch.nan], [4.0, 9.0], [torch.nan, torch.nan]])
     found = total_rewards(values, torch.tensor([1.0, 0.5]), aggregation, 4)
     if aggregation == "sum_then_normalize":
-        expected = torch.tensor([3.5, 2.0, 8.5, torch.nan])
+        expected = torch.tensor([3.5, torch.nan, 8.5, torch.nan])
     else:
         normal = (values - values.nanmean(dim=0)) / (nanstd(values, dim=0) + 1e-4)
         expected = (normal * torch.tensor([1.0, 0.5])).nansum(dim=1)
-        expected[3] = torch.nan
+        expected[[1, 3]] = torch.nan
     torch.testing.assert_close(found, expected, equal_nan=True)
+    of_no_other = torch.tensor([[1.0, torch.nan], [1.0, torch.nan], [1.0, 5.0], [1.0, 5.0]])
+    assert not total_rewards(of_no_other, torch.tensor([1.0, 0.5]), aggregation, 2).isnan().any()
 
 
 def test_a_reward_that_is_infinite_is_refused(online):

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from trl_larpo import ConfigError, DataError
-from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.candidates import Candidate, CandidatePool, Selection, build_list
+from trl_larpo.pools import merge_pools
 from trl_larpo.prompts import Prompt, without_thoughts
 from trl_larpo.rewards import verifiers
 from trl_larpo.rewards.functions import (
@@ -229,13 +230,45 @@ def test_weights_normalisation_and_rewards_that_do_not_apply():
     pools = [pool("p", ["a", "aa", "aaa"])]
     [scored] = score_pools([length, some], pools, scored_by="these")
     assert [(c.reward, c.reward_parts, c.scored_by) for c in scored.candidates] == [
-        (2.0, {"length": 1.0, "some": None}, "these"),
+        (None, {"length": 1.0, "some": None}, "these"),
         (5.0, {"length": 2.0, "some": 1.0}, "these"),
-        (6.0, {"length": 3.0, "some": None}, "these"),
+        (None, {"length": 3.0, "some": None}, "these"),
     ]
-    [scored] = score_pools([length, some], pools, normalize=True)
+    never = Reward("never", lambda completions, **_: [None] * len(completions))
+    [scored] = score_pools([length, never], pools)
+    assert [c.reward for c in scored.candidates] == [2.0, 4.0, 6.0], "what applies to none changes no order"
+    [scored] = score_pools([length, never], pools, normalize=True)
     deviation = (2 / 3) ** 0.5
     assert [c.reward for c in scored.candidates] == pytest.approx([-2 / deviation, 0.0, 2 / deviation])
+
+
+def test_a_candidate_that_a_penalty_does_not_apply_to_is_not_the_best():
+    """Also among candidates that were scored before, and in merged files."""
+    penalty = Reward("penalty", lambda completions, **_: [None if c == "a" else -float(len(c)) for c in completions])
+    one = Reward("one", lambda completions, **_: [1.0] * len(completions))
+
+    def scored(*texts):
+        return score_pools([penalty, one], [pool("p", texts)], scored_by="these")[0]
+
+    early, late = scored("a"), scored("bb", "ccc")
+    assert [c.reward for c in early.candidates] == [1.0], "it is alone"
+    [merged] = merge_pools([early, late])
+    assert [c.reward for c in merged.candidates] == [None, -1.0, -2.0]
+    assert [c.reward for c in scored("a", "bb", "ccc").candidates] == [None, -1.0, -2.0]
+    made = build_list(merged, Selection())
+    assert [c.text for c in made.selected] == ["bb", "ccc"] and [why for _, why in made.left_out] == ["no reward"]
+
+
+def test_rewards_are_compared_with_those_of_candidates_scored_before(tmp_path, monkeypatch):
+    (tmp_path / "some_apply.py").write_text(
+        "def longer(prompts, completions, **_): return [None if c == 'a' else -1.0 for c in completions]\n"
+        "def one(prompts, completions, **_): return [1.0] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    scorer = RewardScorer(RewardOptions(reward_funcs=["some_apply:longer", "some_apply:one"]), use_cpu=True)
+    [before] = scorer.score_now([pool("p", ["a"])])
+    [together] = scorer.score_now([before.with_candidates([*before.candidates, Candidate("bb")])])
+    assert [c.reward for c in together.candidates] == [None, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ class Candidate:
 
     Attributes:
         completion: Its text, or its list of messages.
-        reward: What the judge says, larger is better; `None` if it says nothing, or nothing yet.
+        reward: What the judge says, larger is better; `None` if it says nothing, not all that it says of others, or
+            nothing yet.
         iteration: Iteration that sampled it, from 1 on.
         source: `"policy"`, `"low_temperature"`, `"high_temperature"`, `"related_prompt"`, `"random_prompt"`, or a name
             that came with a file.
@@ -132,6 +133,17 @@ class CandidatePool:
     def without_rewards(self) -> "CandidatePool":
         """The same, still to be scored."""
         return self.with_candidates([replace(c, reward=None, reward_parts={}, scored_by=None) for c in self.candidates])
+
+    def with_comparable_rewards(self) -> "CandidatePool":
+        """
+        The same, where a candidate has no reward if one of its parts is `None` that others of the prompt have.
+
+        Its sum would lack what theirs hold: next to penalties it would rank first.
+        """
+        given = {name for c in self.candidates for name, value in c.reward_parts.items() if value is not None}
+        missing = [any(c.reward_parts.get(name, 0.0) is None for name in given) for c in self.candidates]
+        pairs = zip(self.candidates, missing, strict=True)
+        return self.with_candidates([replace(c, reward=None) if lacks else c for c, lacks in pairs])
 
 
 def _short_description(candidate: Candidate) -> Row:

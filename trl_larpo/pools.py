@@ -81,6 +81,9 @@ def merge_pools(pools: Sequence[CandidatePool]) -> StoredPools:
 
     def merged(place: int) -> CandidatePool:
         first, *others = (pools[each] for each in groups[place])
-        return first.with_candidates([c for pool in (first, *others) for c in pool.candidates]) if others else first
+        if not others:
+            return first
+        together = [c for pool in (first, *others) for c in pool.candidates]
+        return first.with_candidates(together).with_comparable_rewards()
 
     return StoredPools(list(places), merged)

@@ -2,7 +2,8 @@
 Rewards: one number per completion, larger is better.
 
 A reward is a callable in TRL's convention, `reward(prompts, completions, **columns) -> list[float | None]`: flat lists
-with one entry per completion, and the user's other columns in the same order; `None` says that it does not apply. A
+with one entry per completion, and the user's other columns in the same order; `None` says that it does not apply. If it
+applies to some completions of a prompt only, the others have no reward: sums of different rewards cannot be compared. A
 pairwise ranker is a callable `ranker(prompt, completions) -> matrix` of preferences, as probabilities or as logits, of
 which the mean over the other completions is the reward. [`load_rewards`] finds them by
 name, [`score_pools`] calls them, checks what comes back and adds it up. They get copies: what a reward does to its
@@ -181,7 +182,8 @@ def score_pools(
         calls: Calls of asynchronous rewards that [`start_calls`] has begun for these pools.
 
     Returns:
-        The pools, each candidate with its `reward` (`None` where no reward applies) and `reward_parts`.
+        The pools, each candidate with `reward_parts` and its `reward`, the sum: `None` where no reward applies, or one
+        does not that applies to other candidates of the prompt.
 
     Raises:
         DataError: If a reward fails, returns another number of values, or one that is neither finite nor `None`; names
@@ -206,7 +208,7 @@ def score_pools(
             parts = {reward.name: values[place] for reward, values in zip(rewards, of_pool, strict=True)}
             total = math.fsum(known) if known else None
             candidates.append(replace(candidate, reward=total, reward_parts=parts, scored_by=scored_by))
-        scored.append(pool.with_candidates(candidates))
+        scored.append(pool.with_candidates(candidates).with_comparable_rewards())
     return scored
 
 

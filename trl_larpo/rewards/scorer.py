@@ -165,10 +165,11 @@ class RewardScorer:
         if against is not None and self.options.strip_thinking != "none":
             against = {name: [without_thoughts(each) for each in of_prompt] for name, of_prompt in against.items()}
         scored = score_pools(self.rewards, judged, self.options.normalize_rewards, self.id, against, calls)
-        return [
+        whole = [
             pool.with_candidates(_in_place_of_unscored(pool.candidates, _scored_as(mine, new), self.id))
             for pool, mine, new in zip(pools, asked, scored, strict=True)
         ]
+        return [pool.with_comparable_rewards() for pool in whole]
 
     def start(self, pools: list[CandidatePool]) -> dict[str, Future]:
         """Starts the calls of asynchronous rewards for some pools, and returns them by reward."""

@@ -20,7 +20,7 @@ class Sample:
     Attributes:
         token_ids: Its tokens.
         scored: Whether the policy wrote each of them. Answers of tools are seen, and not scored. `None`: all.
-        reward: The weighted sum of the rewards; `None` where none applied.
+        reward: The weighted sum of the rewards; `None` where it has none ([`total_rewards`]).
         finished: Whether it ended on its own.
     """
 
@@ -89,17 +89,20 @@ def total_rewards(by_function: Tensor, weights: Tensor, aggregation: str, group_
         group_size: Samples of each group, one behind the other.
 
     Returns:
-        Float `(samples,)`, NaN where no function applied.
+        Float `(samples,)`, NaN where no function applied, or one did not that applied to others of the group: sums of
+        different functions cannot be compared.
     """
-    values = by_function
+    values, grouped = by_function, by_function.view(-1, group_size, by_function.size(1))
     if aggregation == "normalize_then_sum":
-        grouped = by_function.view(-1, group_size, by_function.size(1))
         known = (~grouped.isnan()).sum(dim=1, keepdim=True)
         offsets = grouped - grouped.nanmean(dim=1, keepdim=True)
         deviation = (offsets.square().nansum(dim=1, keepdim=True) / (known - 1).clamp(min=1)).sqrt()
         values = (offsets / (deviation + 1e-4)).view_as(by_function)
     totals = (values * weights.to(values.device)).nansum(dim=1)
-    return totals.masked_fill(by_function.isnan().all(dim=1), torch.nan)
+    missing = grouped.isnan()
+    counted = ~missing.all(dim=1, keepdim=True)  # functions that applied to the group
+    incomparable = (missing & counted).any(dim=2).view(-1)
+    return totals.masked_fill(incomparable | by_function.isnan().all(dim=1), torch.nan)
 
 
 def collate_groups(groups: list[Group], pad_token_id: int, truncated_completions: str) -> Batch:
