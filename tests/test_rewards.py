@@ -144,6 +144,23 @@ def test_numbers_in_yaml_may_be_text():
         ("It costs $3.50.", 3.5),
         ("It is -2", -2.0),
         ("No idea.", None),
+        (r"We get \boxed{\$18}. Check: 9 eggs times 2", 18.0),
+        (r"\boxed{1{,}234} or \boxed{1,\!234}", 1234.0),
+        ("#### 1. Add 3 eggs.\n#### 2. Double them.\nThe answer is \\boxed{14}.", 14.0),
+        ("#### 18\nI checked 2 times.", 18.0),
+        ("#### -$5", -5.0),
+        (r"\boxed{-\$5}", -5.0),
+        ("It is \u22125", -5.0),
+        (r"\boxed{x=18} of 20", 18.0),
+        (r"\boxed{3 \times 6 = 18\text{ cm}^2}", 18.0),
+        (r"\boxed{\text{none}} of 20", 20.0),
+        (r"\boxed{-\dfrac{3}{4}}", -0.75),
+        ("It is 3/4.", 0.75),
+        ("It is 3/0.", 0.0),
+        ("1,2,3", 3.0),
+        ("From 5-7", 7.0),
+        ("It is .5 or 12,345.50", 12345.5),
+        ("9" * 400, None),
     ],
 )
 def test_final_numbers(text, number):
@@ -154,6 +171,7 @@ def test_gsm8k_reward_compares_numbers():
     answers = ["6 * 7 = 42\n#### 42"] * 3
     completions = ["It is 42.", [{"role": "assistant", "content": "42.0"}], "It is 41."]
     assert gsm8k_reward(["p"] * 3, completions, answer=answers) == [1.0, 1.0, 0.0]
+    assert gsm8k_reward(["p"] * 2, ["9" * 400, "no idea"], answer=[42, 42]) == [0.0, 0.0]
     with pytest.raises(DataError, match="has no number"):
         gsm8k_reward(["p"], ["1"], answer=["none"])
 
@@ -386,6 +404,7 @@ def test_math_compares_answers_and_not_texts():
     assert rewards == [1.0, 1.0, 0.0, 0.0]
     as_messages = [[{"role": "assistant", "content": text}] for text in completions]
     assert math_reward(["p"] * 4, as_messages, solution=[solution] * 4) == rewards
+    assert math_reward(["p"] * 3, [r"$\boxed{14}$"] * 3, solution=[14, 14.0, None]) == [1.0, 1.0, None]
 
 
 def test_math_says_which_package_is_missing(monkeypatch):

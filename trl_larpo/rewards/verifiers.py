@@ -19,6 +19,12 @@ from ..prompts import completion_text
 MIN_WORDS = 5
 """Shorter answers earn nothing: an instruction such as "at most 20 words" must not be met by saying nothing."""
 
+_NUMBER = (
+    r"(?:(?<![\w)}])-)?"  # a sign, unless it stands between two numbers
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:/0*[1-9]\d*(?![.,]?\d))?"  # of a fraction
+)
+
 INSTRUCTIONS: dict[str, Callable[[str, Any], bool]] = {
     "no_commas": lambda text, _: "," not in text,
     "lowercase": lambda text, _: text == text.lower(),
@@ -153,12 +159,12 @@ def verifiable_instructions_reward(
 
 def gsm8k_reward(prompts: list[Any], completions: list[Any], *, answer: list[str], **columns: list[Any]) -> list[float]:
     """
-    1 where the last number of the completion is the number at the end of the answer, else 0.
+    1 where the completion ends in the same number as the answer ([`final_number`]), else 0.
 
     Args:
         prompts: Not used.
-        completions: Text of each completion, or its list of messages. A number after `####` or in `\\boxed{}` counts
-            before the last number.
+        completions: Text of each completion, or its list of messages. A number after `####` that ends its line counts
+            first, then one in the last `\\boxed{}`, then the last number.
         answer: The right answer in GSM8K's form, a number or a text that ends in `#### number`.
         **columns: Not used.
 
@@ -176,13 +182,24 @@ def gsm8k_reward(prompts: list[Any], completions: list[Any], *, answer: list[str
 
 
 def final_number(text: str) -> float | None:
-    """The number a solution ends in: after `####`, else in the last `\\boxed{}`, else the last in the text."""
-    for pattern in (r"####\s*\$?(-?[\d,]*\.?\d+)", r"\\boxed\{\s*\$?(-?[\d,]*\.?\d+)", r"(-?\d[\d,]*\.?\d*|-?\.\d+)"):
-        found = re.findall(pattern, text)
-        if found:
-            number = found[-1].replace(",", "").rstrip(".")
-            return float(number)
-    return None
+    r"""
+    The number a solution ends in: after `####` at the end of a line, else in the last `\boxed{}`, else the last in the
+    text. Fractions count as one number; signs of currencies and LaTeX's spaces do not matter.
+
+    Returns:
+        `None` if there is no number, or it is too large for a float.
+    """
+    text = re.sub(r"\\?[$€£]|\\[,!]", "", text.replace("{,}", ",").replace("\u2212", "-"))
+    text = re.sub(r"(?<!\d)\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    found = re.findall(rf"####\s*({_NUMBER})[^\S\n]*$", text, re.MULTILINE)[-1:]
+    # Of "x = 3 \times 6 = 18 \text{ cm}^2" in a box, what comes after the last sign, without its unit
+    found = found or re.findall(_NUMBER, (boxed_answer(text) or "").rpartition("=")[2])[:1]
+    found = found or re.findall(_NUMBER, text)[-1:]
+    if not found:
+        return None
+    numerator, _, denominator = found[0].replace(",", "").partition("/")
+    number = float(numerator) / float(denominator or 1)
+    return number if math.isfinite(number) else None
 
 
 def math_reward(
@@ -194,7 +211,7 @@ def math_reward(
     Args:
         prompts: Not used.
         completions: Text of each completion, or its list of messages; the answer stands in `\boxed{}` or in LaTeX.
-        solution: The right answer in LaTeX, e.g. MATH's column `solution`, which ends in `\boxed{}`.
+        solution: The right answer in LaTeX, e.g. MATH's column `solution`, which ends in `\boxed{}`; also a number.
         **columns: Not used.
 
     Returns:
@@ -208,7 +225,7 @@ def math_reward(
     from trl.rewards import accuracy_reward
 
     texts = [[{"role": "assistant", "content": completion_text(completion)}] for completion in completions]
-    return accuracy_reward(texts, solution)
+    return accuracy_reward(texts, [str(each) for each in solution])
 
 
 def boxed_answer(text: str) -> str | None:
