@@ -48,6 +48,9 @@ USER = [{"role": "user", "content": "Tell me about bees."}]
         ("min_words", 4, "bees make sweet honey", "bees make honey"),
         ("includes", "because", "Because of bees.", "The cause is bees."),
         ("excludes", "the", "There are other bees.", "The bees."),
+        ("includes", "New York", "Bees of New\nYork.", "Newer York, new Yorkers."),
+        ("excludes", "C++", "Bees know C.", "Bees know c++."),
+        ("includes", "bee", "A --bee-- flies.", "Bee-like bee's."),
         ("starts_with", "well", "Well, bees.", "Bees do well."),
         ("ends_with", "?", "Do bees sleep? ", "Bees sleep."),
         ("num_sentences", 2, "Bees fly. Do they sleep?", "Bees fly at 3.5 m/s."),
@@ -108,6 +111,8 @@ def test_instructions_are_graded():
         share_of("la", values=["6"])
     with pytest.raises(DataError, match="'max_words' cannot have the value None"):
         share_of("la", values=["", None])
+    with pytest.raises(DataError, match="'includes' cannot have the value ' ': it is empty"):
+        share_of("la", names=["includes"], values=[" "])
     with pytest.raises(DataError, match="values None; give lists"):
         share_of("la", values=None)
 

@@ -30,8 +30,8 @@ INSTRUCTIONS: dict[str, Callable[[str, Any], bool]] = {
     "lowercase": lambda text, _: text == text.lower(),
     "max_words": lambda text, limit: len(words(text)) <= int(limit),
     "min_words": lambda text, limit: len(words(text)) >= int(limit),
-    "includes": lambda text, word: word.lower() in [w.lower() for w in words(text)],
-    "excludes": lambda text, word: word.lower() not in [w.lower() for w in words(text)],
+    "includes": lambda text, phrase: contains(text, phrase),
+    "excludes": lambda text, phrase: not contains(text, phrase),
     "starts_with": lambda text, start: text.strip().lower().startswith(start.lower()),
     "ends_with": lambda text, end: text.strip().endswith(end),
     "num_sentences": lambda text, count: len(sentences(text)) == int(count),
@@ -57,6 +57,22 @@ def follows(text: str, instruction: str, value: Any) -> bool:
 def words(text: str) -> list[str]:
     """Words of a text, without punctuation."""
     return re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text)
+
+
+def contains(text: str, phrase: str) -> bool:
+    """
+    Whether one or more words occur in a text as whole words, capital or not: "bee" neither in "bees" nor in "bee-like".
+
+    Raises:
+        ValueError: If the phrase is empty.
+    """
+    if not phrase.split():
+        raise ValueError("it is empty")
+    inside = r"\s+".join(map(re.escape, phrase.lower().split()))
+    # Where the phrase starts or ends with another sign, as "C++" does, anything may stand beside it
+    start = r"(?:(?![^\W_])|(?<![^\W_])(?<![^\W_]['\u2019-]))"
+    end = r"(?:(?<![^\W_])|(?![^\W_])(?!['\u2019-][^\W_]))"
+    return re.search(start + inside + end, text.lower()) is not None
 
 
 def sentences(text: str) -> list[str]:
