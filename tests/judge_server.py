@@ -23,7 +23,8 @@ class JudgeServer(ThreadingHTTPServer):
     """
     Args:
         prefers: `"model"`, `"reference"`, or `"silent"`, whose first token is neither m nor M for instructions with the
-            word `quiet`; `"broken"` gives those an answer of another form, and `"down"` gives none at all.
+            word `quiet`; `"broken"` gives those an answer of another form, `"cut"` one that breaks off, and `"down"`
+            gives none at all.
     """
 
     daemon_threads = True
@@ -51,6 +52,12 @@ class _Handler(JsonHandler):
         form = next(form for form in _FORMS if re.search(form, text, re.DOTALL))
         if self.server.prefers == "down" or (self.server.prefers == "broken" and "quiet" in text):
             return self._send(500 if self.server.prefers == "down" else 200, {"error": {"message": "out of memory"}})
+        if self.server.prefers == "cut" and "quiet" in text:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.close_connection = True
+            return self.wfile.write(b"{")
         first = re.search(form, text, re.DOTALL).group(1)
         reference_is_first = first.startswith(REFERENCE)
         wins_first = reference_is_first == (self.server.prefers == "reference")

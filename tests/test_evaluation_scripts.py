@@ -247,6 +247,9 @@ def test_requests_that_fail_are_left_to_the_next_call(arena_hard, folder):
         result = arena_hard(server)
         assert result.returncode == 0, result.stderr[-3000:]
         assert "WARNING: 2 requests to" in result.stdout and "KeyError: 'choices'" in result.stdout
+    with JudgeServer("cut") as server:
+        result = arena_hard(server)
+        assert result.returncode == 0 and "IncompleteRead" in result.stdout
     with JudgeServer("model") as server:
         assert arena_hard(server).returncode == 0 and len(server.requests) == 2, "only what is missing"
 

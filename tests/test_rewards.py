@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 
+import numpy as np
 import pytest
 
 from trl_larpo import ConfigError, DataError
@@ -301,6 +302,8 @@ def test_rewards_are_compared_with_those_of_candidates_scored_before(tmp_path, m
         (lambda **_: 1.0, "returned float for 3 completions"),
         (lambda **_: [1.0, math.nan, 2.0], r"returned nan for completion 1 of the prompt 'p'"),
         (lambda **_: [1.0, 2.0, "good"], r"returned 'good' for completion 0 of the prompt 'Tell me about bees.'"),
+        (lambda **_: [1.0, -(10**5000), 2.0], "returned a number too large for completion 1 of the prompt 'p'"),
+        (lambda **_: [1.0, 1e300, 2.0], r"returned 1e\+300 for completion 1 of the prompt 'p'"),
         (lambda **_: 1 / 0, "The reward mine failed: ZeroDivisionError: division by zero"),
         (
             verifiable_instruction_reward,
@@ -338,7 +341,18 @@ def test_pairwise_rankers_become_mean_win_rates():
     rows = [pool("p", ["a", "c", "b"])]
     assert rewards_of(ranker, rows, pairwise=True) == [[0.25, 1.0, 0.625]]
     assert mean_preferences([[0.0]]) == [None], "a single completion is preferred to none"
-    for matrix in ([[1.0]], [[0.0, 1.0, 1.0]] * 2, [[0.0, math.nan, 0.0]] * 3, [[0.0, None, 0.0]] * 3):
+    assert rewards_of(lambda *_: [np.ones(3)] * 3, rows, pairwise=True) == [[1.0] * 3]
+    for matrix in (
+        None,
+        1.0,
+        [1.0] * 3,
+        [None] * 3,
+        [[0.0, 10**400, 0.0]] * 3,
+        [[1.0]],
+        [[0.0, 1.0, 1.0]] * 2,
+        [[0.0, math.nan, 0.0]] * 3,
+        [[0.0, None, 0.0]] * 3,
+    ):
         with pytest.raises(DataError, match=r"The (ranker|reward) mine returned"):
             rewards_of(lambda *_, matrix=matrix: matrix, rows, pairwise=True)
 

@@ -18,6 +18,7 @@ import os
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def judge(
         about = {"uid": question["uid"], "model_first": model_first}
         try:
             said = ask(arguments, QUESTION.format(question=question["prompt"], first=first, second=second))
-        except (OSError, LookupError, TypeError, ValueError) as error:  # no answer, or one of another form
+        except (OSError, HTTPException, LookupError, TypeError, ValueError) as error:  # no answer, or of another form
             return about | {"verdict": None, "problem": f"{type(error).__name__}: {error}"}
         return about | {"verdict": verdict_of(said), "judgement": said}
 

@@ -43,6 +43,9 @@ PAIRWISE = "pairwise:"
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
+_LARGEST = 3.4e38
+"""Largest reward: the trainer keeps them in float32."""
+
 OWN_ARGUMENTS = ("prompts", "completions", "finished")
 """Arguments of every reward function. The user's columns of these names are not passed on."""
 
@@ -186,8 +189,8 @@ def score_pools(
         does not that applies to other candidates of the prompt.
 
     Raises:
-        DataError: If a reward fails, returns another number of values, or one that is neither finite nor `None`; names
-            the reward, the prompt and the completion.
+        DataError: If a reward fails, returns another number of values, or one that is neither `None` nor a finite
+            number; names the reward, the prompt and the completion.
     """
     by_reward = [
         _rank_pools(reward, pools, against)
@@ -244,7 +247,7 @@ def as_function(reward: Reward) -> RewardFunction:
         for _, group in itertools.groupby(zip(prompts, completions, strict=True), key=lambda pair: pair[0]):
             members = list(group)
             matrix = reward.function(members[0][0], [completion for _, completion in members])
-            rates += mean_preferences(matrix.tolist() if hasattr(matrix, "tolist") else matrix)
+            rates += mean_preferences(_as_list(matrix))
         return rates
 
     if inspect.iscoroutinefunction(reward.function):
@@ -289,7 +292,7 @@ def _score_flat(reward: Reward, pools: list[CandidatePool], call: Future | None 
         raise DataError(
             f"The reward {reward.name} failed: {_describe(error)}{_missing_column(error, columns)}"
         ) from error
-    values = values.tolist() if hasattr(values, "tolist") else values
+    values = _as_list(values)
     if not isinstance(values, list | tuple) or len(values) != count:
         got = f"{len(values)} values" if isinstance(values, list | tuple) else type(values).__name__
         raise DataError(f"The reward {reward.name} returned {got} for {count} completions; return one for each.")
@@ -321,32 +324,43 @@ def _rank_pools(reward: Reward, pools: list[CandidatePool], against: Completions
             raise
         except (Exception, SystemExit) as error:  # whatever a function of the user's raises
             raise DataError(f"The ranker {reward.name} failed {where}: {_describe(error)}") from error
-        matrix = matrix.tolist() if hasattr(matrix, "tolist") else matrix
-        if len(matrix) != count or any(len(line) != count for line in matrix):
+        matrix = _as_list(matrix)
+        lines = [_as_list(line) for line in matrix] if isinstance(matrix, list | tuple) else []
+        if len(lines) != count or not all(isinstance(line, list | tuple) and len(line) == count for line in lines):
             raise DataError(
                 f"The ranker {reward.name} returned no matrix of {count} × {count} preferences {where}; entry [i][j] "
                 "says how much completion i is better than j."
             )
-        for i, line in enumerate(matrix):
+        for i, line in enumerate(lines):
             for j, value in enumerate(line):
                 if i != j and _checked(value, reward.name, f"as preference [{i}][{j}] {where}") is None:
                     raise DataError(f"The ranker {reward.name} returned None as preference [{i}][{j}] {where}.")
         if against is None:
-            result.append(mean_preferences(matrix))
+            result.append(mean_preferences(lines))
         else:
-            result.append([statistics.fmean(line[size:]) for line in matrix[:size]])
+            result.append([statistics.fmean(line[size:]) for line in lines[:size]])
     return result
 
 
 def _checked(value: Any, name: str, where: str) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # of an integer
+        number = math.inf
+    if not abs(number) <= _LARGEST:
+        said = "a number too large" if isinstance(value, int) else repr(value)  # Python does not print all integers
         raise DataError(
-            f"The reward {name} returned {value!r} {where}; it must return a finite number, or None where it does not "
-            "apply."
+            f"The reward {name} returned {said} {where}; it must return a finite number that float32 can hold, or None "
+            "where it does not apply."
         )
-    return float(value)
+    return number
+
+
+def _as_list(value: Any) -> Any:
+    """What is in an array or a tensor; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _normalized(values: list[float | None], normalize: bool) -> list[float | None]:
