@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from judge_server import REFERENCE, JudgeServer
+from safetensors.torch import load_file, save_file
 from small_run import rows_of
 
+from trl_larpo.pools import read_pools
 from trl_larpo.run.small import save_small_model
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "evaluation"
@@ -89,6 +91,9 @@ def test_a_judge_that_always_prefers_one_side(alpaca_eval, folder, prefers, rate
         assert [row["instruction"][-1] for row in outputs] == list("01234")
         again = alpaca_eval(server)
         assert again.returncode == 0 and len(server.requests) == 5, "nothing is judged twice"
+        references = (folder / "references.json").read_text()
+        (folder / "references.json").write_text(references.replace(REFERENCE, f"{REFERENCE} more"))
+        assert "error: `references` is " in alpaca_eval(server).stderr
     written = json.loads((folder / "out" / "my_judge_instruct_weighted" / "result.json").read_text())
     assert (written["win_rate"], written["n_total"], written["missing"]) == (rate, 5, [])
     assert written["settings"]["alpaca_eval"] and written["settings"]["answers"]["temperature"] == 0.7
@@ -193,6 +198,44 @@ def test_presets_are_what_is_sampled_with(folder, run):
         assert row["prompt"][0]["role"] == ("system" if expected["system_prompt"] == "" else "user")
 
 
+@pytest.fixture
+def write_answers(folder, run):
+    """Calls AlpacaEval's script for answers alone, to three instructions, two of them equal."""
+    rows = [{"instruction": text, "output": "x", "generator": "y"} for text in ("hi", "tell me", "hi")]
+    (folder / "references.json").write_text(json.dumps(rows))
+    flags = ["--references", "references.json", "--max_new_tokens", 8, "--temperature", 0.7, "--judge_later"]
+    return lambda *more: run("alpaca_eval2.py", *flags, "--output", "out", *more)
+
+
+def test_a_model_that_was_trained_again_is_another_one(folder, write_answers):
+    assert write_answers().returncode == 0
+    path = folder / "model/model.safetensors"
+    save_file({name: weight + 1 for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    result = write_answers()
+    assert result.returncode == 1 and "`model` is 'model', and what it holds has changed since" in result.stderr
+
+
+def test_equal_questions_have_the_same_answer(folder, write_answers):
+    (folder / "lengths.py").write_text(LENGTH)
+    result = write_answers("--initial_model", "model", "--best_of_n", 2, "--best_of_n_reward", "lengths:length")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("out", "out/initial_model_best_of_2"):
+        first, _, third = json.loads((folder / name / "model_outputs.json").read_text())
+        assert first == third and len(rows_of(folder / name / "answers.jsonl")) == 2
+
+
+def test_answers_that_are_missing_are_tried_again(folder, write_answers, monkeypatch):
+    assert write_answers().returncode == 0
+    path = folder / "out/answers.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.splitlines(keepends=True)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("answers.sample_file", lambda *_, **__: read_pools(path))  # again it cannot be answered
+        result = write_answers()
+    assert result.returncode == 1 and "1 of 2 prompts have no answer, such as 'tell me'" in result.stderr
+    assert write_answers().returncode == 0 and path.read_bytes() == whole
+
+
 # Arena-Hard v2
 
 
@@ -252,6 +295,16 @@ def test_requests_that_fail_are_left_to_the_next_call(arena_hard, folder):
         assert result.returncode == 0 and "IncompleteRead" in result.stdout
     with JudgeServer("model") as server:
         assert arena_hard(server).returncode == 0 and len(server.requests) == 2, "only what is missing"
+
+
+def test_verdicts_beside_another_baseline_are_not_taken(arena_hard, folder):
+    with JudgeServer("model") as server:
+        assert arena_hard(server).returncode == 0
+        asked, path = len(server.requests), folder / "baseline.jsonl"
+        path.write_text(path.read_text().replace(REFERENCE, f"{REFERENCE} more"))
+        result = arena_hard(server)
+        assert result.returncode == 1 and "error: `baseline` is " in result.stderr
+        assert len(server.requests) == asked
 
 
 def test_style_control_takes_out_what_length_explains(monkeypatch):

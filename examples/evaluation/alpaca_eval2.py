@@ -28,6 +28,7 @@ from answers import (
     Entrant,
     add_options,
     answer,
+    digest,
     entrants,
     environment,
     paper_figures,
@@ -155,6 +156,7 @@ def judge(arguments, entrant: Entrant, folder: Path, length_controlled: bool) ->
         "asked_by": JUDGES[arguments.judge],
         "alpaca_eval": importlib.metadata.version("alpaca-eval"),
         "answers": read_json(entrant.folder / "answers.settings.json"),
+        "references": digest(read_json(entrant.folder / "reference_outputs.json")),
     }
     keep_settings(folder / "settings.json", settings, "--output")
     judgements = folder.resolve() / "judgements.json"

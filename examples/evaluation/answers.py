@@ -20,7 +20,6 @@ from trl_larpo.commands import GenerateConfig, reward_file, sample_file
 from trl_larpo.generation.sampler import generation_dtype
 from trl_larpo.generation.sampling_task import SampleKind
 from trl_larpo.generation.server_process import check_servers
-from trl_larpo.pools import read_pools
 from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.settings import keep_settings
@@ -107,11 +106,14 @@ def answer(
         sampling: From [`sampling_of`]; temperature 0 decodes greedily.
 
     Returns:
-        One answer per text, in the same order.
+        One answer per text, in the same order. Equal texts have the same answer.
+
+    Raises:
+        LarPOError: If a text has no answer, or none with a reward to choose it by. The next call tries again.
     """
     settings = {
         "model": entrant.model,
-        "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
+        "prompts": digest(texts),
         "max_new_tokens": arguments.max_new_tokens,
         "dtype": arguments.dtype,
         "batch_size": arguments.batch_size,
@@ -122,10 +124,11 @@ def answer(
         "best_of_n_reward": arguments.best_of_n_reward if entrant.best_of > 1 else None,
         **sampling,
     }
-    keep_settings(path.with_suffix(".settings.json"), settings, "--output")
+    keep_settings(path.with_suffix(".settings.json"), settings, "--output", paths=["model", "best_of_n_reward"])
     text = sampling["system_prompt"]
     system = [] if text is None else [{"role": "system", "content": text}]
     prompts = [Prompt.of([*system, {"role": "user", "content": text}]) for text in texts]
+    distinct = list({prompt.id: prompt for prompt in prompts}.values())
     options = GenerateConfig(
         max_new_tokens=arguments.max_new_tokens,
         top_p=sampling["top_p"],
@@ -139,19 +142,27 @@ def answer(
     options.check_sampler()
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     model = ModelConfig(model_name_or_path=entrant.model)
-    if path.exists():
-        pools = read_pools(path)
-    else:
-        kinds = [SampleKind("policy", sampling["temperature"])] * entrant.best_of
-        pools = sample_file(options, model, prompts, kinds, path, seed=options.seed, use_cpu=options.use_cpu)
+    kinds = [SampleKind("policy", sampling["temperature"])] * entrant.best_of
+    pools = sample_file(options, model, distinct, kinds, path, seed=options.seed, use_cpu=options.use_cpu)
     if entrant.best_of > 1:
-        judge, scored = RewardOptions(reward_funcs=[arguments.best_of_n_reward]), path.with_suffix(".rewarded.jsonl")
-        pools = read_pools(scored) if scored.exists() else reward_file(judge, pools, scored, use_cpu=arguments.use_cpu)
-    answers = [max(pool.candidates, key=_reward) for pool in pools]
+        judge = RewardOptions(reward_funcs=[arguments.best_of_n_reward])
+        pools = reward_file(judge, pools, path.with_suffix(".rewarded.jsonl"), use_cpu=arguments.use_cpu)
+    best = {pool.prompt.id: max(pool.candidates, key=_reward) for pool in pools}
+    if missing := [prompt.text for prompt in distinct if prompt.id not in best]:
+        raise LarPOError(
+            f"{len(missing)} of {len(distinct)} prompts have no answer, such as {missing[0][:60]!r}; *.set_aside.jsonl "
+            f"in {path.parent} says why. Call again to try again."
+        )
+    answers = [best[prompt.id] for prompt in prompts]
     cut = sum(not answer.finished for answer in answers)
     if cut:
         print(f"{cut} of {len(answers)} answers were cut off after {arguments.max_new_tokens} tokens.")
     return [answer.text for answer in answers]
+
+
+def digest(value: Any) -> str:
+    """A name for a value of JSON, to compare settings by."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _reward(candidate: Candidate) -> float:

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from answers import Entrant, add_options, answer, entrants, environment, run, sampling_of
+from answers import Entrant, add_options, answer, digest, entrants, environment, run, sampling_of
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from trl_larpo import DataError, LarPOError
 from trl_larpo.settings import keep_settings
-from trl_larpo.storage import GrowingFile, read_jsonl, write_json
+from trl_larpo.storage import GrowingFile, read_json, read_jsonl, write_json
 
 REPOSITORY, VERSION = "lmarena-ai/arena-hard-auto", "arena-hard-v2.0"
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
@@ -140,6 +140,8 @@ def judge(
         "judge": arguments.judge_model,
         "max_tokens": arguments.judge_max_tokens,
         "category": arguments.category,
+        "answers": read_json(entrant.folder / "answers.settings.json"),
+        "baseline": digest([[question["uid"], baseline[question["uid"]]] for question in questions]),
     }
     keep_settings(folder / "settings.json", settings, "--output")
     file = GrowingFile(folder / "games.jsonl")
@@ -214,7 +216,7 @@ def result_of(
             outcomes.append(for_first if game["model_first"] else 1 - for_first)
             styles.append(style_difference(answers[game["uid"]], baseline[game["uid"]]))
             uids.append(game["uid"])
-    settings = json.loads((entrant.folder / "answers.settings.json").read_text())
+    settings = read_json(entrant.folder / "answers.settings.json")
     return {"name": entrant.name, "outcomes": outcomes, "styles": styles, "uids": uids, "answers": settings}
 
 
