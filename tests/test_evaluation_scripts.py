@@ -360,11 +360,24 @@ INPUTS = {
 }
 
 SCORER = """
-import os, sys
+import json, os, sys
+from pathlib import Path
 print("scored", *sys.argv[1:])
 assert os.environ["MODEL_PARSER_API"] == "EMPTY"
-if "rule" in sys.argv and "--compute_score_from_judged_file" not in sys.argv:
-    raise KeyError("number_samples")
+value = lambda name: sys.argv[sys.argv.index(name) + 1]
+folder = Path(value("--model_response_dir"), "local_chat", value("--benchmark"), value("--version"))
+kind = "rule" if "rule" in sys.argv else "model_judge_" + value("--freeform_judge").replace("/", "_")
+files = [folder / f"judge_results_{part}_{kind}.jsonl" for part in ("ff", "mp")]
+said = os.environ.get("SAID", "[[1]] [[A]]")
+if "--compute_score_from_judged_file" not in sys.argv:
+    if said == "error":
+        raise OSError
+    for file in files:
+        file.write_text((json.dumps({"judge_response": said or None}) + "\\n") * 2)
+    if kind == "rule":
+        raise KeyError("number_samples")
+if all(file.exists() for file in files):  # else mix_eval ends without an error, too
+    (folder / "score.json").write_text("{}")
 """
 
 
@@ -429,13 +442,18 @@ def test_answers_to_other_questions_are_not_taken(benchmark, folder, run):
     assert "How few?" in rows[1]["formated_input"]
 
 
-def test_the_scorer_is_called_where_it_is_installed(benchmark, folder, run, monkeypatch):
+@pytest.fixture
+def mix_eval(benchmark, folder, monkeypatch):
+    """A package that writes the files of mix_eval."""
     (folder / "mix_eval").mkdir()
     (folder / "mix_eval" / "__init__.py").touch()
     (folder / "mix_eval" / "compute_metrics.py").write_text(SCORER)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delenv("MODEL_PARSER_API", raising=False)
+
+
+def test_the_scorer_is_called_where_it_is_installed(mix_eval, folder, run):
     result = run("mixeval.py", *MIXEVAL, "--benchmarks", "mixeval", "--judge", "--initial_model", "model")
     first, second = [line for line in result.stdout.splitlines() if line.startswith("scored")][::2]
     assert first.startswith("scored --benchmark mixeval --version 2024-08-11"), result.stderr[-2000:]
@@ -447,6 +465,26 @@ def test_the_scorer_is_called_where_it_is_installed(benchmark, folder, run, monk
         "--freeform_judge my/parser --multichoice_judge my/parser --api_base_url http://127.0.0.1:1/v1" in result.stdout
     )
     assert json.loads((folder / "out/environment.json").read_text())["device"] == "cpu"
+
+
+@pytest.mark.parametrize("parser", [[], ["--parser_model", "my/parser", "--parser_url", "http://127.0.0.1:1/v1"]])
+def test_a_score_of_an_earlier_call_is_not_taken(mix_eval, folder, run, parser):
+    words = [*MIXEVAL, "--benchmarks", "mixeval", "--judge", *parser]
+    score = folder / "out/local_chat/mixeval/2024-08-11/score.json"
+    assert run("mixeval.py", *words).returncode == 0 and score.exists()
+    result = run("mixeval.py", *words, SAID="error")
+    assert result.returncode == 1 and "mix_eval gave no score" in result.stderr and not score.exists()
+
+
+def test_scores_of_a_parser_that_is_down_are_refused(mix_eval, folder, run):
+    """mix_eval gives random scores then, and ends without an error."""
+    words = [*MIXEVAL, "--benchmarks", "mixeval", "--judge", "--parser_model", "my/parser", "--parser_url", "http://x"]
+    score = folder / "out/local_chat/mixeval/2024-08-11/score.json"
+    for said, number in (("", 4), ("I cannot tell.", 4), ("[[1]]", 2), ("[[A]]", 2)):
+        result = run("mixeval.py", *words, SAID=said)
+        assert result.returncode == 1 and not score.exists()
+        assert f"my/parser gave no verdict on {number} of 4 answers, which mix_eval scores at random" in result.stderr
+    assert run("mixeval.py", *words).returncode == 0 and score.exists()
 
 
 @pytest.mark.parametrize("kind", ["no file", "no version", "no options"])

@@ -25,7 +25,7 @@ from pathlib import Path
 from answers import Entrant, add_options, answer, entrants, environment, paper_figures, run, sampling_of
 
 from trl_larpo import DataError, LarPOError
-from trl_larpo.storage import write_json, write_jsonl
+from trl_larpo.storage import read_jsonl, write_json, write_jsonl
 
 BENCHMARKS = {"mixeval": "mixeval", "mixeval_hard": "mixeval-hard"}
 """Name of each benchmark and its folder."""
@@ -35,6 +35,13 @@ PARTS = {"free-form": "close_freeform", "multiple-choice": "close_multichoice"}
 
 STEP_BY_STEP = ("BBH", "GSM8k", "MATH")
 """Benchmarks whose questions are answered step by step."""
+
+
+VERDICTS = {"ff": r"\[(0(\.\d*)?|1(\.0*)?)\]", "mp": r"\[[A-Z]\]"}
+"""What mix_eval looks for in what a parser says of an answer, by the name of the kind of questions in its files."""
+
+MOST_WITHOUT_VERDICT = 0.05
+"""Largest share of answers without a verdict."""
 
 
 def main() -> None:
@@ -140,20 +147,58 @@ def score(arguments: argparse.Namespace, entrant: Entrant, version: str) -> None
         command = [sys.executable, "-m", "mix_eval.compute_metrics", "--benchmark", benchmark, *common]
         if arguments.judge and installed:
             print(f"{entrant.name}:", flush=True)
-            call_mix_eval(command)
+            folder = entrant.folder / arguments.name / benchmark / version
+            call_mix_eval(command, folder, arguments.parser_model)
         else:
             print(f"To score {entrant.name}:", shlex.join(["python", *command[1:]]))
 
 
-def call_mix_eval(command: list[str]) -> None:
+def call_mix_eval(command: list[str], folder: Path, parser_model: str | None) -> None:
     """
-    Calls mix_eval, and once more from what it has judged: with its rules, the first call ends in an error of its own
+    Calls mix_eval. With its rules, once more from what it has judged: there the first call ends in an error of its own
     (`KeyError: 'number_samples'`) after it has written all judgements.
+
+    Args:
+        command: The call.
+        folder: Of the responses to the benchmark, where mix_eval writes judgements and `score.json`.
+        parser_model: Model that parses the answers; `None`: mix_eval's rules.
+
+    Raises:
+        LarPOError: If there is no score, or too many of the answers that it counts could not be parsed.
     """
     settings = {"MODEL_PARSER_API": "EMPTY"} | os.environ
-    again = [*command, "--compute_score_from_judged_file"]
-    if subprocess.run(command, env=settings).returncode != 0 and subprocess.run(again, env=settings).returncode != 0:
-        raise LarPOError("mix_eval failed; its message is above. The responses are kept.")
+    score = folder / "score.json"
+    for path in (score, *folder.glob("judge_results_*_rule.jsonl")):  # of an earlier call
+        path.unlink(missing_ok=True)
+    calls = [command]
+    if parser_model is None:
+        calls.append([*command, "--compute_score_from_judged_file"])
+    has_ended = any(subprocess.run(call, env=settings).returncode == 0 for call in calls)
+    if not (has_ended and score.exists()):
+        raise LarPOError("mix_eval gave no score; its message is above. The responses are kept.")
+    if parser_model is not None:
+        check_verdicts(folder, parser_model)
+
+
+def check_verdicts(folder: Path, parser_model: str) -> None:
+    """
+    Counts the answers on which the parser gave no verdict: mix_eval gives them a random score.
+
+    Raises:
+        LarPOError: If they are more than [`MOST_WITHOUT_VERDICT`]; the score is deleted.
+    """
+    num_answers = num_missing = 0
+    for part, verdict in VERDICTS.items():
+        path = folder / f"judge_results_{part}_model_judge_{parser_model.replace('/', '_')}.jsonl"
+        rows = read_jsonl(path) if path.exists() else []
+        num_answers += len(rows)
+        num_missing += sum(re.search(verdict, row["judge_response"] or "") is None for row in rows)
+    said = f"{parser_model} gave no verdict on {num_missing} of {num_answers} answers, which mix_eval scores at random."
+    if num_missing > MOST_WITHOUT_VERDICT * num_answers:
+        (folder / "score.json").unlink()
+        raise LarPOError(f"{said} Is the parser up? The responses are kept; call again.")
+    if num_missing:
+        print(f"WARNING: {said}")
 
 
 if __name__ == "__main__":
