@@ -1,6 +1,7 @@
 """Reward models: a reward depends on the prompt and its completion, and on nothing else in the batch."""
 
 import logging
+import weakref
 
 import pytest
 import tiny
@@ -131,6 +132,49 @@ def test_rounding_is_measured_against_the_spread_of_rewards(tmp_path, monkeypatc
             ConfigError, match=r"in one batch, where completions differ by 0\.\d+\. Set `reward_dtype: float32`"
         ):
             model([""] * 40, completions)
+
+
+class Activations:
+    """What a call that runs out of memory has allocated."""
+
+
+def test_out_of_memory_it_goes_on_with_half_the_batch(tmp_path, monkeypatch, caplog):
+    model = RewardModel(save_reward_model(tmp_path), device="cpu", batch_size=4)
+    expected, forward, sizes, failed = model(PROMPTS, COMPLETIONS), model.model.forward, [], []
+
+    def limited(input_ids, **arguments):
+        sizes.append(len(input_ids))
+        assert all(reference() is None for reference in failed), "its memory is free when the next call begins"
+        if len(input_ids) > fits:
+            held = Activations()
+            failed.append(weakref.ref(held))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(model.model, "forward", limited)
+    fits = 1
+    assert model(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
+    assert sizes == [4, 2, 1, 1, 1, 1] and "from now on `reward_batch_size` is 1" in caplog.text
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        model(PROMPTS, COMPLETIONS)
+
+
+def test_what_a_failed_call_had_allocated_is_free_when_prompts_are_scored_one_by_one(tmp_path, monkeypatch):
+    failed, options = [], RewardOptions(reward_funcs=[save_reward_model(tmp_path / "model")])
+
+    def score(model, prompts, completions, **columns):
+        assert all(reference() is None for reference in failed)
+        if len(prompts) > 1:
+            held = Activations()
+            failed.append(weakref.ref(held))
+            raise torch.OutOfMemoryError
+        return [1.0]
+
+    monkeypatch.setattr(RewardModel, "__call__", score)
+    pools = [CandidatePool(Prompt.of(str(i)), [Candidate("a")]) for i in range(3)]
+    scored = RewardScorer(options, use_cpu=True).score(pools, tmp_path / "rewarded.jsonl")
+    assert [c.reward for pool in scored for c in pool.candidates] == [1.0] * 3 and failed
 
 
 def test_an_empty_system_turn_is_the_policys_alone(tmp_path):

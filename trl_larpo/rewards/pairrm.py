@@ -97,11 +97,8 @@ class PairRM(Judge):
         count = len(completions)
         encoded = self.encode(source_text(prompt), [completion_text(completion) for completion in completions])
         logits = torch.zeros(count, count, dtype=torch.float64)
-        pairs = sorted(encoded, key=lambda pair: -len(encoded[pair]))  # similar lengths together
-        for start in range(0, len(pairs), self.batch_size):
-            batch = pairs[start : start + self.batch_size]
-            for pair, logit in zip(batch, self._compare([encoded[pair] for pair in batch]), strict=True):
-                logits[pair] = logit
+        for pair, logit in zip(encoded, self._in_batches(list(encoded.values()), self._compare), strict=True):
+            logits[pair] = logit
         return ((logits - logits.T) / 2).tolist()
 
     def encode(self, source: str, completions: list[str]) -> dict[tuple[int, int], list[int]]:

@@ -1,6 +1,7 @@
 """Reward models: sequence classifiers that score a prompt with its completion."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Judge:
 
     Args:
         path: Folder or hub id.
-        batch_size: Sequences that go through the model at the same time.
+        batch_size: Sequences that go through the model at the same time; half as many after it ran out of memory.
         max_length: Longest sequence in tokens; `None`: the subclass decides.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
         device: `None`: a GPU where there is one.
@@ -69,6 +70,29 @@ class Judge:
             raise ConfigError(f"{path!r} is no trained reward model: it has no weights for {', '.join(missing)}.")
         self.model = model.to(place).eval()
 
+    def _in_batches(self, sequences: list[list[int]], score: Callable[[list[list[int]]], list[float]]) -> list[float]:
+        """
+        What `score` gives for each token sequence. Similar lengths go together, the longest first.
+
+        Where the memory is too small for a batch, this one and all later ones have half as many sequences.
+        """
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        scores: list[float] = []
+        while len(scores) < len(order):
+            batch = [sequences[i] for i in order[len(scores) :][: self.batch_size]]
+            try:
+                scores += score(batch)
+                continue
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            # After the block, as the error holds what the failed call has allocated
+            self.batch_size = len(batch) // 2
+            torch.cuda.empty_cache()
+            logger.warning(f"{self.__name__}: out of memory; from now on `reward_batch_size` is {self.batch_size}.")
+        in_order = dict(zip(order, scores, strict=True))
+        return [in_order[i] for i in range(len(sequences))]
+
 
 class RewardModel(Judge):
     """
@@ -103,14 +127,7 @@ class RewardModel(Judge):
         if not self.checked and sequences:
             self._check(sequences)
             self.checked = True
-        # Similar lengths together, longest first
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        rewards = [0.0] * len(sequences)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for i, reward in zip(batch, self._score([sequences[i] for i in batch]), strict=True):
-                rewards[i] = reward
-        return rewards
+        return self._in_batches(sequences, self._score)
 
     def _encode(self, prompt: Content, completion: Any) -> list[int]:
         if isinstance(prompt, str):

@@ -267,13 +267,16 @@ class _Work:
             of_places = zip(places, scored, strict=True)
             self.file.add([saved_scores(pool, self.digests[place]) for place, pool in of_places])
             self.done.update(pool.prompt.id for pool in pools)
+            return
         except DataError as error:
-            if len(places) == 1:
-                self.failures.append((places[0], str(error)))
-                return
-            for place in places:
-                if not self.is_broken:
-                    self.score([place])
+            reason = str(error)
+        # After the block, as the error holds what a reward model had allocated when it ran out of memory
+        if len(places) == 1:
+            self.failures.append((places[0], reason))
+            return
+        for place in places:
+            if not self.is_broken:
+                self.score([place])
 
     def try_again(self, set_aside: SetAside) -> str | None:
         """Scores once more what failed: a judge behind a network may answer now. Returns what ends the stage, if so."""
