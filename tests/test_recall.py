@@ -182,6 +182,34 @@ def test_rewards_of_other_completions_are_not_taken(tmp_path, capsys):
     assert "holds rewards of other completions" in capsys.readouterr().err
 
 
+JUDGE = """
+def judge(prompts, completions, **columns):
+    if "fails" in prompts[0]:
+        raise ValueError("no idea")
+    return [None if "silent" in prompt else float(text) for prompt, text in zip(prompts, completions)]
+"""
+
+
+def test_prompts_that_the_judge_could_not_judge_are_left_out(tmp_path, monkeypatch):
+    # Judgements were matched by position: those of one prompt were taken for those of the next
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "judge_of_recall.py").write_text(JUDGE)
+    rows = [
+        {"prompt": prompt, "completions": ["0", "1"][:: (-1) ** number], "rewards": [0.0, 1.0][:: (-1) ** number]}
+        for number, prompt in enumerate(["fails", "b", "silent", "c", "d"])
+    ]
+    rows.append({"prompt": "no reward", "completions": ["0", "1"], "rewards": [None, None]})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--candidates", "c.jsonl", "--best_of_n_reward", "judge_of_recall:judge", "--output", "out"]
+    for _ in range(2):  # the second time from the file of judgements
+        assert cli.main(["recall", *flags]) == 0
+        [one] = json.loads((tmp_path / "out/recall.json").read_text())["curves"]
+        assert (one["prompts"], one["unjudged"]) == (3, 2)
+        assert one["best_of_n"]["mean"] == one["recall"]["mean"] == [0.5, 1.0]
+    assert "left out: 2 prompts on which the best-of-N reward failed" in (tmp_path / "out/recall.md").read_text()
+
+
 BAD = {
     "no output": (["--candidates", "x.jsonl"], "`output` is missing"),
     "no model": (["--prompts", "sums.jsonl", "--output", "o"], "No model: give `model_name_or_path`"),

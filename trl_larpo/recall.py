@@ -131,6 +131,7 @@ class CheckedSamples:
         judged: What the best-of-N reward says of each, or `None`.
         answers: Their answers, or `None`.
         greedy: Whether the greedy completion solves each prompt, or `None`.
+        unjudged: Prompts that are not among them, as the best-of-N reward failed on them or did not apply.
     """
 
     label: str
@@ -138,6 +139,7 @@ class CheckedSamples:
     judged: list[np.ndarray] | None = None
     answers: list[list[Any]] | None = None
     greedy: list[bool] | None = None
+    unjudged: int = 0
 
 
 def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
@@ -163,7 +165,11 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
         sources = _read(options, paths, folder) if paths else _sampled(options, model, folder)
         groups = [samples for source in sources for samples in _groups(source, answer_of, options)]
         if not groups:
-            raise DataError("There is no completion with a reward. Give `reward_funcs`.")
+            raise DataError(
+                "No prompt has both a reward and a judgement of `best_of_n_reward`."
+                if options.best_of_n_reward
+                else "There is no completion with a reward. Give `reward_funcs`."
+            )
         result = {
             "model": model.model_name_or_path,
             "candidates": options.candidates,
@@ -205,8 +211,8 @@ def recall_curve(samples: CheckedSamples, num_bootstrap: int = 1000, seed: int =
     Recall@N and the strategies of inference, with 95 % intervals over prompts.
 
     Returns:
-        `label`, `prompts`, `samples` (the fewest of a prompt), `n`, and for each strategy that the samples allow
-        (`recall`, `best_of_n`, `majority`: one number for each N; `greedy`: one) `mean`, `low` and `high`.
+        `label`, `prompts`, `unjudged`, `samples` (the fewest of a prompt), `n`, and for each strategy that the samples
+        allow (`recall`, `best_of_n`, `majority`: one number for each N; `greedy`: one) `mean`, `low` and `high`.
     """
     fewest = min(map(len, samples.correct))
     ns = [n for n in N_VALUES if n <= fewest]
@@ -221,7 +227,8 @@ def recall_curve(samples: CheckedSamples, num_bootstrap: int = 1000, seed: int =
             "high": [high for _, high in intervals],
         }
 
-    result = {"label": samples.label, "prompts": len(samples.correct), "samples": fewest, "n": ns}
+    result = {"label": samples.label, "prompts": len(samples.correct), "unjudged": samples.unjudged}
+    result |= {"samples": fewest, "n": ns}
     result["recall"] = summary([recall_at_n(*counts, n) for n in ns])
     if samples.judged is not None:
         judged = list(zip(samples.judged, samples.correct, strict=True))
@@ -244,6 +251,8 @@ def as_table(curves: list[dict[str, Any]]) -> str:
     for one in curves:
         names = [name for name in STRATEGIES if name in one]
         lines += ["", f"{one['label']}: {one['prompts']} prompts × {one['samples']} samples"]
+        if one["unjudged"]:
+            lines.append(f"left out: {one['unjudged']} prompts on which the best-of-N reward failed or did not apply")
         lines.append("     N" + "".join(f"   {STRATEGIES[name]:<20}" for name in names).rstrip())
         for place, n in enumerate(one["n"]):
             cells = [_with_interval(*(one[name][key][place] for key in ("mean", "low", "high"))) for name in names]
@@ -353,12 +362,23 @@ def _judged(options: RecallConfig, pools: StoredPools, path: Path) -> StoredPool
 
 
 def _groups(source: _Source, answer_of: Callable[[str], Any] | None, options: RecallConfig) -> list[CheckedSamples]:
-    """Samples by temperature. What is no sample of the policy (hard negatives, earlier iterations) is left out."""
+    """
+    Samples by temperature. What is no sample of the policy (hard negatives, earlier iterations) is left out.
+
+    So are prompts without a judgement, from all strategies: they are compared on the same prompts.
+    """
     by_temperature: dict[float | None, CheckedSamples] = {}
     greedy: list[bool | None] = []
-    judged = source.judged
-    for number, pool in enumerate(source.pools):
+    judged, unjudged = source.judged, 0
+    place_of = {} if judged is None else {name: place for place, name in enumerate(judged.ids)}
+    for pool in source.pools:
         if all(candidate.reward is None for candidate in pool.candidates):
+            continue
+        verdicts: list[float | None] = []
+        if judged is not None and pool.prompt.id in place_of:
+            verdicts = [candidate.reward for candidate in judged[place_of[pool.prompt.id]].candidates]
+        if judged is not None and all(value is None for value in verdicts):
+            unjudged += 1
             continue
         correct = [c.reward is not None and c.reward >= options.threshold for c in pool.candidates]
         own = max(candidate.iteration for candidate in pool.candidates)
@@ -373,16 +393,17 @@ def _groups(source: _Source, answer_of: Callable[[str], Any] | None, options: Re
             label = ", ".join(
                 filter(None, [source.name, "" if temperature is None else f"temperature {temperature:g}"])
             )
-            empty = CheckedSamples(label or "samples", [], [] if judged else None, [] if answer_of else None)
+            empty = CheckedSamples(label or "samples", [], None if judged is None else [], [] if answer_of else None)
             samples = by_temperature.setdefault(temperature, empty)
             samples.correct.append(np.array([correct[i] for i in of_pool]))
-            if judged is not None and samples.judged is not None:
-                values = [judged[number].candidates[i].reward for i in of_pool]
+            if samples.judged is not None:
+                values = [verdicts[i] for i in of_pool]
                 samples.judged.append(np.array([-math.inf if value is None else value for value in values]))
             if answer_of is not None and samples.answers is not None:
                 samples.answers.append([answer_of(pool.candidates[i].text) for i in of_pool])
     known = [solved for solved in greedy if solved is not None]
     for samples in by_temperature.values():
+        samples.unjudged = unjudged
         samples.greedy = known if len(known) == len(greedy) else None
     return list(by_temperature.values())
 
