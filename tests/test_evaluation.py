@@ -8,7 +8,7 @@ import pytest
 
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
-from trl_larpo.run.evaluation import best_of_n, evaluate, mean_and_error
+from trl_larpo.run.evaluation import best_of_n, evaluate, fell, mean_and_error, student_quantile
 
 
 def row(name, rewards, tokens=5):
@@ -39,3 +39,16 @@ def test_gain_is_by_prompt():
 def test_too_few_values_have_no_error():
     assert mean_and_error([]) == {"mean": None, "standard_error": None}
     assert mean_and_error([2.0]) == {"mean": 2.0, "standard_error": None}
+
+
+@pytest.mark.parametrize(
+    "level, freedom, table",
+    [(0.999, 7, 4.785), (0.999, 15, 3.733), (0.999, 63, 3.225), (0.975, 15, 2.131), (0.5, 9, 0.0)],
+)
+def test_student_quantile_is_that_of_the_tables(level, freedom, table):
+    assert student_quantile(level, freedom) == pytest.approx(table, rel=0.01, abs=1e-9)
+
+
+def test_a_fall_must_be_clearer_on_few_prompts():
+    change = {"mean": -0.35, "standard_error": 0.1}
+    assert fell(change, 64) and not fell(change, 16) and fell(change, 16, num_errors=2)

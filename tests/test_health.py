@@ -49,8 +49,8 @@ def test_a_good_run_raises_nothing():
         ("tied_lists", {"selection": SELECTION | {"prompts_tied": 11}}),
         ("truncated", {"samples": samples(finished=False)}),
         ("truncated", {"evaluations": [evaluation(finished=0.6)]}),
-        ("held_out_reward", {"evaluations": [evaluation(change=-0.05)]}),
-        ("held_out_reward", {"evaluations": [evaluation(), evaluation(change=-0.05)]}),
+        ("held_out_reward", {"evaluations": [evaluation(change=-0.07)]}),
+        ("held_out_reward", {"evaluations": [evaluation(), evaluation(change=-0.07)]}),
         ("held_out_reward", {"monitor": {"stopped_at": 5, "points": [{"change": {"mean": -0.2}}]}}),
         ("margins", {"training_log": [{"rewards/margins": 21.0}]}),
         ("kl", {"evaluations": [evaluation(kl=51.0)]}),
@@ -61,7 +61,8 @@ def test_each_sign_is_seen_alone(name, changes):
 
 
 def test_a_fall_that_may_be_chance_is_no_alarm():
-    assert failing(evaluations=[evaluation(change=-0.039)]) == set()
+    assert failing(evaluations=[evaluation(change=-0.063)]) == set()  # 3.15 standard errors
+    assert failing(evaluations=[evaluation(change=-0.07) | {"prompts": 16}]) == set()  # 3.5
     assert failing(evaluations=[evaluation(change=-0.5) | {"prompts": 7}]) == set()
 
 

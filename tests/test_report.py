@@ -75,6 +75,15 @@ def test_a_run_that_has_only_begun_has_a_page(run):
     assert "0 of 2 iterations done" in page and "No iteration is finished yet." in page
 
 
+def test_a_training_that_did_not_end_with_its_last_weights_is_told(run):
+    monitor = {"points": [], "explanation": "The last step is worse than the best. Kept: step <4>."}
+    (run / "iteration_2/monitor.json").write_text(json.dumps(monitor))
+    (run / "iteration_1/monitor.json").unlink(missing_ok=True)
+    page = write_report(run, with_plots=False).read_text()
+    assert page.count("Iteration 2: The last step is worse than the best. Kept: step &lt;4&gt;.") == 1
+    assert "Iteration 1: " not in page
+
+
 def test_no_run_is_named(tmp_path):
     with pytest.raises(DataError, match=r"is no folder of a run: it has no run\.yaml"):
         write_report(tmp_path)

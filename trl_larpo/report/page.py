@@ -55,6 +55,7 @@ def write_report(run: str | Path, with_plots: bool = True) -> Path:
             f"{max(iterations, default=0)} of {settings['num_iterations']} iterations done"
         ),
         "iterations": _iterations_table(iterations),
+        "kept_weights": _kept_weights(iterations),
         "charts": "".join(f"<figure>{svg}</figure>" for svg in pictures),
         "health": _health_table(iterations),
         "set_aside": _set_aside_table(run, iterations),
@@ -127,6 +128,16 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
             ]
         )
     return _table(head, lines, first_is_text=True)
+
+
+def _kept_weights(iterations: dict[int, Row]) -> str:
+    """A line for each iteration that did not end with the last weights of its training."""
+    explanations = {number: found.get("monitor", {}).get("explanation") for number, found in iterations.items()}
+    return "".join(
+        f'<p class="bad">Iteration {number}: {html.escape(text)}</p>'
+        for number, text in explanations.items()
+        if text is not None
+    )
 
 
 def _set_aside_table(run: Path, iterations: dict[int, Row]) -> str:

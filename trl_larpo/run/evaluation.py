@@ -10,11 +10,42 @@ MIN_PROMPTS_TO_JUDGE = 8
 """With fewer prompts a standard error is too uncertain to act on."""
 
 
-def fell(change: dict[str, float | None], num_prompts: int) -> bool:
-    """Whether a reward fell by more than two standard errors. `change` is its mean and error over `num_prompts`."""
+FALSE_ALARMS = 0.001
+"""How often a reward that stayed the same in an iteration is taken for one that fell."""
+
+
+def fell(change: dict[str, float | None], num_prompts: int, num_errors: float | None = None) -> bool:
+    """
+    Whether a reward fell.
+
+    Args:
+        change: Mean of its change and the standard error over prompts.
+        num_prompts: How many prompts.
+        num_errors: By more than how many standard errors. By default those of Student's t-test with [`FALSE_ALARMS`]:
+            3.7 with 16 prompts, 3.2 with 64.
+    """
     if num_prompts < MIN_PROMPTS_TO_JUDGE or change["mean"] is None or change["standard_error"] is None:
         return False
-    return change["mean"] < -2 * change["standard_error"]
+    if num_errors is None:
+        num_errors = student_quantile(1 - FALSE_ALARMS, num_prompts - 1)
+    return change["mean"] < -num_errors * change["standard_error"]
+
+
+def student_quantile(level: float, freedom: int) -> float:
+    """
+    Quantile of Student's t-distribution, to 1 % from 7 degrees of freedom on (Abramowitz and Stegun, 26.7.5).
+
+    Args:
+        level: In (0, 1).
+        freedom: Degrees of freedom.
+    """
+    z = statistics.NormalDist().inv_cdf(level)
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
 
 
 def evaluate(pools: list[CandidatePool], start: list[CandidatePool]) -> dict[str, Any]:

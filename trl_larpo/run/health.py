@@ -124,7 +124,7 @@ def check_iteration(
         Check(
             "held_out_reward",
             change["mean"],
-            "not down by more than two standard errors in an iteration",
+            "not down by more than chance explains",
             stopped is None and not fell(change, now["prompts"]),
             "Training makes answers to held-out prompts worse. Lower `learning_rate`, raise `beta`, or add 'sft' to "
             "`loss_type`, in a new `output_dir`.",

@@ -106,7 +106,10 @@ def _run_all(context: RunContext, mirror: Mirror | None) -> Path:
             worked, last = False, iteration == options.num_iterations
             for stage in STAGES.values():
                 if iteration or stage.at_start:
-                    worked |= _run_stage(context, stage, iteration)
+                    ran = _run_stage(context, stage, iteration)
+                    worked |= ran
+                    if stage.name == "train" and ran:
+                        _warn_of_kept_weights(folder.iteration(iteration) / "monitor.json", iteration)
                     if stage.name == "held_out_samples" and options.server_command and not last:
                         # With the servers that are there, rather than with new ones of the same model
                         worked |= _run_stage(context, STAGES["generate"], iteration + 1)
@@ -138,6 +141,13 @@ def _run_all(context: RunContext, mirror: Mirror | None) -> Path:
     for line in _what_was_set_aside(folder):
         print(line)
     return page
+
+
+def _warn_of_kept_weights(monitor: Path, iteration: int) -> None:
+    """Says why a training did not end with its last weights, also where other processes have trained."""
+    explanation = read_json(monitor).get("explanation") if monitor.exists() else None
+    if explanation is not None:
+        logger.warning(f"Iteration {iteration}: {explanation}")
 
 
 def _what_was_set_aside(folder: RunFolder) -> list[str]:

@@ -30,6 +30,8 @@ logger = get_logger(__name__)
 
 _CONFIRMATION = 4  # times as many prompts are asked before a training is stopped
 
+_CERTAIN = 3.0  # standard errors by which weights must be worse to be given up: the best of several is so by chance
+
 _CHANCES = 4  # steps at which it may sample, for each time that it is asked to
 
 
@@ -70,9 +72,14 @@ class MonitorPoint:
         return mean_and_error([self.by_prompt[name] - other.by_prompt[name] for name in sorted(common)])
 
     @property
+    def is_suspect(self) -> bool:
+        """Whether the reward is lower than at the start by two standard errors, which may well be chance."""
+        return fell(self.change, len(self.by_prompt), num_errors=2)
+
+    @property
     def is_harm(self) -> bool:
-        """Whether the reward is lower than at the start by more than two standard errors."""
-        return fell(self.change, len(self.by_prompt))
+        """Whether the reward is lower than at the start by three standard errors."""
+        return fell(self.change, len(self.by_prompt), _CERTAIN)
 
 
 class TrainingMonitor(TrainerCallback):
@@ -93,9 +100,8 @@ class TrainingMonitor(TrainerCallback):
         num_evals: How often to sample in a training.
         time_share: Largest share of the iteration's time, up to now, that sampling may take. 1: no limit.
         num_prompts: How many held-out prompts.
-        stop: Whether to stop a training after which the reward is lower than at its start by more than two standard
-            errors, on the prompts watched and then on up to four times as many, and to keep the best weights. Without,
-            it only watches.
+        stop: Whether to stop a training after which the reward is lower than at its start by three standard errors,
+            and to keep the best weights. Up to four times as many prompts are asked first. Without, it only watches.
         seconds_before: Seconds that the iteration has taken before the training.
         seconds_expected: What the first sampling may take, in seconds.
     """
@@ -140,7 +146,7 @@ class TrainingMonitor(TrainerCallback):
         The step whose weights are to be kept, `None` for the last, as always without `stop`.
 
         The best one where the training was stopped, or where the last step was sampled too and is worse than the best
-        by more than two standard errors.
+        by three standard errors.
         """
         at_the_end = self.stop and self.points[-1].step == self.trainer.state.max_steps
         if self.stopped_at is not None or (at_the_end and self._ended_below_best()):
@@ -148,7 +154,7 @@ class TrainingMonitor(TrainerCallback):
         return None
 
     def _ended_below_best(self) -> bool:
-        return fell(self.points[-1].change_from(self.best), len(self.points[-1].by_prompt))
+        return fell(self.points[-1].change_from(self.best), len(self.points[-1].by_prompt), _CERTAIN)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begin, self._first_step = time.monotonic(), state.global_step
@@ -171,11 +177,11 @@ class TrainingMonitor(TrainerCallback):
         point = self._evaluate(self.start, state.global_step)
         if point is None:
             return
-        harmful = self._agreed(self.stop and not last and point.is_harm)
-        more = self.all_start[: _CONFIRMATION * len(self.start)]
-        if harmful and len(more) > len(self.start):  # chance makes a few prompts fall now and then
-            confirmed = self._evaluate(more, state.global_step)
-            harmful = confirmed is not None and self._agreed(confirmed.is_harm)
+        harmful = False
+        if self._agreed(self.stop and not last and point.is_suspect):
+            more = self.all_start[: _CONFIRMATION * len(self.start)]
+            of_more = self._evaluate(more, state.global_step) if len(more) > len(self.start) else point
+            harmful = of_more is not None and self._agreed(of_more.is_harm)
         is_best = point.change["mean"] is not None and point.change["mean"] > (self.best.change["mean"] or 0.0)
         if self._agreed(is_best) and not last:
             began = time.monotonic()
@@ -195,11 +201,15 @@ class TrainingMonitor(TrainerCallback):
             control.should_log = should_log  # which the line above has switched off
             change = with_error(point.change, "+")
             logger.info(f"Step {state.global_step}: held-out reward {with_error(point.reward)}, change {change}")
-            if harmful:
-                logger.warning(self.explanation())
 
-    def explanation(self) -> str:
-        """Why other weights than the last are kept; for a person."""
+    def on_train_end(self, args, state, control, **kwargs):
+        if len(self.points) > 1 and self.trainer.accelerator.is_main_process:
+            self._write()  # what a resumed training keeps may depend on options that were changed
+
+    def explanation(self) -> str | None:
+        """Why other weights than the last are kept, for a person; `None` if the last are."""
+        if self.kept_step is None:
+            return None
         kept = "the model that the training started from" if self.best.step == 0 else f"step {self.best.step}"
         last = self.points[-1]
         change = with_error(last.change if self.stopped_at else last.change_from(self.best), "+")
@@ -248,8 +258,9 @@ class TrainingMonitor(TrainerCallback):
         return point
 
     def _write(self) -> None:
+        found = {"stopped_at": self.stopped_at, "kept_step": self.kept_step, "explanation": self.explanation()}
         points = [asdict(point) for point in self.points]
-        write_json(self.path, {"stopped_at": self.stopped_at, "seconds_spent": self.seconds_spent, "points": points})
+        write_json(self.path, found | {"seconds_spent": self.seconds_spent, "points": points})
 
     def _agreed(self, value: bool) -> bool:
         """What the main process says."""

@@ -160,8 +160,6 @@ class TrainingStage:
             for entry in trainer.state.log_history
             if "held_out/finished" not in entry  # in monitor.json; when it is sampled depends on the machine's speed
         ]
-        if monitor is not None and monitor.kept_step is not None and PartialState().is_main_process:
-            print(f"Iteration {self.iteration}: {monitor.explanation()}")
         with preparing():
             self._save_model(None if monitor is None else monitor.kept_step)
         if PartialState().is_main_process:
