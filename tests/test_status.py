@@ -58,6 +58,30 @@ def test_a_run_at_work(run, capsys):
     assert "set aside  2 prompts in iteration_1/samples" in text
 
 
+def test_sampling_before_the_evaluation_of_the_iteration_before(run):
+    # With `server_command` the status was that of `held_out` while the next iteration was sampled for hours
+    for stage in ("held_out", "evaluate"):
+        (run / "iteration_1" / STAGES[stage].output).unlink()
+    write_json(run / PROGRESS, {"iteration": 2, "stage": "generate", "started": time.time() - 50, "done": 5})
+    with exclusive_lock(run):
+        found = status_of(run)
+    assert [found[x] for x in ("iteration", "stage", "done", "total")] == [2, "generate", 10, 40]
+    assert found["seconds_left"] == pytest.approx(30 / 0.1 + 600 + 150, rel=0.1)
+
+
+def test_rewards_are_also_of_prompts_that_are_remembered(run):
+    # The total was that of the iteration's own prompts: 70 of 40
+    (run / "run.yaml").write_text(yaml.safe_dump({"num_iterations": 2, "server_urls": None, "memory": "all"}))
+    prompts = [Prompt.of(f"prompt {i}") for i in (*range(40), *range(35, 75))]  # five are drawn again
+    write_jsonl(run / "prompts.jsonl", map(Prompt.to_row, prompts))
+    write_json(run / "prompts.json", {"slices": [40, 40]})
+    write_jsonl(run / "iteration_2/samples.jsonl", [{"prompt_id": prompt.id} for prompt in prompts[40:]])
+    scores = [{"digest": str(i), "prompt_id": str(i), "scores": []} for i in range(70)]
+    GrowingFile(run / "iteration_2/rewarded.jsonl", key="digest").add(scores)
+    found = status_of(run)
+    assert (found["stage"], found["done"], found["total"]) == ("reward", 70, 75)
+
+
 def test_a_run_that_stopped_and_one_that_ended(run):
     assert status_of(run)["state"] == "stopped"
     assert seconds_left(run) == 700  # as long as in the iteration before

@@ -6,10 +6,10 @@ estimated from what the stages of earlier iterations took.
 """
 
 import contextlib
+import itertools
 import logging
 import shutil
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from ..errors import DataError
 from ..locks import is_locked
 from ..prompts import Row
 from ..set_aside import set_aside_in
-from ..storage import partial_files, read_json, read_yaml, whole_rows, write_json
+from ..storage import StoredRows, partial_files, read_json, read_yaml, whole_rows, write_json
 from ..training.checkpoints import checkpoints
 from .folder import TIMINGS
+from .memory import earlier_iterations
 from .stages import STAGES, Stage
 
 PROGRESS, WARNINGS = "progress.json", "warnings.log"
@@ -78,7 +79,7 @@ def status_of(run: str | Path) -> Row:
     if not (run / "run.yaml").is_file():
         raise DataError(f"{str(run)!r} is no folder of a run: it has no run.yaml.")
     settings = read_yaml(run / "run.yaml")
-    position = next(_left(run, settings["num_iterations"]), None)
+    position = next(iter(_left(run, settings["num_iterations"])), None)
     running = is_locked(run)
     found: Row = {
         "state": "running" if running else "finished" if position is None else "stopped",
@@ -141,7 +142,7 @@ def seconds_left(run: Path) -> float | None:
         done, of_all = _progress(run, iteration, stage) if place == 0 else (0, None)
         rate = _rate(run, iteration, stage, done) if place == 0 else None
         if rate and of_all is not None:
-            total += (of_all - done) / rate
+            total += max(0, of_all - done) / rate
         elif stage.name in known:
             total += known[stage.name]
         else:
@@ -149,13 +150,17 @@ def seconds_left(run: Path) -> float | None:
     return total
 
 
-def _left(run: Path, num_iterations: int) -> Iterator[tuple[int, Stage]]:
-    """Iteration and stage of all that is not done, in order."""
-    for iteration in range(num_iterations + 1):
-        for stage in STAGES.values():
-            output = run / f"iteration_{iteration}" / stage.output
-            if (iteration or stage.at_start) and not output.exists():
-                yield iteration, stage
+def _left(run: Path, num_iterations: int) -> list[tuple[int, Stage]]:
+    """Iteration and stage of all that is not done, in order, but first the one that was begun last."""
+    left = [
+        (iteration, stage)
+        for iteration in range(num_iterations + 1)
+        for stage in STAGES.values()
+        if (iteration or stage.at_start) and not (run / f"iteration_{iteration}" / stage.output).exists()
+    ]
+    begun = read_json(run / PROGRESS) if (run / PROGRESS).exists() else {}
+    # With `server_command` the next iteration is sampled before this one is evaluated
+    return sorted(left, key=lambda x: (x[0], x[1].name) != (begun.get("iteration"), begun.get("stage")))
 
 
 def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]:
@@ -176,7 +181,20 @@ def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]
     slices = read_json(run / "prompts.json").get("slices") if (run / "prompts.json").exists() else None
     if stage.name == "generate" and slices:
         return done, slices[iteration - 1]
-    return done, _num_rows(source) if source.exists() else None
+    if not source.exists():
+        return done, None
+    remembered = _num_remembered(run, iteration, slices) if stage.name == "reward" and slices else 0
+    return done, _num_rows(source) + remembered
+
+
+def _num_remembered(run: Path, iteration: int, slices: list[int]) -> int:
+    """Prompts of earlier iterations alone that an iteration trains on again, and so rewards with its own."""
+    earlier = earlier_iterations(read_yaml(run / "run.yaml").get("memory", "none"), iteration)
+    if not earlier:
+        return 0
+    names, starts = StoredRows([run / "prompts.jsonl"], key="prompt_id").keys, [0, *itertools.accumulate(slices)]
+    own = set(names[starts[iteration - 1] : starts[iteration]])
+    return len({name for number in earlier for name in names[starts[number - 1] : starts[number]]} - own)
 
 
 def _trainer_state(folder: Path) -> Row:
