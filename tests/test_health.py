@@ -23,6 +23,7 @@ SELECTION = {"lists": 10, "prompts_too_few": 0, "prompts_tied": 0, "prompts_smal
 LOG = [{"rewards/margins": 1.0, "rewards/chosen": 0.5}, {"train_loss": 0.1}]
 WELL = {
     "samples": samples(),
+    "first_samples": samples(),
     "selection": SELECTION,
     "training_log": LOG,
     "start": evaluation(),
@@ -64,6 +65,15 @@ def test_a_fall_that_may_be_chance_is_no_alarm():
     assert failing(evaluations=[evaluation(change=-0.063)]) == set()  # 3.15 standard errors
     assert failing(evaluations=[evaluation(change=-0.07) | {"prompts": 16}]) == set()  # 3.5
     assert failing(evaluations=[evaluation(change=-0.5) | {"prompts": 7}]) == set()
+
+
+def test_training_prompts_may_have_other_lengths_than_held_out_ones():
+    # Samples for training were compared with the initial model's answers to held-out prompts
+    assert failing(samples=samples(tokens=100), first_samples=samples(tokens=90)) == set()
+
+
+def test_margins_without_a_reference_are_not_checked():
+    assert failing(training_log=[{"rewards/margins": 21.0}], reference_free=True) == set()
 
 
 def test_what_is_unknown_is_no_alarm():

@@ -56,38 +56,44 @@ MAX_KL = 50.0
 
 def check_iteration(
     samples: Iterable[CandidatePool],
+    first_samples: Iterable[CandidatePool],
     selection: Row,
     training_log: list[Row],
     start: Row,
     evaluations: list[Row],
     monitor: Row | None = None,
     beta: float = 0.1,
+    reference_free: bool = False,
 ) -> list[Check]:
     """
     Checks one iteration.
 
     Args:
         samples: What was sampled for training.
+        first_samples: The same of iteration 1, which the initial model sampled.
         selection: Counts of the selection.
         training_log: What the trainer logged.
         start: Evaluation of the initial model.
         evaluations: Those after each iteration so far, this one last.
         monitor: What was found on held-out prompts during the training, if they were sampled.
         beta: That of the training; the rewards in the trainer's log are log-ratios times beta.
+        reference_free: Whether the training has no reference. Margins are then mostly differences in length, and are
+            not checked.
 
     Returns:
         One result for each of [`CHECKS`].
     """
     now, sampled = evaluations[-1], SampleStatistics.of(samples)
-    # Collapse shows in what training starts from and in what it ends with
-    lengths = [sampled.tokens, now["tokens"]]
-    ratios = [length / start["tokens"] for length in lengths if length is not None and start["tokens"]]
+    # Collapse shows in what training starts from and in what it ends with. Each is compared on prompts of its own kind
+    lengths = [(sampled.tokens, SampleStatistics.of(first_samples).tokens), (now["tokens"], start["tokens"])]
+    ratios = [length / before for length, before in lengths if length is not None and before]
     ratio = max(ratios, key=lambda x: max(x, 1 / x if x else float("inf")), default=None)
     prompts = selection["lists"] + sum(selection[x] for x in ("prompts_too_few", "prompts_tied", "prompts_small_gap"))
     tied = selection["prompts_tied"] / prompts
     # Samples shrinking to nothing are no fewer for being finished
     truncated = max(1 - now["finished"], 1 - sampled.finished)
     margins = [entry["rewards/margins"] / beta for entry in training_log if "rewards/margins" in entry and beta]
+    margins = [] if reference_free else margins
     stopped = monitor if monitor is not None and monitor["stopped_at"] is not None else None
     change = now["change"] if stopped is None else stopped["points"][-1]["change"]
     kl = (now["kl_from_initial"] or {}).get("mean")

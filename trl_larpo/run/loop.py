@@ -241,12 +241,14 @@ def _check_health(folder: RunFolder, iteration: int, has_changed: bool) -> list[
         return [Check(**check) for check in read_json(path / "health.json")]
     checks = check_iteration(
         samples=read_pools(path / "samples.jsonl", skip_damaged=True),
+        first_samples=read_pools(folder.iteration(1) / "samples.jsonl", skip_damaged=True),
         selection=read_json(path / "selection.json"),
         training_log=read_jsonl(path / "training_log.jsonl"),
         start=read_json(folder.iteration(0) / "evaluation.json"),
         evaluations=[read_json(folder.iteration(i) / "evaluation.json") for i in range(1, iteration + 1)],
         monitor=read_json(path / "monitor.json") if (path / "monitor.json").exists() else None,
         beta=folder.training.beta,
+        reference_free=folder.training.reference_free,
     )
     write_json(path / "health.json", [dataclasses.asdict(check) for check in checks])
     return checks
