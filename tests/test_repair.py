@@ -13,7 +13,7 @@ from trl import ModelConfig
 from trl_larpo import DataError, cli
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool
 from trl_larpo.prompts import Prompt
-from trl_larpo.run.folder import TIMINGS, RunFolder
+from trl_larpo.run.folder import TIMINGS, RunFolder, seconds_of_stages
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
 from trl_larpo.storage import partial_files, write_json, write_jsonl
@@ -129,7 +129,7 @@ def test_damaged_results_are_made_again(run, caplog):
     repair(run)
     assert not (run.iteration(1) / "selection.json").exists() and not (run.iteration(0) / "evaluation.json").exists()
     assert "selection.json line 1 is not JSON" in caplog.text
-    assert run.seconds_of_stages() == {(0, "held_out"): 1}
+    assert seconds_of_stages(run.path) == {(0, "held_out"): 1}
 
 
 def test_a_model_that_is_cut_off_is_trained_again(run):

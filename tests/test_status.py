@@ -3,9 +3,11 @@
 import json
 import logging
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
+from small_run import rows_of
 
 from trl_larpo import cli
 from trl_larpo.candidates import Candidate, CandidatePool
@@ -60,13 +62,14 @@ def test_a_run_at_work(run, capsys):
 
 def test_sampling_before_the_evaluation_of_the_iteration_before(run):
     # With `server_command` the status was that of `held_out` while the next iteration was sampled for hours
-    for stage in ("held_out", "evaluate"):
-        (run / "iteration_1" / STAGES[stage].output).unlink()
+    (run / "iteration_1" / STAGES["held_out"].output).unlink()
+    with open(run / "timings.jsonl", "a") as file:
+        file.write(json.dumps({"iteration": 0, "stage": "held_out", "seconds": 20.0}) + "\n")
     write_json(run / PROGRESS, {"iteration": 2, "stage": "generate", "started": time.time() - 50, "done": 5})
     with exclusive_lock(run):
         found = status_of(run)
     assert [found[x] for x in ("iteration", "stage", "done", "total")] == [2, "generate", 10, 40]
-    assert found["seconds_left"] == pytest.approx(30 / 0.1 + 600 + 150, rel=0.1)
+    assert found["seconds_left"] == pytest.approx(30 / 0.1 + 20 + 600 - 30, rel=0.1)
 
 
 def test_rewards_are_also_of_prompts_that_are_remembered(run):
@@ -125,6 +128,35 @@ def test_what_is_not_known_is_not_guessed(run, capsys):
     (run / "timings.jsonl").unlink()
     note_stage(run, 2, STAGES["generate"])
     assert seconds_left(run) is None and capsys.readouterr().out == ""
+
+
+def test_a_stage_that_was_resumed_took_all_of_its_calls(run):
+    # The time that is left was estimated from the last call alone
+    def note(iteration, stage, seconds, resumed_at):
+        with open(run / "timings.jsonl", "a") as file:
+            row = {"iteration": iteration, "stage": stage, "seconds": seconds, "resumed_at": resumed_at}
+            file.write(json.dumps(row) + "\n")
+
+    before = seconds_left(run)
+    note(1, "train", 300.0, 0)
+    note(1, "train", 200.0, 30)  # stopped at step 30
+    note(2, "generate", 1.0, 0)  # stopped, and not done: no measure
+    assert seconds_left(run) == before - 100 + 500
+    (run / "timings.jsonl").write_text((run / "timings.jsonl").read_text().replace('"reward"', '"held_out"'))
+    note(1, "reward", 5.0, 30)  # killed before: the time of the other call is not known
+    assert seconds_left(run) is None
+
+
+def test_a_stage_that_fails_leaves_its_time(project, monkeypatch):
+    def fails(context, iteration, path):
+        raise RuntimeError("no power")
+
+    monkeypatch.setitem(STAGES, "held_out_samples", replace(STAGES["held_out_samples"], function=fails))
+    with pytest.raises(RuntimeError):
+        cli.main(["run", "--config", "it.yaml"])
+    assert [(row["iteration"], row["stage"], row["resumed_at"]) for row in rows_of("out/timings.jsonl")] == [
+        (0, "held_out_samples", 0)
+    ]
 
 
 def test_the_log_says_how_much_time_is_left(run, capsys):

@@ -123,15 +123,18 @@ class RunFolder:
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return batch * (self.options.train_processes or self.options.num_processes)
 
-    def seconds_of_stages(self) -> dict[tuple[int, str], float]:
-        """What each stage took, by iteration and name."""
-        path = self.path / TIMINGS
-        rows = whole_rows(path, []) if path.exists() else ()
-        return {(x["iteration"], x["stage"]): x["seconds"] for x in rows}
+    def note_timing(self, iteration: int, stage: str, seconds: float, resumed_at: int = 0) -> None:
+        """
+        Notes what a stage took until it ended or was stopped, and what of it was work that grows with the number of
+        prompts.
 
-    def note_timing(self, iteration: int, stage: str, seconds: float) -> None:
-        """Notes what a stage took, and what of it was work that grows with the number of prompts."""
-        row: Row = {"iteration": iteration, "stage": stage, "seconds": round(seconds, 2)}
+        Args:
+            iteration: Its iteration.
+            stage: Its name.
+            seconds: What it took since it was begun or resumed.
+            resumed_at: How many prompts or steps earlier calls had done.
+        """
+        row: Row = {"iteration": iteration, "stage": stage, "seconds": round(seconds, 2), "resumed_at": resumed_at}
         work = read_json(self.path / WORK) if (self.path / WORK).exists() else {}
         if (work.get("iteration"), work.get("stage")) == (iteration, stage):
             row["work"] = round(work["seconds"], 2)
@@ -287,6 +290,22 @@ class RunFolder:
         slices = self.prompt_counts["slices"]
         start = sum(slices[: iteration - 1])
         return self.prompts[start : start + slices[iteration - 1]]
+
+
+def seconds_of_stages(run: Path) -> dict[tuple[int, str], float]:
+    """
+    What each stage of a run took, by iteration and name, in all calls that worked on it.
+
+    Stages that were killed are left out if they were resumed, as nobody could note what the killed call took.
+    """
+    found: dict[tuple[int, str], float] = {}
+    for row in whole_rows(run / TIMINGS, []) if (run / TIMINGS).exists() else ():
+        stage = row["iteration"], row["stage"]
+        if not row.get("resumed_at"):  # the first call, or nothing of earlier ones was kept
+            found[stage] = row["seconds"]
+        elif stage in found:
+            found[stage] += row["seconds"]
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -189,16 +189,17 @@ def _run_stage(context: RunContext, stage: Stage, iteration: int) -> bool:
     folder, options = context.folder, context.options
     if stage.path(folder, iteration).exists():
         return False
-    note_stage(folder.path, iteration, stage)
-    started = time.monotonic()
+    resumed_at, started = note_stage(folder.path, iteration, stage), time.monotonic()
     num_processes = stage.num_processes(options)
     in_processes = num_processes > 1 or (stage.sharded and (options.train_launcher or options.accelerate_config))
-    if in_processes and not (iteration == 0 and stage.name == "evaluate"):  # which runs no model
-        context.leave_devices_to(None)
-        _launch_stage(folder, stage, iteration, num_processes)
-    else:
-        run_stage(context, stage, iteration)
-    folder.note_timing(iteration, stage.name, time.monotonic() - started)
+    try:
+        if in_processes and not (iteration == 0 and stage.name == "evaluate"):  # which runs no model
+            context.leave_devices_to(None)
+            _launch_stage(folder, stage, iteration, num_processes)
+        else:
+            run_stage(context, stage, iteration)
+    finally:  # also when it is stopped: the call that resumes it does the rest alone
+        folder.note_timing(iteration, stage.name, time.monotonic() - started, resumed_at)
     return True
 
 

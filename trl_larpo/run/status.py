@@ -19,9 +19,9 @@ from ..errors import DataError
 from ..locks import is_locked
 from ..prompts import Row
 from ..set_aside import set_aside_in
-from ..storage import StoredRows, partial_files, read_json, read_yaml, whole_rows, write_json
+from ..storage import StoredRows, partial_files, read_json, read_yaml, write_json
 from ..training.checkpoints import checkpoints
-from .folder import TIMINGS
+from .folder import seconds_of_stages
 from .memory import earlier_iterations
 from .stages import STAGES, Stage
 
@@ -34,14 +34,15 @@ _PACKAGE = __name__.split(".")[0]
 _BLOCK = 2**20  # bytes
 
 
-def note_stage(run: Path, iteration: int, stage: Stage) -> None:
-    """Notes that a stage begins, and says how much time may be left."""
+def note_stage(run: Path, iteration: int, stage: Stage) -> int:
+    """Notes that a stage begins, says how much time may be left, and returns what earlier calls have done of it."""
     done, _ = _progress(run, iteration, stage)
     write_json(run / PROGRESS, {"iteration": iteration, "stage": stage.name, "started": time.time(), "done": done})
     left = seconds_left(run)
     if left is not None:
         until = datetime.fromtimestamp(time.time() + left)
         print(f"Iteration {iteration}, {stage.name}: about {duration(left)} left in the run, until {until:%a %H:%M}")
+    return done
 
 
 def keep_warnings(run: Path) -> logging.Handler:
@@ -132,13 +133,16 @@ def seconds_left(run: Path) -> float | None:
     rate. `None` while a stage that is still to come has never been done.
     """
     settings = read_yaml(run / "run.yaml")
-    known: dict[str, float] = {}
-    if (run / TIMINGS).exists():
-        # Of the initial model, `evaluate` computes no divergence
-        timings = [x for x in whole_rows(run / TIMINGS, []) if x["iteration"] or x["stage"] != "evaluate"]
-        known = {x["stage"]: x["seconds"] for x in timings}
+    left = _left(run, settings["num_iterations"])
+    not_done = {(iteration, stage.name) for iteration, stage in left}
+    # Of the initial model, `evaluate` computes no divergence
+    known = {
+        name: seconds
+        for (iteration, name), seconds in sorted(seconds_of_stages(run).items())
+        if (iteration, name) not in {*not_done, (0, "evaluate")}
+    }
     total = 0.0
-    for place, (iteration, stage) in enumerate(_left(run, settings["num_iterations"])):
+    for place, (iteration, stage) in enumerate(left):
         done, of_all = _progress(run, iteration, stage) if place == 0 else (0, None)
         rate = _rate(run, iteration, stage, done) if place == 0 else None
         if rate and of_all is not None:

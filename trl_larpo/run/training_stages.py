@@ -32,6 +32,7 @@ from ..training.log_probabilities import log_probabilities_under
 from ..training.trainer import LarPOTrainer
 from ..training.trl_compat import unset_hf_deepspeed_config, whole_model, without_deepspeed_config
 from .context import RunContext
+from .folder import seconds_of_stages
 from .loading import model_init_kwargs, quantization_of
 from .monitor import TrainingMonitor
 
@@ -179,7 +180,7 @@ class TrainingStage:
         if PartialState().is_main_process and last_whole_checkpoint(self.scratch) is None:
             found.unlink(missing_ok=True)  # of a training that starts over
         PartialState().wait_for_everyone()
-        seconds = folder.seconds_of_stages()
+        seconds = seconds_of_stages(folder.path)
         start = list(read_pools(folder.iteration(self.iteration - 1) / "held_out.jsonl"))
         return TrainingMonitor(
             self.trainer,
@@ -192,7 +193,9 @@ class TrainingStage:
             time_share=options.monitor_time_share,
             num_prompts=options.monitor_prompts,
             stop=options.monitor_stop,
-            seconds_before=sum(spent for (number, _), spent in seconds.items() if number == self.iteration),
+            seconds_before=sum(
+                spent for (number, name), spent in seconds.items() if number == self.iteration and name != "train"
+            ),
             seconds_expected=sum(seconds.get((self.iteration - 1, name), 0.0) for name in _SAMPLING_HELD_OUT)
             * min(1.0, options.monitor_prompts / len(start)),
         )
