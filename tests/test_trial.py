@@ -95,7 +95,9 @@ def test_disk_and_what_speaks_against_the_run(runs, models):
     write_jsonl(runs.trial.iteration(1) / "samples.set_aside.jsonl", rows)
     models.size = 10**18
     found = forecast(runs.whole, runs.trial)
-    assert found["concerns"][1].startswith("10% of the prompts failed; with more than 5% (`max_failed_share`)")
+    assert found["concerns"][1].startswith(
+        "10% of the prompts failed (samples); with more than 5% (`max_failed_share`)"
+    )
     assert found["concerns"][2].startswith("The disk has too little space: ")
     text = as_text(found)
     assert (
@@ -103,6 +105,20 @@ def test_disk_and_what_speaks_against_the_run(runs, models):
     )
     assert "lists      8 of 10 prompts; all samples tie for 20% of them" in text
     assert "  generate                2 min         19 min\n" in text and "in all" in text
+
+
+def test_prompts_that_may_fail_are_no_concern(runs, models):
+    # Failures of all stages and iterations were added up: one held-out prompt that failed twice was a fifth
+    row = {"prompt_id": "x", "prompt": "too long", "reason": "no room"}
+    for number in (0, 1):
+        path = runs.trial.iteration(number) / "held_out_samples.set_aside.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_jsonl(path, [row])
+    found = forecast(runs.whole, runs.trial)  # 3 of 30 held-out prompts may fail
+    assert len(found["concerns"]) == 1 and found["set_aside"] == [row]
+    runs.whole.held_out = runs.whole.held_out * 2
+    found = forecast(runs.whole, runs.trial)  # 6 of 60 are too many
+    assert found["concerns"][1].startswith("10% of the prompts failed (held out samples); with more than 5%")
 
 
 @pytest.mark.slow

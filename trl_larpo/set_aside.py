@@ -47,7 +47,7 @@ class SetAside:
 
     def __init__(self, output: Path, num_prompts: int, max_share: float, done: str, process: int = 0):
         self.path = set_aside_path(output, process)
-        self.limit = max(_ALWAYS_ALLOWED, max_share * num_prompts) if max_share > 0 else 0
+        self.limit = allowed_failures(num_prompts, max_share)
         self.num_prompts, self.done = num_prompts, done
         self.count = 0
         self.path.unlink(missing_ok=True)  # what failed last time gets another try
@@ -68,6 +68,11 @@ class SetAside:
                 f"`max_failed_share` allows; {self.path} names them. The last one, {prompt.text[:60]!r}: {reason} "
                 "What was done so far is kept: fix the cause and run the same command again."
             )
+
+
+def allowed_failures(num_prompts: int, max_share: float) -> float:
+    """How many of the prompts of a step may fail."""
+    return max(_ALWAYS_ALLOWED, max_share * num_prompts) if max_share > 0 else 0
 
 
 def set_aside_path(output: Path, process: int = 0) -> Path:

@@ -20,7 +20,7 @@ from trl import ModelConfig
 from ..errors import ConfigError, LarPOError
 from ..locks import is_locked
 from ..prompts import Prompt, Row
-from ..set_aside import set_aside_in
+from ..set_aside import allowed_failures, set_aside_in
 from ..storage import read_json, read_jsonl, write_json, write_jsonl
 from ..training.config import LarPOConfig
 from .checks import bytes_of_models, check_run, existing_folder, size_text
@@ -142,7 +142,8 @@ def forecast(whole: RunFolder, trial: RunFolder) -> Row:
     folder = trial.iteration(1)
     selection = read_json(folder / "selection.json")
     checks = {check["name"]: check for check in read_json(folder / "health.json")}
-    set_aside = [row for number in (0, 1) for rows in set_aside_in(trial.iteration(number)).values() for row in rows]
+    failed = [set_aside_in(trial.iteration(number)) for number in (0, 1)]
+    set_aside = {row["prompt_id"]: row for of_iteration in failed for rows in of_iteration.values() for row in rows}
     found: Row = {
         "prompts": len(trial.prompts),
         "lists": selection["lists"],
@@ -150,19 +151,22 @@ def forecast(whole: RunFolder, trial: RunFolder) -> Row:
         "disk": _disk(whole, trial),
         "truncated": checks["truncated"]["value"],
         "tied": checks["tied_lists"]["value"],
-        "set_aside": set_aside,
+        "set_aside": list(set_aside.values()),
     }
     concerns = [
         f"{name} is {check['value']:.3g}, should be {check['limit']}. {check['meaning']}"
         for name, check in checks.items()
         if not check["ok"]
     ]
-    share, limit = len(set_aside) / len(trial.prompts), whole.options.max_failed_share
-    if share > limit:
-        concerns.append(
-            f"{share:.0%} of the prompts failed; with more than {limit:.0%} (`max_failed_share`) the run ends with an "
-            "error."
-        )
+    limit = whole.options.max_failed_share
+    for name in sorted({name for of_iteration in failed for name in of_iteration}):
+        tried, of_all = (len(x.held_out if name.startswith("held_out") else x.prompts_of(1)) for x in (trial, whole))
+        share = max(len(of_iteration.get(name, [])) for of_iteration in failed) / tried
+        if share * of_all > allowed_failures(of_all, limit):
+            concerns.append(
+                f"{share:.0%} of the prompts failed ({name.replace('_', ' ')}); with more than {limit:.0%} "
+                "(`max_failed_share`) the run ends with an error."
+            )
     needed = found["disk"]["files"] + (found["disk"]["models"] or 0)
     if needed > found["disk"]["free"]:
         concerns.append(f"The disk has too little space: {size_text(needed - found['disk']['free'])} more are needed.")
