@@ -7,10 +7,13 @@ import shutil
 import xml.etree.ElementTree as ET
 
 import pytest
+from matplotlib.figure import Figure
 from small_run import rows_of
 
 from trl_larpo import DataError
+from trl_larpo.report import charts
 from trl_larpo.report.page import MAX_DATA_BYTES, write_report
+from trl_larpo.report.statistics import statistics_of
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",
@@ -73,6 +76,16 @@ def test_a_run_that_has_only_begun_has_a_page(run):
         shutil.rmtree(run / f"iteration_{number}")
     page = write_report(run).read_text()
     assert "0 of 2 iterations done" in page and "No iteration is finished yet." in page
+
+
+@pytest.mark.parametrize("rewards", [[0.3, 0.1 + 0.2], [0.3, 0.3], [-1.7e308, 1.7e308], [1e17, 1e17 + 16]])
+def test_rewards_that_differ_by_rounding_or_by_everything(tmp_path, rewards):
+    # numpy found too many bins, and the run got no report
+    row = {"candidates": [candidate(1), candidate(2)], "rewards": rewards}
+    (tmp_path / "rewarded.jsonl").write_text(json.dumps(row) + "\n")
+    found = statistics_of(tmp_path, 1)
+    assert sum(found["rewards"]["counts"]) == 2
+    charts._reward_distribution(Figure().subplots(), {1: {"statistics": found}})
 
 
 def test_a_training_that_did_not_end_with_its_last_weights_is_told(run):

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
 from ..storage import finish, partial_path
+from .statistics import bin_edges
 
 Row = dict[str, Any]
 Colors = tuple[list[str], str, str]
@@ -165,7 +166,7 @@ def _reward_distribution(axes, iterations: dict[int, Row]):
     if not found:
         return False
     low, high = min(x["low"] for x in found.values()), max(x["high"] for x in found.values())
-    edges = [low + (high - low) * i / 20 for i in range(21)] if high > low else [low - 0.5, low + 0.5]
+    edges = bin_edges(low, high, 20)
     for color, (number, x) in zip(_cycle(), found.items(), strict=False):
         # Each fine bin counts where its middle is, and the outer ones at the ends, where the rewards of 0 and 1 are
         middles = np.linspace(x["low"], x["high"], len(x["counts"]))

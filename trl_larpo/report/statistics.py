@@ -28,6 +28,8 @@ _SOURCES = ("samples.jsonl", "rewarded.jsonl", "lists.jsonl")
 
 _NUM_BINS = 1000  # of the histogram of rewards; the picture has fewer
 
+_LARGEST_DRAWN = 1e300  # floats have no room for the distance of larger rewards
+
 _VERSION = 1
 
 
@@ -82,10 +84,16 @@ def _of_samples(path: Path, number: int) -> Row:
     return found | ({"rewards": _histogram(np.array(rewards))} if rewards else {})
 
 
+def bin_edges(low: float, high: float, num_bins: int) -> np.ndarray:
+    """Edges of bins of equal width; of one bin where all is equal but for rounding."""
+    edges = np.linspace(low, high, num_bins + 1)
+    return edges if (np.diff(edges) > 0).all() else np.array([low - 0.5, high + 0.5])
+
+
 def _histogram(values: np.ndarray) -> Row:
+    values = values.clip(-_LARGEST_DRAWN, _LARGEST_DRAWN)
     low, high = float(values.min()), float(values.max())
-    counts = np.histogram(values, _NUM_BINS, (low, high))[0] if high > low else np.array([len(values)])
-    return {"low": low, "high": high, "counts": counts.tolist()}
+    return {"low": low, "high": high, "counts": np.histogram(values, bin_edges(low, high, _NUM_BINS))[0].tolist()}
 
 
 def _of_lists(path: Path) -> Row:
