@@ -12,6 +12,7 @@ from trl_larpo.prompts import Prompt
 from trl_larpo.run import trial as trial_module
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
+from trl_larpo.run.plan import num_steps
 from trl_larpo.run.stages import STAGES
 from trl_larpo.run.trial import as_text, forecast, trial_of
 from trl_larpo.storage import write_json, write_jsonl
@@ -85,6 +86,24 @@ def test_time_grows_with_the_work_and_not_with_loading(runs, models):
     # 30 prompts in place of 10, before and after each iteration
     assert seconds["held_out_samples"] == [50, 3 * (5 + 60)]
     assert seconds["evaluate"] == [10, 5 + 2 * (3 + 6)]
+
+
+def test_steps_are_rounded_up_in_each_epoch(runs):
+    assert num_steps(runs.whole, 3) == 2 * 3  # 3 lists by 2, 3 times; rounded once it would be 5
+
+
+def test_memory_makes_lists_longer(runs, models):
+    # Rows were counted, and not their candidates
+    runs.whole.options.memory = "all"
+    (runs.trial.iteration(1) / "rewarded.jsonl").write_text("r" * 10_000)
+    found = forecast(runs.whole, runs.trial)
+    # In the second iteration each prompt has the candidates of both
+    assert found["disk"]["files"] == 2 * 100 * 1000 + 3 * 100 * 1000 + 3 * 30 * 50
+    assert found["seconds"]["select"] == [1, 3 * 10] and found["seconds"]["generate"] == [110, 2 * (60 + 50 * 10)]
+    assert found["seconds"]["reference"] == [13, 2 * 5 + 3 * 80]
+    assert found["seconds"]["train"] == [70, 2 * 30 + 3 * 10 * 120]
+    runs.whole.options.max_list_size = runs.trial.options.max_list_size = runs.whole.options.num_samples
+    assert forecast(runs.whole, runs.trial)["seconds"]["reference"] == [13, 2 * (5 + 80)]
 
 
 def test_disk_and_what_speaks_against_the_run(runs, models):

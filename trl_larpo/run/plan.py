@@ -65,7 +65,7 @@ def plan(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str:
         lines.append(
             f"  iteration {iteration}: sample {prompts} × {k}{f' + {added} negatives' if added else ''} at temperature "
             f"{options.temperature_in(iteration):g}, reward {prompts * (k + added)}, up to {num_lists} lists of up to "
-            f"{_list_size(options, pool)}, {steps} optimizer steps, {evaluation}"
+            f"{list_size(options, pool)}, {steps} optimizer steps, {evaluation}"
         )
         total_samples += samples + len(folder.held_out) * options.num_eval_samples
         total_rewards += prompts * (k + added) + len(folder.held_out) * options.num_eval_samples
@@ -89,7 +89,8 @@ def _selection_text(options: RunConfig) -> str:
     return "all candidates" + (f", at most {options.max_list_size}" if options.max_list_size else "")
 
 
-def _list_size(options: RunConfig, pool: int) -> int:
+def list_size(options: RunConfig, pool: int) -> int:
+    """Candidates in the list of a prompt that has as many as `pool`."""
     return min(pool, options.selection().full_size or options.max_list_size or pool)
 
 
@@ -98,4 +99,4 @@ def num_steps(folder: RunFolder, num_lists: int) -> int:
     training = folder.training
     if training.max_steps > 0:
         return training.max_steps
-    return math.ceil(num_lists / folder.global_batch_size * training.num_train_epochs)
+    return math.ceil(math.ceil(num_lists / folder.global_batch_size) * training.num_train_epochs)

@@ -8,6 +8,7 @@ the time for loading models and starting servers, which every iteration has once
 
 import copy
 import shutil
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -28,7 +29,7 @@ from .evaluation_stages import MAX_KL_PROMPTS
 from .folder import TIMINGS, TRIAL, RunFolder
 from .loop import run, tokenizer_of
 from .options import RunConfig
-from .plan import num_steps, plan, times_of_prompts
+from .plan import list_size, num_steps, plan, times_of_prompts
 from .stages import STAGES
 from .status import duration
 
@@ -181,7 +182,9 @@ def _seconds(whole: RunFolder, trial: RunFolder, list_share: float) -> dict[str,
     for number, stage in _stages(whole):
         row = times[(min(number, 1), stage)]
         work = row["work"] if "work" in row else row["seconds"]
-        done = max(steps, default=1) if stage == "train" else _amount(trial, min(number, 1), stage, list_share)
+        done = _amount(trial, min(number, 1), stage, list_share)
+        if stage == "train":
+            done *= max(steps, default=1) / trial.training.max_steps  # fewer where it was stopped
         of_all = seconds.setdefault(stage, [0.0, 0.0])
         of_all[0] += row["seconds"] if number < 2 else 0.0
         of_all[1] += row["seconds"] - work + work * _amount(whole, number, stage, list_share) / done
@@ -201,24 +204,31 @@ def _amount(folder: RunFolder, number: int, stage: str, list_share: float) -> fl
         return min(MAX_KL_PROMPTS, len(folder.held_out)) if number else 1
     if stage in ("generate", "reward"):
         return len(folder.prompts_of(number))
-    rows = len(times_of_prompts(folder, number))
+    times = times_of_prompts(folder, number).values()
     if stage == "select":
-        return rows
-    num_lists = max(1, round(rows * list_share))
-    return num_steps(folder, num_lists) if stage == "train" else num_lists
+        return sum(times)
+    num_lists = max(1, round(len(times) * list_share))
+    count = num_steps(folder, num_lists) if stage == "train" else num_lists
+    # With memory a prompt has the candidates of several iterations
+    options = folder.options
+    pool = options.num_samples + options.num_negatives * len(options.negatives)
+    return count * statistics.fmean(list_size(options, pool * each) for each in times)
 
 
 def _disk(whole: RunFolder, trial: RunFolder) -> dict[str, float | None]:
     """Bytes that the run will need."""
     sizes = {path.name: path.stat().st_size for path in trial.iteration(1).glob("*.jsonl")}
     sizes.pop("training_log.jsonl")
-    held_out = sum(size for name, size in sizes.items() if name.startswith("held_out")) / len(trial.held_out)
-    of_prompts = sum(size for name, size in sizes.items() if not name.startswith("held_out")) / len(trial.prompts)
+    held_out = sum(size for name, size in sizes.items() if name.startswith("held_out"))
+    samples = sum(size for name, size in sizes.items() if "samples" in name and not name.startswith("held_out"))
+    joined = sum(sizes.values()) - held_out - samples  # with memory, candidates of several iterations
     numbers = range(1, whole.options.num_iterations + 1)
-    rows = sum(len(times_of_prompts(whole, number)) for number in numbers)
+    num_prompts = sum(len(whole.prompts_of(number)) for number in numbers)
+    num_joined = sum(times_of_prompts(whole, number).total() for number in numbers)
     config = AutoConfig.from_pretrained(whole.model.model_name_or_path, revision=whole.model.model_revision)
     return {
-        "files": of_prompts * rows + held_out * len(whole.held_out) * (len(numbers) + 1),
+        "files": (samples * num_prompts + joined * num_joined) / len(trial.prompts)
+        + held_out / len(trial.held_out) * len(whole.held_out) * (len(numbers) + 1),
         "models": bytes_of_models(whole, config),
         "free": shutil.disk_usage(existing_folder(whole.path)).free,
     }
