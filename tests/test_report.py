@@ -12,6 +12,7 @@ from small_run import rows_of
 
 from trl_larpo import DataError
 from trl_larpo.report import charts
+from trl_larpo.report.numbers import with_error
 from trl_larpo.report.page import MAX_DATA_BYTES, write_report
 from trl_larpo.report.statistics import statistics_of
 
@@ -65,7 +66,7 @@ def test_pictures_and_tables_tell_what_happened(run):
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(pictures) == len(found) and all(ET.fromstring(picture) is not None for picture in pictures)
     evaluation = json.loads((run / "iteration_2/evaluation.json").read_text())
-    assert f"{evaluation['reward']['mean']:.3f} ± {evaluation['reward']['standard_error']:.3f}" in page
+    assert with_error(evaluation["reward"]) in page
     assert str(run.parent) not in page  # nothing of the machine
     assert not re.search(r"(src|href)=[\"']?http|@import|url\(http", page)  # nothing from the network
     assert write_report(run).read_text() == page
@@ -76,6 +77,29 @@ def test_a_run_that_has_only_begun_has_a_page(run):
         shutil.rmtree(run / f"iteration_{number}")
     page = write_report(run).read_text()
     assert "0 of 2 iterations done" in page and "No iteration is finished yet." in page
+
+
+@pytest.mark.parametrize(
+    "mean, error, sign, text",
+    [
+        (0.6548, 0.0337, "", "0.655 ± 0.034"),
+        (0.00024, 0.000031, "+", "+0.000240 ± 0.000031"),  # was +0.000 ± 0.000
+        (-0.00024, None, "+", "-0.00024"),
+        (0.5, 0.0, "", "0.500 ± 0.000"),
+        (0.0, None, "", "0.000"),
+        (3e-12, 1e-12, "", "3.0e-12 ± 1.0e-12"),
+        (None, None, "", "unknown"),
+    ],
+)
+def test_small_numbers_keep_their_digits(mean, error, sign, text):
+    assert with_error({"mean": mean, "standard_error": error}, sign) == text
+
+
+def test_samples_without_a_reward_are_counted_in_the_table(run):
+    evaluation = json.loads((run / "iteration_1/evaluation.json").read_text())
+    (run / "iteration_1/evaluation.json").write_text(json.dumps(evaluation | {"unrewarded": 17}))
+    page = write_report(run, with_plots=False).read_text()
+    assert "without a reward</th>" in page and "<td class=number>17</td>" in page
 
 
 @pytest.mark.parametrize("rewards", [[0.3, 0.1 + 0.2], [0.3, 0.3], [-1.7e308, 1.7e308], [1e17, 1e17 + 16]])

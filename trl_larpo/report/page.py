@@ -7,7 +7,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 from ..candidates import Candidate, CandidateList
 from ..errors import DataError
@@ -15,6 +14,7 @@ from ..prompts import Content, Row
 from ..set_aside import set_aside_in
 from ..storage import read_json, read_jsonl, read_yaml, write_text
 from .charts import draw
+from .numbers import with_error
 from .statistics import lists_of_prompt, shown_lists, statistics_of
 
 MAX_DATA_BYTES = 10_000_000
@@ -105,6 +105,7 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
         "",
         "held-out reward",
         "gain over the start",
+        "without a reward",
         "tokens",
         "end on their own",
         "KL from the start",
@@ -118,11 +119,12 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
         lines.append(
             [
                 "start" if number == 0 else f"iteration {number}",
-                _with_error(evaluation["reward"]),
-                _with_error(evaluation["gain"], "+") if number else "",
+                with_error(evaluation["reward"]),
+                with_error(evaluation["gain"], "+") if number else "",
+                str(evaluation["unrewarded"]),
                 _number(evaluation["tokens"], ".1f"),
                 f"{evaluation['finished']:.0%}",
-                _with_error(kl) if kl else "",
+                with_error(kl) if kl else "",
                 str(selection.get("lists", "")),
                 str(selection.get("candidates", "")),
             ]
@@ -190,13 +192,6 @@ def _table(head: list[str], lines: list[list[str]], first_is_text: bool) -> str:
 
     body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
     return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
-
-
-def _with_error(value: dict[str, Any], sign: str = "") -> str:
-    if value["mean"] is None:
-        return "–"
-    error = value.get("standard_error")
-    return f"{value['mean']:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -91,14 +91,6 @@ def mean_and_error(values: list[float]) -> dict[str, float | None]:
     }
 
 
-def with_error(value: dict[str, float | None], sign: str = "") -> str:
-    """Mean and standard error as text; `sign` `"+"` shows the sign of a positive mean."""
-    if value["mean"] is None:
-        return "unknown"
-    error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.3f}"
-    return f"{value['mean']:{sign}.3f}{error}"
-
-
 def best_of_n(pools: list[CandidatePool]) -> list[float]:
     """
     Expected best reward among N samples of a prompt, averaged over prompts, for N = 1, 2, ...

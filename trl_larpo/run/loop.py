@@ -23,13 +23,13 @@ from ..errors import ConfigError, LarPOError, ProcessError
 from ..lifetime import end_family, exit_status
 from ..locks import exclusive_lock
 from ..pools import read_pools
+from ..report.numbers import with_error
 from ..report.page import write_report
 from ..set_aside import set_aside_in
 from ..storage import explain_full_disk, read_json, read_jsonl, read_yaml, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
 from .context import RunContext
-from .evaluation import with_error
 from .folder import RunFolder
 from .health import Check, check_iteration
 from .hidden import environment_of_stages, with_hidden_options

@@ -23,8 +23,9 @@ from transformers import Trainer, TrainerCallback
 
 from ..candidates import CandidatePool
 from ..prompts import Prompt
+from ..report.numbers import with_error
 from ..storage import read_json, write_json
-from .evaluation import MIN_PROMPTS_TO_JUDGE, evaluate, fell, mean_and_error, means_by_prompt, with_error
+from .evaluation import MIN_PROMPTS_TO_JUDGE, evaluate, fell, mean_and_error, means_by_prompt
 
 logger = get_logger(__name__)
 

@@ -1,0 +1,24 @@
+"""Numbers as a person reads them."""
+
+import math
+from collections.abc import Mapping
+
+_DECIMALS = 3  # at least
+_MAX_DECIMALS = 8  # beyond, powers of ten
+
+
+def with_error(value: Mapping[str, float | None], sign: str = "") -> str:
+    """
+    A mean and its standard error as text, with at least two digits of the error that are not zero.
+
+    Args:
+        value: `mean` and `standard_error`, as far as they are known.
+        sign: `"+"` shows the sign of a positive mean.
+    """
+    mean, error = value["mean"], value.get("standard_error")
+    if mean is None:
+        return "unknown"
+    known = [abs(x) for x in (error, mean) if x]
+    decimals = max(_DECIMALS, 1 - math.floor(math.log10(known[0]))) if known else _DECIMALS
+    form = f".{decimals}f" if decimals <= _MAX_DECIMALS else ".1e"
+    return f"{mean:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")
