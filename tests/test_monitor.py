@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from trl_larpo import LarPOTrainer
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
+from trl_larpo.run import loop
 from trl_larpo.run import monitor as monitor_module
 from trl_larpo.run.monitor import MonitorPoint, TrainingMonitor
 
@@ -235,6 +236,15 @@ def test_a_fall_on_few_prompts_is_confirmed_on_all(tmp_path, monkeypatch):
     few = training.sample
     monkeypatch.setattr(training.monitor, "sample", lambda asked: few(asked) if len(asked) == 8 else scored(0.6))
     assert training.run().stopped_at is None
+
+
+def test_the_run_warns_of_kept_weights_whichever_process_trained(tmp_path, monkeypatch, caplog):
+    # It was only printed, and by a process that does not write warnings.log
+    monitor = Training(tmp_path / "m.json", {2: 0.6, 4: 0.9, 6: 0.8, 8: 0.6}, monkeypatch).run()
+    for path in (tmp_path / "m.json", tmp_path / "none.json"):
+        loop._warn_of_kept_weights(path, 3)
+    [warning] = caplog.records
+    assert warning.getMessage().endswith(f"Iteration 3: {monitor.explanation()}")
 
 
 def test_an_end_that_chance_may_have_put_below_the_best_is_kept(tmp_path, monkeypatch):

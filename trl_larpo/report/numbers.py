@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 _DECIMALS = 3  # at least
 _MAX_DECIMALS = 8  # beyond, powers of ten
+_ROUNDING = 1e-12  # an error that is smaller, as a share of the mean, is none
 
 
 def with_error(value: Mapping[str, float | None], sign: str = "") -> str:
@@ -18,7 +19,7 @@ def with_error(value: Mapping[str, float | None], sign: str = "") -> str:
     mean, error = value["mean"], value.get("standard_error")
     if mean is None:
         return "unknown"
-    known = [abs(x) for x in (error, mean) if x]
-    decimals = max(_DECIMALS, 1 - math.floor(math.log10(known[0]))) if known else _DECIMALS
+    smallest = error if error and error > _ROUNDING * abs(mean) else abs(mean)
+    decimals = max(_DECIMALS, 1 - math.floor(math.log10(smallest))) if smallest else _DECIMALS
     form = f".{decimals}f" if decimals <= _MAX_DECIMALS else ".1e"
     return f"{mean:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")
