@@ -85,6 +85,13 @@ def test_rewards_are_also_of_prompts_that_are_remembered(run):
     assert (found["stage"], found["done"], found["total"]) == ("reward", 70, 75)
 
 
+def test_no_time_is_left_where_more_is_done_than_was_expected(run):
+    write_json(run / PROGRESS, {"iteration": 2, "stage": "generate", "started": time.time() - 50, "done": 5})
+    more = [{"prompt_id": str(i)} for i in range(60)]  # such as rewards of candidates that were sampled again
+    GrowingFile(run / "iteration_2/samples.jsonl").add(more)
+    assert status_of(run)["done"] == 70 and seconds_left(run) == 600
+
+
 def test_a_run_that_stopped_and_one_that_ended(run):
     assert status_of(run)["state"] == "stopped"
     assert seconds_left(run) == 700  # as long as in the iteration before
