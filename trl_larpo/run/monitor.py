@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 
 _CONFIRMATION = 4  # times as many prompts are asked before a training is stopped
 
-_CERTAIN = 3.0  # standard errors by which weights must be worse to be given up: the best of several is so by chance
+_CERTAIN = 3.0  # standard errors by which weights must be worse to be given up; of several points, one is often by two
 
 _CHANCES = 4  # steps at which it may sample, for each time that it is asked to
 
