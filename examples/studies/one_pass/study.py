@@ -21,8 +21,9 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_larpo.pools import read_pools
+from trl_larpo.report.numbers import with_error
 from trl_larpo.run.context import RunContext
-from trl_larpo.run.evaluation import evaluate, mean_and_error, with_error
+from trl_larpo.run.evaluation import evaluate, mean_and_error
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.stages import STAGES, run_stage

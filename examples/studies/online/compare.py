@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from trl_larpo import OnlineLarPOConfig, OnlineLarPOTrainer
+from trl_larpo.report.numbers import with_error
 from trl_larpo.rewards.functions import load_rewards
-from trl_larpo.run.evaluation import mean_and_error, with_error
+from trl_larpo.run.evaluation import mean_and_error
 from trl_larpo.run.loop import run
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 
