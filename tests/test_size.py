@@ -21,8 +21,9 @@ from trl_larpo.storage import read_jsonl, write_json, write_jsonl
 NUM_PROMPTS, NUM_SAMPLES = 300, 4
 
 EVALUATION = {
-    "prompts": 8, "samples": 16, "reward": {"mean": 1.0, "standard_error": 0.1}, "best_of_n": [1.0, 1.5],
-    "gain": {"mean": 0.0, "standard_error": 0.1}, "tokens": 9.0, "finished": 1.0, "kl_from_initial": None,
+    "prompts": 8, "samples": 16, "unrewarded": 0, "tokens": 9.0, "finished": 1.0, "best_of_n": [1.0, 1.5],
+    "reward": {"mean": 1.0, "standard_error": 0.1}, "gain": {"mean": 0.0, "standard_error": 0.1},
+    "kl_from_initial": None,
 }  # fmt: skip
 
 
