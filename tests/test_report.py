@@ -97,6 +97,7 @@ def test_small_numbers_keep_their_digits(mean, error, sign, text):
 
 
 def test_samples_without_a_reward_are_counted_in_the_table(run):
+    assert "without a reward</th>" not in write_report(run, with_plots=False).read_text()
     evaluation = json.loads((run / "iteration_1/evaluation.json").read_text())
     (run / "iteration_1/evaluation.json").write_text(json.dumps(evaluation | {"unrewarded": 17}))
     page = write_report(run, with_plots=False).read_text()

@@ -105,13 +105,13 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
         "",
         "held-out reward",
         "gain over the start",
-        "without a reward",
         "tokens",
         "end on their own",
         "KL from the start",
         "lists",
         "candidates",
     ]
+    unrewarded = [found["evaluation"]["unrewarded"] for found in iterations.values()]
     lines = []
     for number, found in iterations.items():
         evaluation, selection = found["evaluation"], found.get("selection", {})
@@ -121,7 +121,6 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
                 "start" if number == 0 else f"iteration {number}",
                 with_error(evaluation["reward"]),
                 with_error(evaluation["gain"], "+") if number else "",
-                str(evaluation["unrewarded"]),
                 _number(evaluation["tokens"], ".1f"),
                 f"{evaluation['finished']:.0%}",
                 with_error(kl) if kl else "",
@@ -129,6 +128,9 @@ def _iterations_table(iterations: dict[int, Row]) -> str:
                 str(selection.get("candidates", "")),
             ]
         )
+    if any(unrewarded):
+        head.append("without a reward")
+        lines = [[*line, str(count)] for line, count in zip(lines, unrewarded, strict=True)]
     return _table(head, lines, first_is_text=True)
 
 
