@@ -188,6 +188,7 @@ def run_command(command: str, folder: Path, monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
+@pytest.mark.usefixtures("registries_restored")
 def test_the_commands_of_a_page_run_in_their_order(page, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     monkeypatch.syspath_prepend(str(checkout))
@@ -202,6 +203,20 @@ def test_the_commands_of_a_page_run_in_their_order(page, checkout, monkeypatch):
     if page == "examples/benchmarks/README.md":
         shutil.rmtree(checkout / "outputs" / "quickstart", ignore_errors=True)
     walk(page, checkout, monkeypatch)
+    run_program_texts(page, monkeypatch)
+
+
+def run_program_texts(page: str, monkeypatch) -> None:
+    """Blocks of Python that are not files: with the names that the page has used before, and what its commands made."""
+    from datasets import Dataset
+
+    pair = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+    names = {"train_dataset": Dataset.from_list([pair] * 4), "model": "outputs/SmolLM2-135M-Instruct"}
+    names["dataset"] = names["train_dataset"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for kind, text in blocks(page):
+        if kind == "python" and not re.match(r"# \S+\.py\n", text):
+            exec(text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "outputs/SmolLM2-135M-Instruct"), names)
 
 
 def walk(page: str, folder: Path, monkeypatch) -> None:
@@ -228,23 +243,6 @@ def registries_restored():
     for registry, entries in zip(registries, before, strict=True):
         registry.clear()
         registry.update(entries)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES_WITH_CODE)
-@pytest.mark.usefixtures("registries_restored")
-def test_program_texts_run(page, checkout, monkeypatch):
-    """Blocks of Python that are not files: with the names that the page has used before."""
-    from datasets import Dataset
-
-    monkeypatch.chdir(checkout)
-    pair = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
-    names = {"train_dataset": Dataset.from_list([pair] * 4), "model": "outputs/SmolLM2-135M-Instruct"}
-    names["dataset"] = names["train_dataset"]
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for kind, text in blocks(page):
-        if kind == "python" and not re.match(r"# \S+\.py\n", text):
-            exec(text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "outputs/SmolLM2-135M-Instruct"), names)
 
 
 COMMAND = re.compile(
