@@ -1,6 +1,7 @@
 """The page of a run, in a real browser: pictures, health, lists; whatever a model wrote stays text."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -90,6 +91,8 @@ def test_a_run_that_has_only_begun_has_a_page(run):
         (0.0, None, "", "0.000"),
         (3e-12, 1e-12, "", "3.0e-12 ± 1.0e-12"),
         (None, None, "", "unknown"),
+        (math.nan, math.nan, "", "nan ± nan"),
+        (math.inf, None, "+", "+inf"),
     ],
 )
 def test_small_numbers_keep_their_digits(mean, error, sign, text):

@@ -20,6 +20,7 @@ def with_error(value: Mapping[str, float | None], sign: str = "") -> str:
     if mean is None:
         return "unknown"
     smallest = error if error and error > _ROUNDING * abs(mean) else abs(mean)
-    decimals = max(_DECIMALS, 1 - math.floor(math.log10(smallest))) if smallest else _DECIMALS
+    has_digits = 0 < smallest < math.inf  # a divergence may be NaN, or infinite
+    decimals = max(_DECIMALS, 1 - math.floor(math.log10(smallest))) if has_digits else _DECIMALS
     form = f".{decimals}f" if decimals <= _MAX_DECIMALS else ".1e"
     return f"{mean:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")

@@ -106,7 +106,7 @@ def rates_to_try(task: str, arm: str, results: Results, setup: Setup) -> list[Ex
         return missing
     place = LEARNING_RATES.index(results.best_learning_rate(task, arm))
     if place in (0, len(LEARNING_RATES) - 1):
-        raise SystemExit(f"The best learning rate of {arm} on {task} is the last of `LEARNING_RATES`: add others.")
+        raise SystemExit(f"The best learning rate of {arm} on {task} is at an end of `LEARNING_RATES`: add others.")
     return untried(LEARNING_RATES[place - 1 : place + 2])
 
 
