@@ -1,6 +1,7 @@
 """FlashAttention on a CPU: its functions in plain torch, below transformers' own code for it."""
 
 import contextlib
+from functools import partial
 from unittest import mock
 
 import torch
@@ -51,11 +52,11 @@ def flash_attn_varlen_func(
     return torch.cat(outputs)
 
 
-def flash_attn_func(q, k, v, **options):
+def flash_attn_func(q, k, v, varlen, **options):
     """The same for sequences of one length, `(batch, length, heads, head_size)`."""
-    ends = [torch.arange(len(x) + 1, dtype=torch.int32) * x.size(1) for x in (q, k)]
+    ends = [torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.size(1) for x in (q, k)]
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    return flash_attn_varlen_func(*flat, *ends, q.size(1), k.size(1), **options).view(q.shape[:3] + v.shape[3:])
+    return varlen(*flat, *ends, q.size(1), k.size(1), **options).view(q.shape[:3] + v.shape[3:])
 
 
 def _accept(model, attn_implementation, *args, **kwargs):
@@ -65,15 +66,20 @@ def _accept(model, attn_implementation, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def flash_attention():
-    """Models can be made with `attn_implementation="flash_attention_2"`, and run on a CPU, in float32 too."""
+def flash_attention(varlen=flash_attn_varlen_func):
+    """
+    Models can be made with `attn_implementation="flash_attention_2"`, and run on a CPU, in float32 too.
+
+    Args:
+        varlen: What stands in for `flash_attn_varlen_func`.
+    """
     functions = {
         "_loaded_implementation": FLASH,
-        "_flash_fn": flash_attn_func,
-        "_flash_varlen_fn": flash_attn_varlen_func,
+        "_flash_fn": partial(flash_attn_func, varlen=varlen),
+        "_flash_varlen_fn": varlen,
         "_pad_fn": flash_utils._pad_input,
         "_unpad_fn": flash_utils._unpad_input,
-        "_process_flash_kwargs_fn": flash_utils._lazy_define_process_function(flash_attn_varlen_func),
+        "_process_flash_kwargs_fn": flash_utils._lazy_define_process_function(varlen),
     }
     with contextlib.ExitStack() as stack:
         for name, function in functions.items():  # transformers 4 has no `_loaded_implementation`

@@ -229,7 +229,7 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     assert publish.filled(once, results) == once
 
 
-def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path):
+def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path, setup):
     arms, results = modules("arms"), modules("results").Results(tmp_path)
     screened, promising = arms.SCREENING_SEEDS, arms.PROMISING_SEEDS
     all_seeds = (*screened, *promising)
@@ -243,10 +243,15 @@ def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path):
     assert results.effect("four_rules", "listnet").mean == pytest.approx(0.1)
     assert results.effect("four_rules", "listnet").num_seeds == len(promising)
     assert results.effect("four_rules", "lambdarank").mean == results.effect("four_rules", "approx_ndcg").mean == 0.5
-    assert modules("study").seeds_to_confirm("four_rules", results, small=False) == {
-        "best_worst": promising, "listnet": promising, "approx_ndcg": promising,
-        **dict.fromkeys(["contrastive", "listmle", "lambdarank", "lambdarank_sums"], arms.CONFIRMING_SEEDS),
-    }  # fmt: skip
+    study, screening = modules("study"), ["best_worst", "lambdarank", "listnet", "approx_ndcg"]
+    always = dict.fromkeys(["best_worst", "contrastive", "listmle", "lambdarank", "lambdarank_sums"], (12, 13, 14))
+    chosen = dict.fromkeys(["best_worst", "listnet", "approx_ndcg"], promising)
+    assert study.seeds_of("confirm", "four_rules", screening, results, setup, 0) == always | chosen
+    assert study.seeds_of("confirm", "four_rules", [*screening, "listmle_2_2"], results, setup, 0) == always
+    results.failed.add(modules("experiment").Experiment("four_rules", "listmle_2_2", 1e-5, 10))
+    assert study.seeds_of("confirm", "four_rules", [*screening, "listmle_2_2"], results, setup, 0) == always | chosen
+    more = study.seeds_of("confirm", "four_rules", screening, results, setup, 4)
+    assert more["lambdarank"] == more["best_worst"] == (12, 13, 14, 15, 16, 17, 18) and more["listnet"] == promising
 
 
 def test_results_of_several_kinds_are_not_averaged(modules, tmp_path):
@@ -311,6 +316,7 @@ def setup(modules, tmp_path):
 
 def write_result(results, each, setup, reward=0.5):
     result = {"settings": each.settings, "basis": setup.basis(each.task), "end": {"reward": reward}}
+    result["rewards"] = [reward]
     results.path(each).write_text(json.dumps(result))
 
 
@@ -341,34 +347,98 @@ def test_a_result_of_another_kind_is_computed_again(modules, tmp_path, setup):
     for each in (same, run):
         write_result(results, each, setup)
     assert results.missing([same, other, run], setup) == [other]
-    smaller, on_gpu = replace(setup, size=modules("experiment").SMALL), replace(setup, device="cuda")
+    smaller = replace(setup, size=modules("experiment").SMALL)
+    assert results.missing([same, run], replace(setup, device="cuda")) == []
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"other weights")
-    for changed in (smaller, on_gpu, replace(setup, model=str(tmp_path / "other"))):
+    for changed in (smaller, replace(setup, model=str(tmp_path / "other"))):
         assert results.missing([same, run], changed) == [same, run]
         assert changed.folder_of_samples("four_rules", 0, False) != setup.folder_of_samples("four_rules", 0, False)
     modules("claims").RUNS["list_2"]["num_samples"] = 3
     assert results.missing([run], setup) == [run]
 
 
-def test_results_of_the_first_seeds_come_before_the_samples_of_the_last(modules, monkeypatch):
-    study, experiment, order = modules("study"), modules("experiment"), []
+def test_an_arm_is_measured_as_soon_as_it_is_tuned(modules, tmp_path, setup):
+    study, results = modules("study"), modules("results").Results(tmp_path)
+    arms, stages = ["best_worst", "lambdarank", "listnet"], list(study.STAGES)
+
+    def to_do():
+        return [
+            (each.arm, each.learning_rate if each.tuning else each.seed)
+            for each in study.to_do(stages, ["four_rules"], arms, results, setup)
+        ]
+
+    def write(arm, seeds=(study.TUNING_SEED,), rates=(1e-4,)):
+        for seed in seeds:
+            for rate in rates:
+                each = modules("experiment").Experiment("four_rules", arm, rate, seed, seed == study.TUNING_SEED)
+                write_result(results, each, setup, -abs(rate - 1e-4))
+
+    rates = [3e-5, 1e-4, 3e-4]
+    assert to_do() == [(arm, rate) for rate in rates for arm in arms[:2]] + [("listnet", rate) for rate in rates]
+    write("best_worst", rates=rates)
+    of_pairs = [("best_worst", seed) for seed in (10, 11, 12, 13, 14)]
+    assert to_do() == [("lambdarank", x) for x in rates] + of_pairs + [("listnet", x) for x in rates]
+    write("best_worst", (10, 11, 12))
+    results.failed.add(modules("experiment").Experiment("four_rules", "lambdarank", 3e-4, 100, tuning=True))
+    write("lambdarank", rates=rates[:2])
+    of_lists = [("lambdarank", 10), ("lambdarank", 11), ("lambdarank", 12)]
+    of_lists += [(arm, seed) for seed in (13, 14) for arm in arms[:2]]
+    assert to_do() == [*of_lists, *(("listnet", rate) for rate in rates)]
+    write("listnet", rates=rates)
+    assert to_do() == [*of_lists, ("listnet", 10), ("listnet", 11)]
+    write("listnet", (10, 11))
+    more = [("best_worst", 15), ("best_worst", 16), *(("listnet", seed) for seed in (12, 13, 14, 15, 16))]
+    assert to_do() == [*of_lists, *more]
+
+
+@pytest.fixture
+def threads(modules, monkeypatch):
+    """Workers are threads. Returns what they have done, in order."""
+    study, order = modules("study"), []
     monkeypatch.setattr(study, "ProcessPoolExecutor", lambda count, *_, **__: ThreadPoolExecutor(count))
     monkeypatch.setattr(study, "prepare", lambda task, seed, tuning, setup: order.append(f"samples {seed}"))
+    return order
+
+
+def test_results_of_the_first_seeds_come_before_the_samples_of_the_last(modules, threads):
+    study, experiment = modules("study"), modules("experiment")
 
     def run(each, setup):
         time.sleep(0.01)
-        order.append(f"result {each.seed}")
+        threads.append(f"result {each.seed}")
         return each.arm
 
     arms = list(modules("arms").ARMS)[:5]
     asked = [experiment.Experiment("four_rules", arm, 1e-5, seed) for seed in range(4) for arm in arms]
-    results = dict(study._results_of(asked, None, 2, run))
-    assert list(map(results.get, asked)) == arms * 4
+    done = {}
+    for each, result in study._results_of(lambda: [x for x in asked if x not in done], None, 2, run):
+        done[each] = result
+    assert list(map(done.get, asked)) == arms * 4
     for seed in range(4):
-        assert order.index(f"samples {seed}") < order.index(f"result {seed}")
-    assert order.index("samples 3") > order.index("result 1")
-    assert order.count("result 3") == 5
+        assert threads.index(f"samples {seed}") < threads.index(f"result {seed}")
+        assert threads.count(f"samples {seed}") == 1
+    assert threads.index("samples 3") > threads.index("result 1")
+    assert threads.count("result 3") == 5
+
+
+def test_what_fails_is_left_out_and_named(modules, threads, tmp_path, setup, capsys):
+    study, results = modules("study"), modules("results").Results(tmp_path)
+    asked = [modules("experiment").Experiment("four_rules", "listnet", 1e-5, seed) for seed in range(4)]
+
+    def run(each, setup):
+        if each.seed == 1:
+            raise FloatingPointError("the loss is NaN")
+        end = {"start": {"reward": 0.1}, "end": {"reward": 0.2}}
+        return end | {"settings": each.settings, "basis": setup.basis(each.task)}
+
+    with pytest.raises(SystemExit, match=r"^Failed: four_rules_listnet_seed1\.json\. The same again retries\.$"):
+        study.run_all(lambda: results.missing(asked, setup), setup, results, 2, run, ahead=[("four_rules", 9, False)])
+    assert "FloatingPointError: the loss is NaN" in capsys.readouterr().out
+    assert [results.path(each).exists() for each in asked] == [True, False, True, True]
+    assert "samples 9" in threads
+    results = modules("results").Results(tmp_path)  # the next start
+    assert results.missing(asked, setup) == [asked[1]]
 
 
 @pytest.mark.slow
@@ -393,7 +463,7 @@ def test_a_claim_runs_resumes_and_repeats_itself(tiny_study, modules, monkeypatc
     assert not list(Path("outputs").rglob("*.safetensors"))
     next(Path("outputs").rglob("reference_initial_seed10.json")).unlink()
     assert run() == whole
-    assert "claims: 1 results to compute." in capsys.readouterr().out
+    assert "1 results to compute now" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -404,7 +474,7 @@ def test_smallest_form_runs_resumes_and_repeats_itself(tiny_study, capsys):
     for name in sorted(whole)[::5]:
         next(Path("outputs").rglob(name)).unlink()
     assert tiny_study() == whole
-    assert "tune four_rules: 2 results to compute." in capsys.readouterr().out
+    assert "2 results to compute now" in capsys.readouterr().out
     # Arms of a seed share samples and evaluation
     pairs, lists = (json.loads(whole[f"four_rules_{arm}_seed10.json"]) for arm in ("best_worst", "lambdarank"))
     assert pairs["start"] == lists["start"] and pairs["rewards"] != lists["rewards"]

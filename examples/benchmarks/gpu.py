@@ -101,7 +101,7 @@ QUICK = Plan(
 
 
 class Table:
-    """Collects rows, prints each when it is known, and saves all of them after each section."""
+    """Collects rows, and prints and saves each when it is known."""
 
     def __init__(self, plan: Plan, output: Path | None):
         self.plan, self.output, self.rows = plan, output, []
@@ -119,6 +119,7 @@ class Table:
         self.rows.append({"section": section, "what": what} | values)
         shown = [f"{_UNITS[name](value):>15}" for name, value in values.items() if name in _UNITS and value is not None]
         print(f"{section:<12} {what:<58}" + " ".join(shown) + f"  {values.get('note', '')}", flush=True)
+        self.save()
         return self.rows[-1]
 
     def save(self) -> dict:
@@ -579,7 +580,6 @@ def main(argv: list[str] | None = None) -> dict:
         SECTIONS[name](table)
         free()
         table.add("time", name, seconds=time.monotonic() - start)
-        table.save()
     compare_layouts(table)
     fit_prices(table)
     results = table.save()

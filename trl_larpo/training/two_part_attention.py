@@ -200,8 +200,8 @@ class _TwoPartAttention(torch.autograd.Function):
         own_normalizer = normalizer[:, candidates]
         # In half precision, the share that is rounded is the smaller one as a rule
         share = torch.sigmoid(own_normalizer - of_prompts_normalizer).t()[:, :, None].to(output.dtype)
-        output[candidates] = of_prompts.lerp_(output[candidates], share)
-        own_normalizer.copy_(torch.logaddexp(own_normalizer, of_prompts_normalizer))
+        torch.lerp(of_prompts, output[candidates], share, out=output[candidates])
+        torch.logaddexp(own_normalizer, of_prompts_normalizer, out=own_normalizer)
         ctx.save_for_backward(query, key, value, output, normalizer)
         ctx.parts, ctx.options, ctx.states = parts, (scale, dropout), (state, prompts_state)
         return output
@@ -221,9 +221,9 @@ class _TwoPartAttention(torch.autograd.Function):
             gradient[candidates], query[candidates], key[prompts], value[prompts], output[candidates],
             normalizer[:, candidates].contiguous(), parts.prompts, scale, dropout, prompts_state,
         )  # fmt: skip
-        of_query[candidates] += more_of_query
-        of_key[prompts] += more_of_key
-        of_value[prompts] += more_of_value
+        of_query[candidates].add_(more_of_query)  # `+=` would copy the sum to its own place
+        of_key[prompts].add_(more_of_key)
+        of_value[prompts].add_(more_of_value)
         return of_query, of_key, of_value, None, None, None
 
 

@@ -164,7 +164,7 @@ def main() -> None:
     if not arguments.table:
         names = dict.fromkeys(name for claim in arguments.claims for name in CLAIMS[claim])
         runs = [Variation(TASK, name, seed) for seed in seeds for name in names]
-        run_all(results.missing(runs, setup), setup, results, arguments.workers, "claims", run)
+        run_all(lambda: results.missing(runs, setup), setup, results, arguments.workers, run)
     print_tables(results, arguments.claims)
 
 
@@ -189,7 +189,7 @@ def run(variation: Variation, setup: Setup) -> dict:
                 held_out_prompts=str(files["held_out"]),
                 num_held_out=NUM_WATCHED,
                 max_new_tokens=task.max_new_tokens,
-                generation_batch_size=128,
+                generation_batch_size=setup.generation_batch_size,
                 monitor_evals=0,
                 stop_on=["none"],
                 reward_funcs=[task.reward],
@@ -204,7 +204,10 @@ def run(variation: Variation, setup: Setup) -> dict:
         model = AutoModelForCausalLM.from_pretrained(last).to(setup.device)
         tokenizer = AutoTokenizer.from_pretrained(last)
         prompts = prompts_of(task.held_out)[: setup.size.held_out]
-        end = sampled(model, tokenizer, task, prompts, setup.size.eval_samples, "held_out", variation.seed)
+        end = sampled(
+            model, tokenizer, task, prompts, setup.size.eval_samples, "held_out", variation.seed,
+            setup.generation_batch_size,
+        )  # fmt: skip
         budget = budget_of(folder)
         shutil.rmtree(folder)
     return {
@@ -213,6 +216,7 @@ def run(variation: Variation, setup: Setup) -> dict:
         "seed": variation.seed,
         "settings": variation.settings,
         "basis": setup.basis(variation.task),
+        "device": setup.device,
         "budget": budget,
         "start": summary(start),
         "end": summary(end),

@@ -78,7 +78,8 @@ class Setup:
         size: How much.
         output: Folder of samples and logs.
         model: The initial model.
-        device: What it is trained and sampled on, `cpu` or `cuda`.
+        device: What it is trained and sampled on in float32, `cpu` or `cuda`. They differ by rounding alone, so that
+            results of both count.
     """
 
     size: Size
@@ -86,6 +87,12 @@ class Setup:
     model: str
     device: str = "cpu"
 
+    @property
+    def generation_batch_size(self) -> int:
+        """A GPU takes as long for one completion as for hundreds."""
+        return 128 if self.device == "cpu" else 768
+
+    @functools.cache  # noqa: B019  setups are few, and live as long as the process
     def basis(self, task: str) -> dict[str, Any]:
         """What all results of a task are based on. Results of another basis are not compared."""
         made = GRADED_TASKS[task]()
@@ -94,7 +101,6 @@ class Setup:
             "temperature": TEMPERATURE,
             "prompts": _digest([json.dumps(asdict(made)).encode()]),
             "model": _digest_of_files(self.model),
-            "device": self.device,
         }
 
     def folder_of_samples(self, task: str, seed: int, tuning: bool) -> Path:
@@ -159,10 +165,11 @@ def prepare(task: str, seed: int, tuning: bool, setup: Setup) -> None:
         made = GRADED_TASKS[task]()
         rows = made.tuning_train if tuning else made.train
         prompts = random.Random(seed).sample(prompts_of(rows), size.prompts)
-        samples = sampled(model, tokenizer, made, prompts, size.samples, f"train/{seed}", seed)
+        batch_size = setup.generation_batch_size
+        samples = sampled(model, tokenizer, made, prompts, size.samples, f"train/{seed}", seed, batch_size)
         held_out = prompts_of(made.tuning if tuning else made.held_out)[: size.held_out]
         num_samples = size.tuning_samples if tuning else size.eval_samples
-        start = sampled(model, tokenizer, made, held_out, num_samples, "held_out", seed)
+        start = sampled(model, tokenizer, made, held_out, num_samples, "held_out", seed, batch_size)
         del model
         # Those without any text teach nothing, and have no log-probability
         samples = [pool.with_candidates([c for c in pool.candidates if c.text.strip()]) for pool in samples]
@@ -201,7 +208,10 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         )
         trainer.train()
         prompts, num_samples = [pool.prompt for pool in start], len(start[0].candidates)
-        end = sampled(trainer.model, tokenizer, task, prompts, num_samples, "held_out", experiment.seed)
+        end = sampled(
+            trainer.model, tokenizer, task, prompts, num_samples, "held_out", experiment.seed,
+            setup.generation_batch_size,
+        )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
     trained = [candidate for made in lists for candidate in made.selected]
     return {
@@ -210,6 +220,7 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         "seed": experiment.seed,
         "settings": settings,
         "basis": setup.basis(experiment.task),
+        "device": setup.device,
         "budget": {
             "samples": sum(candidate.count for pool in samples for candidate in pool.candidates),
             "lists": len(lists),
@@ -255,11 +266,12 @@ def read_samples(experiment: Experiment, setup: Setup) -> tuple[list[CandidatePo
 
 
 def sampled(
-    model: PreTrainedModel, tokenizer, task: Task, prompts: list[Prompt], count: int, key: str, seed: int
-) -> list[CandidatePool]:
+    model: PreTrainedModel, tokenizer, task: Task, prompts: list[Prompt], count: int, key: str, seed: int,
+    batch_size: int,
+) -> list[CandidatePool]:  # fmt: skip
     """Samples of each prompt with their rewards."""
     how = SamplingTask([SampleKind("policy", TEMPERATURE)] * count, "", iteration=1, key=key)
-    options = GenerationOptions(max_new_tokens=task.max_new_tokens, generation_batch_size=128)
+    options = GenerationOptions(max_new_tokens=task.max_new_tokens, generation_batch_size=batch_size)
     with tqdm(disable=True) as silent:
         pools = sample_pools(model, tokenizer, prompts, how, options, seed, silent)
     return score_pools(load_rewards([task.reward]), pools)

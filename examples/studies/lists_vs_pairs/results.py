@@ -34,10 +34,14 @@ class Results:
 
     Args:
         folder: With `tuning/`, `reported/` and `claims/`.
+
+    Attributes:
+        failed: Results that could not be computed; they are not missing until the next start.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.failed: set[AnyExperiment] = set()
 
     def path(self, experiment: AnyExperiment) -> Path:
         folder = self.folder / experiment.folder
@@ -45,8 +49,12 @@ class Results:
         return folder / experiment.file_name
 
     def missing(self, experiments: Sequence[Some], setup: Setup) -> list[Some]:
-        """Those that have no result yet, or one of other settings, prompts, model or device."""
-        return [each for each in experiments if not self._is_there(each, setup)]
+        """Those that have no result yet, or one of other settings, sizes, prompts or model."""
+        return [each for each in experiments if each not in self.failed and not self._is_there(each, setup)]
+
+    def has_failed(self, task: str, arm: str) -> bool:
+        """Whether a reported result of an arm could not be computed."""
+        return any(not each.tuning and (each.task, each.arm) == (task, arm) for each in self.failed)
 
     def _is_there(self, experiment: AnyExperiment, setup: Setup) -> bool:
         path = self.path(experiment)

@@ -16,7 +16,7 @@ import os
 import statistics
 import threading
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -44,19 +44,31 @@ NUM_PROMISING = 2
 
 SMALL_ARMS = (BASELINE, "lambdarank")
 
+Samples = tuple[str, int, bool]
+"""Task, seed, and whether they are for tuning: what tells the samples that a result is made of from others."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--tasks", nargs="+", default=list(GRADED_TASKS), choices=GRADED_TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
+    parser.add_argument(
+        "--more_seeds", type=int, default=0, help="of the arms that are always confirmed, for narrower intervals"
+    )
     arguments, setup, results = parse(parser)
     arms = arguments.arms or list(SMALL_ARMS if arguments.small else ARMS)
     if not arguments.table:
-        for stage in arguments.stages:
-            for task in arguments.tasks:  # one after the other: the first is finished sooner
-                while missing := results.missing(experiments_of(stage, task, arms, results, setup), setup):
-                    run_all(missing, setup, results, arguments.workers, f"{stage} {task}")
+        if "tune" not in arguments.stages:
+            check_rates(arguments.tasks, arms, results)
+
+        def missing() -> list[Experiment]:
+            return to_do(arguments.stages, arguments.tasks, arms, results, setup, arguments.more_seeds)
+
+        # What is not needed yet is sampled while workers have nothing else to do
+        seeds = () if arguments.small or arguments.stages == ["tune"] else (*SCREENING_SEEDS, *CONFIRMING_SEEDS)
+        ahead = [(task, seed, False) for task in arguments.tasks[:1] for seed in seeds]
+        run_all(missing, setup, results, arguments.workers, ahead=ahead)
     print_table(results)
 
 
@@ -75,22 +87,65 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Setup, R
     return arguments, Setup(SMALL if arguments.small else WHOLE, output, MODEL, device), results
 
 
-def experiments_of(stage: str, task: str, arms: list[str], results: Results, setup: Setup) -> list[Experiment]:
-    """What a stage consists of, given the results that there are."""
+def check_rates(tasks: list[str], arms: list[str], results: Results) -> None:
+    for task in tasks:
+        if missing := [arm for arm in arms if results.best_learning_rate(task, arm) is None]:
+            raise SystemExit(f"No learning rate was chosen for {', '.join(missing)} on {task}: run the stage `tune`.")
+
+
+def to_do(
+    stages: list[str], tasks: list[str], arms: list[str], results: Results, setup: Setup, more_seeds: int = 0
+) -> list[Experiment]:
+    """Results that are missing and can be computed, given those that there are. The main comparison comes first."""
+    found = []
+    for task in tasks:
+        is_chosen = {arm: "tune" not in stages or not rates_to_try(task, arm, results, setup) for arm in arms}
+        seeds = {stage: seeds_of(stage, task, arms, results, setup, more_seeds) for stage in ("screen", "confirm")}
+        for is_main in (True, False):
+            group = [arm for arm in arms if (arm in ALWAYS_CONFIRMED) == is_main]
+            if "tune" in stages:
+                rates = [each for arm in group for each in rates_to_try(task, arm, results, setup)]
+                found += sorted(rates, key=lambda each: each.learning_rate)
+            for stage, of_arms in seeds.items():
+                if stage in stages:
+                    experiments = [
+                        Experiment(task, arm, results.best_learning_rate(task, arm), seed)
+                        for arm in group
+                        if is_chosen[arm]
+                        for seed in of_arms.get(arm, ())
+                    ]
+                    found += sorted(results.missing(experiments, setup), key=lambda each: each.seed)
+    return list(dict.fromkeys(found))
+
+
+def seeds_of(
+    stage: str, task: str, arms: list[str], results: Results, setup: Setup, more_seeds: int
+) -> dict[str, tuple[int, ...]]:
+    """By arm, the seeds with which it is screened or confirmed."""
     small = setup.size == SMALL
-    if stage == "tune":
-        found = [each for arm in arms for each in rates_to_try(task, arm, results, setup)]
-        return sorted(found, key=lambda each: each.learning_rate)
     if stage == "screen":
-        seeds = dict.fromkeys(arms, SCREENING_SEEDS[: 1 if small else None])
-    else:
-        seeds = {arm: found for arm, found in seeds_to_confirm(task, results, small).items() if arm in arms}
-    rates = {arm: results.best_learning_rate(task, arm) for arm in seeds}
-    missing = [arm for arm, rate in rates.items() if rate is None]
-    if missing:
-        raise SystemExit(f"No learning rate was chosen for {', '.join(missing)} on {task}: run the stage `tune`.")
-    experiments = [Experiment(task, arm, rates[arm], seed) for arm in seeds for seed in seeds[arm]]
-    return sorted(experiments, key=lambda each: each.seed)
+        return dict.fromkeys(arms, SCREENING_SEEDS[: 1 if small else None])
+    if small:
+        return dict.fromkeys(SMALL_ARMS, CONFIRMING_SEEDS[:1])
+    last = CONFIRMING_SEEDS[-1]
+    seeds = dict.fromkeys(ALWAYS_CONFIRMED, (*CONFIRMING_SEEDS, *range(last + 1, last + 1 + more_seeds)))
+    if promising := promising_arms(task, arms, results):
+        seeds[BASELINE] = tuple(sorted({*seeds[BASELINE], *PROMISING_SEEDS}))
+        seeds |= dict.fromkeys(promising, PROMISING_SEEDS)
+    return seeds
+
+
+def promising_arms(task: str, arms: list[str], results: Results) -> list[str]:
+    """The best of the screening, apart from those that are always confirmed; none before all are screened."""
+    screened = {
+        arm: results.rewards(task, arm, SCREENING_SEEDS)
+        for arm in {*arms, *results.arms(task)}
+        if arm not in ALWAYS_CONFIRMED and not results.has_failed(task, arm)
+    }
+    means = {arm: rewards.mean() for arm, rewards in screened.items() if rewards is not None}
+    if len(means) < len(screened):
+        return []
+    return sorted(means, key=means.__getitem__, reverse=True)[:NUM_PROMISING]
 
 
 def rates_to_try(task: str, arm: str, results: Results, setup: Setup) -> list[Experiment]:
@@ -110,74 +165,97 @@ def rates_to_try(task: str, arm: str, results: Results, setup: Setup) -> list[Ex
     return untried(LEARNING_RATES[place - 1 : place + 2])
 
 
-def seeds_to_confirm(task: str, results: Results, small: bool) -> dict[str, tuple[int, ...]]:
-    """By arm: those that are always reported, and those with the highest mean reward in the screening."""
-    if small:
-        return dict.fromkeys(SMALL_ARMS, CONFIRMING_SEEDS[:1])
-    found = {arm: results.rewards(task, arm, SCREENING_SEEDS) for arm in results.arms(task)}
-    means = {arm: rewards.mean() for arm, rewards in found.items() if rewards is not None}
-    others = sorted((arm for arm in means if arm not in ALWAYS_CONFIRMED), key=means.__getitem__, reverse=True)
-    seeds = dict.fromkeys(ALWAYS_CONFIRMED, CONFIRMING_SEEDS)
-    if promising := others[:NUM_PROMISING]:
-        seeds |= dict.fromkeys([BASELINE, *promising], PROMISING_SEEDS)
-    return seeds
-
-
 def run_all(
-    missing: Sequence[Any],
+    find_missing: Callable[[], Sequence[Any]],
     setup: Setup,
     results: Results,
     num_workers: int,
-    title: str,
     function: Callable[[Any, Setup], dict] = run,
+    ahead: Sequence[Samples] = (),
 ) -> None:
-    """Computes results, with a function that makes one of them."""
-    print(f"{title}: {len(missing)} results to compute.", flush=True)
-    started = time.monotonic()
-    for number, (each, result) in enumerate(_results_of(missing, setup, num_workers, function), start=1):
+    """
+    Computes results until none is missing. One that fails is left out, and named at the end.
+
+    Args:
+        find_missing: What is missing and can be computed, most important first; asked again after each result.
+        setup: What all results have in common.
+        results: Where they are saved.
+        num_workers: How many are computed side by side; 0: in this process.
+        function: Makes one of them.
+        ahead: Samples that are drawn where a worker would have nothing to do.
+
+    Raises:
+        SystemExit: If one has failed.
+    """
+    print(f"{len(find_missing())} results to compute now, and those that follow from them.", flush=True)
+    started, number = time.monotonic(), 0
+    for each, result in _results_of(find_missing, setup, num_workers, function, ahead):
+        if isinstance(result, BaseException):
+            results.failed.add(each)
+            print(f"{each.file_name} failed:", *traceback.format_exception(result), sep="\n", flush=True)
+            continue
         write_json(results.path(each), result)
+        number += 1
         minutes = (time.monotonic() - started) / 60
-        left = minutes / number * (len(missing) - number)
         print(
             f"{each.file_name}: {result['start']['reward']:.3f} → {result['end']['reward']:.3f} "
-            f"({number} of {len(missing)} in {minutes:.0f} min, about {left:.0f} min left)",
+            f"({number} in {minutes:.0f} min, {len(find_missing())} are known to be missing)",
             flush=True,
         )
+    if results.failed:
+        names = sorted(each.file_name for each in results.failed)
+        raise SystemExit(f"Failed: {', '.join(names)}. The same again retries.")
 
 
 def _results_of(
-    experiments: Sequence[Any], setup: Setup, num_workers: int, function: Callable[[Any, Setup], dict]
-) -> Iterator[tuple[Any, dict]]:
-    """Each experiment and its result, as they are done; the samples of a seed come first."""
-    by_samples: dict[tuple, list] = {}
-    for each in experiments:
-        by_samples.setdefault((each.task, each.seed, each.tuning), []).append(each)
+    find_missing: Callable[[], Sequence[Any]],
+    setup: Setup,
+    num_workers: int,
+    function: Callable[[Any, Setup], dict],
+    ahead: Sequence[Samples] = (),
+) -> Iterator[tuple[Any, dict | BaseException]]:
+    """What was missing and its result, or why it has none, as they are done; the samples of a seed come first."""
     if num_workers == 0:
-        for which, group in by_samples.items():
-            prepare(*which, setup)
-            for each in group:
-                yield each, function(each, setup)
+        while missing := find_missing():
+            prepare(*_samples_of(missing[0]), setup)
+            yield missing[0], function(missing[0], setup)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=_end_with, initargs=(os.getpid(),)) as workers:
-        to_sample = deque(by_samples)
-        sampling: dict[Future, tuple] = {}
+        sampling: dict[Future, Samples] = {}
         running: dict[Future, Any] = {}
+        sampled: set[Samples] = set()
+
+        def are_busy() -> bool:
+            return len(sampling) + len(running) == num_workers
+
+        def draw(which: Samples) -> None:
+            if which not in sampled and which not in sampling.values() and not are_busy():
+                sampling[workers.submit(prepare, *which, setup)] = which
+
         try:
-            while to_sample or sampling or running:
-                # Soon enough that no worker waits for samples, and not before the results that need none
-                while to_sample and len(sampling) < num_workers and len(running) <= 2 * num_workers:
-                    which = to_sample.popleft()
-                    sampling[workers.submit(prepare, *which, setup)] = which
+            while True:
+                for each in find_missing():
+                    if _samples_of(each) not in sampled:
+                        draw(_samples_of(each))
+                    elif each not in running.values() and not are_busy():
+                        running[workers.submit(function, each, setup)] = each
+                for which in ahead:
+                    draw(which)
+                if not sampling and not running:
+                    return
                 for future in wait([*sampling, *running], return_when=FIRST_COMPLETED).done:
-                    result = future.result()
                     if future in running:
-                        yield running.pop(future), result
+                        yield running.pop(future), future.exception() or future.result()
                     else:
-                        group = by_samples[sampling.pop(future)]
-                        running |= {workers.submit(function, each, setup): each for each in group}
+                        future.result()
+                        sampled.add(sampling.pop(future))
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _samples_of(each: Any) -> Samples:
+    return each.task, each.seed, each.tuning
 
 
 def _end_with(parent: int) -> None:
