@@ -1,6 +1,7 @@
 """The study of lists and pairs: its intervals, its arms, and that it runs, resumes and repeats itself exactly."""
 
 import json
+import os
 import random
 import re
 import sys
@@ -24,7 +25,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "studies" / "lists_vs_pairs"
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("arms", "claims", "effects", "experiment", "figures", "publish", "results", "study", "tasks")
+    names = ("arms", "claims", "effects", "experiment", "figures", "publish", "results", "study", "tasks", "workers")
     yield lambda name: __import__(name)
     for name in names:
         sys.modules.pop(name, None)
@@ -229,7 +230,7 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     assert publish.filled(once, results) == once
 
 
-def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path, setup):
+def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path):
     arms, results = modules("arms"), modules("results").Results(tmp_path)
     screened, promising = arms.SCREENING_SEEDS, arms.PROMISING_SEEDS
     all_seeds = (*screened, *promising)
@@ -243,15 +244,6 @@ def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path, setup):
     assert results.effect("four_rules", "listnet").mean == pytest.approx(0.1)
     assert results.effect("four_rules", "listnet").num_seeds == len(promising)
     assert results.effect("four_rules", "lambdarank").mean == results.effect("four_rules", "approx_ndcg").mean == 0.5
-    study, screening = modules("study"), ["best_worst", "lambdarank", "listnet", "approx_ndcg"]
-    always = dict.fromkeys(["best_worst", "contrastive", "listmle", "lambdarank", "lambdarank_sums"], (12, 13, 14))
-    chosen = dict.fromkeys(["best_worst", "listnet", "approx_ndcg"], promising)
-    assert study.seeds_of("confirm", "four_rules", screening, results, setup, 0) == always | chosen
-    assert study.seeds_of("confirm", "four_rules", [*screening, "listmle_2_2"], results, setup, 0) == always
-    results.failed.add(modules("experiment").Experiment("four_rules", "listmle_2_2", 1e-5, 10))
-    assert study.seeds_of("confirm", "four_rules", [*screening, "listmle_2_2"], results, setup, 0) == always | chosen
-    more = study.seeds_of("confirm", "four_rules", screening, results, setup, 4)
-    assert more["lambdarank"] == more["best_worst"] == (12, 13, 14, 15, 16, 17, 18) and more["listnet"] == promising
 
 
 def test_results_of_several_kinds_are_not_averaged(modules, tmp_path):
@@ -316,27 +308,127 @@ def setup(modules, tmp_path):
 
 def write_result(results, each, setup, reward=0.5):
     result = {"settings": each.settings, "basis": setup.basis(each.task), "end": {"reward": reward}}
-    result["rewards"] = [reward]
-    results.path(each).write_text(json.dumps(result))
+    results.path(each).write_text(json.dumps(result | {"rewards": [reward]}))
 
 
-def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(modules, tmp_path, setup):
-    study, results = modules("study"), modules("results").Results(tmp_path)
+@pytest.fixture
+def plan(modules, tmp_path, setup):
+    """Of the study on one task, with results as they are written."""
+    results, experiment = modules("results").Results(tmp_path), modules("experiment").Experiment
 
-    def try_all(arm, reward_of):
-        tried = []
-        while experiments := study.rates_to_try("four_rules", arm, results, setup):
-            tried += [each.learning_rate for each in experiments]
-            for each in experiments:
+    class Plan(modules("study").Study):
+        def __init__(self, arms, **options):
+            super().__init__(results, setup, tasks=["four_rules"], arms=arms, **options)
+
+        def to_do(self):
+            """Arms with the learning rates to try, or the seeds."""
+            found = self.missing()
+            return [(each.arm, each.learning_rate if each.tuning else each.seed) for each in found]
+
+        def write(
+            self, arm, seeds=None, rates=(3e-5, 1e-4, 3e-4), reward_of=lambda rate: -abs(rate - 1e-4), setup=setup
+        ):
+            for each in self.each(arm, seeds, rates):
                 write_result(results, each, setup, reward_of(each.learning_rate))
+
+        def fail(self, arm, seeds=None, rates=(3e-5, 1e-4, 3e-4)):
+            results.failed |= set(self.each(arm, seeds, rates))
+
+        def each(self, arm, seeds, rates):
+            if seeds is None:
+                return [experiment("four_rules", arm, rate, 100, tuning=True) for rate in rates]
+            return [experiment("four_rules", arm, 1e-4, seed) for seed in seeds]
+
+    return Plan
+
+
+def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(plan):
+    def try_all(arm, reward_of):
+        tried, study = [], plan([arm], stages=["tune"])
+        while experiments := study.rates_to_try("four_rules", arm):
+            tried += [each.learning_rate for each in experiments]
+            study.write(arm, None, tried, reward_of)
         return tried
 
-    assert try_all("lambdarank", lambda rate: -abs(rate - 1e-4)) == [3e-5, 1e-4, 3e-4]
-    assert results.best_learning_rate("four_rules", "lambdarank") == 1e-4
-    assert try_all("listmle", lambda rate: -abs(rate - 1e-3)) == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
-    assert try_all("listnet", lambda rate: -abs(rate - 1e-5)) == [3e-5, 1e-4, 3e-4, 1e-5, 3e-6]
-    with pytest.raises(SystemExit, match="best learning rate of approx_ndcg on four_rules is at an end"):
-        try_all("approx_ndcg", lambda rate: rate)
+    first, study = [3e-5, 1e-4, 3e-4], plan(["lambdarank", "approx_ndcg"])
+    assert try_all("lambdarank", lambda rate: -abs(rate - 1e-4)) == first
+    assert study.rate("four_rules", "lambdarank") == 1e-4
+    assert try_all("listmle", lambda rate: -abs(rate - 1e-3)) == [*first, 1e-3, 3e-3]
+    assert try_all("listnet", lambda rate: -abs(rate - 1e-5)) == [*first, 1e-5, 3e-6]
+    assert try_all("approx_ndcg", lambda rate: rate) == [*first, 1e-3, 3e-3]
+    assert study.rate("four_rules", "approx_ndcg") is None
+    assert (
+        study.remarks()[0] == "four_rules: the best rate of approx_ndcg is at an end of `LEARNING_RATES`: add others."
+    )
+    assert "approx_ndcg" not in [arm for arm, _ in study.to_do()]
+
+
+def test_an_arm_is_measured_as_soon_as_it_is_tuned(plan):
+    arms, rates = ["best_worst", "lambdarank", "listnet"], [3e-5, 1e-4, 3e-4]
+    study = plan(arms)
+    of_main = [(arm, rate) for rate in rates for arm in arms[:2]]
+    of_others = [("listnet", rate) for rate in rates]
+    assert study.to_do() == of_main + of_others
+    assert study.samples_ahead() == [("four_rules", seed, False) for seed in (10, 11, 12, 13, 14)]
+    study.write("best_worst")
+    of_pairs = [("best_worst", seed) for seed in (10, 11, 12, 13, 14)]
+    assert study.to_do() == [("lambdarank", x) for x in rates] + of_pairs + [("listnet", x) for x in rates]
+    study.write("best_worst", (10, 11, 12))
+    study.fail("lambdarank", rates=[3e-4])
+    study.write("lambdarank", rates=[3e-5, 1e-4])
+    of_lists = [("lambdarank", 10), ("lambdarank", 11), ("lambdarank", 12)]
+    of_lists += [(arm, seed) for seed in (13, 14) for arm in arms[:2]]
+    assert study.to_do() == [*of_lists, *(("listnet", rate) for rate in rates)]
+    assert study.samples_ahead() == [("four_rules", seed, False) for seed in (10, 11)]
+    study.write("listnet")
+    assert study.to_do() == [*of_lists, ("listnet", 10), ("listnet", 11)]
+    assert study.samples_ahead() == []
+    assert plan(["lambdarank"], more_seeds=1).to_do()[-2:] == [("best_worst", 15), ("lambdarank", 15)]
+
+
+def test_the_best_others_are_confirmed_once_all_are_screened(plan, modules):
+    others = [arm for arm in modules("arms").ARMS if arm not in modules("arms").ALWAYS_CONFIRMED]
+    study = plan(["listnet", "approx_ndcg"])
+    for arm in others[2:]:
+        study.write(arm)
+        study.write(arm, (10, 11), reward_of=lambda rate, arm=arm: {"listnet": 0.9, "listmle_2_2": 0.9}.get(arm, 0.1))
+    assert study.promising_arms("four_rules") == []
+    assert "the best others are confirmed once all arms are tuned and screened" in study.remarks()[0]
+    study.fail(others[0])  # cannot be tuned
+    study.write(others[1])
+    study.write(others[1], (10,))
+    assert study.promising_arms("four_rules") == []
+    study.fail(others[1], (11,))
+    assert study.promising_arms("four_rules") == ["listmle_2_2", "listnet"]  # in the order of the arms
+    study.fail("listnet", (13,))  # that does not change the choice
+    study.write("best_worst")
+    assert study.seeds("confirm", "four_rules") == dict.fromkeys(["best_worst", "listnet"], (12, 13, 14, 15, 16))
+    assert [arm for arm, seed in study.to_do() if seed == 13] == ["best_worst"]
+    assert study.remarks() == []
+
+
+def test_results_of_other_weights_are_computed_again_also_where_arms_were_screened(plan, modules, setup, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"other weights")
+    other = replace(setup, model=str(tmp_path / "other"))
+    study = plan(list(modules("arms").ARMS))
+    for arm in modules("arms").ARMS:
+        study.write(arm, setup=other)
+        study.write(arm, (10, 11), setup=other)
+    assert len(study.to_do()) == 3 * len(modules("arms").ARMS)
+    study.write("best_worst")
+    study.write("best_worst", (10,))
+    assert ("best_worst", 11) in study.to_do() and ("listnet", 1e-4) in study.to_do()
+
+
+def test_rates_are_needed_only_of_what_is_measured(plan):
+    study = plan(["lambdarank", "listnet"], stages=["confirm"])
+    with pytest.raises(SystemExit, match="No learning rate was chosen for best_worst, lambdarank on four_rules"):
+        study.check_rates()
+    for arm in ("best_worst", "lambdarank"):
+        study.write(arm)
+    study.check_rates()
+    assert {arm for arm, _ in study.to_do()} == {"best_worst", "lambdarank"} and study.samples_ahead() == []
 
 
 def test_a_result_of_another_kind_is_computed_again(modules, tmp_path, setup):
@@ -358,61 +450,25 @@ def test_a_result_of_another_kind_is_computed_again(modules, tmp_path, setup):
     assert results.missing([run], setup) == [run]
 
 
-def test_an_arm_is_measured_as_soon_as_it_is_tuned(modules, tmp_path, setup):
-    study, results = modules("study"), modules("results").Results(tmp_path)
-    arms, stages = ["best_worst", "lambdarank", "listnet"], list(study.STAGES)
-
-    def to_do():
-        return [
-            (each.arm, each.learning_rate if each.tuning else each.seed)
-            for each in study.to_do(stages, ["four_rules"], arms, results, setup)
-        ]
-
-    def write(arm, seeds=(study.TUNING_SEED,), rates=(1e-4,)):
-        for seed in seeds:
-            for rate in rates:
-                each = modules("experiment").Experiment("four_rules", arm, rate, seed, seed == study.TUNING_SEED)
-                write_result(results, each, setup, -abs(rate - 1e-4))
-
-    rates = [3e-5, 1e-4, 3e-4]
-    assert to_do() == [(arm, rate) for rate in rates for arm in arms[:2]] + [("listnet", rate) for rate in rates]
-    write("best_worst", rates=rates)
-    of_pairs = [("best_worst", seed) for seed in (10, 11, 12, 13, 14)]
-    assert to_do() == [("lambdarank", x) for x in rates] + of_pairs + [("listnet", x) for x in rates]
-    write("best_worst", (10, 11, 12))
-    results.failed.add(modules("experiment").Experiment("four_rules", "lambdarank", 3e-4, 100, tuning=True))
-    write("lambdarank", rates=rates[:2])
-    of_lists = [("lambdarank", 10), ("lambdarank", 11), ("lambdarank", 12)]
-    of_lists += [(arm, seed) for seed in (13, 14) for arm in arms[:2]]
-    assert to_do() == [*of_lists, *(("listnet", rate) for rate in rates)]
-    write("listnet", rates=rates)
-    assert to_do() == [*of_lists, ("listnet", 10), ("listnet", 11)]
-    write("listnet", (10, 11))
-    more = [("best_worst", 15), ("best_worst", 16), *(("listnet", seed) for seed in (12, 13, 14, 15, 16))]
-    assert to_do() == [*of_lists, *more]
-
-
 @pytest.fixture
 def threads(modules, monkeypatch):
     """Workers are threads. Returns what they have done, in order."""
-    study, order = modules("study"), []
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda count, *_, **__: ThreadPoolExecutor(count))
-    monkeypatch.setattr(study, "prepare", lambda task, seed, tuning, setup: order.append(f"samples {seed}"))
+    workers, order = modules("workers"), []
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda count, *_, **__: ThreadPoolExecutor(count))
+    monkeypatch.setattr(workers, "prepare", lambda task, seed, tuning, setup: order.append(f"samples {seed}"))
     return order
 
 
 def test_results_of_the_first_seeds_come_before_the_samples_of_the_last(modules, threads):
-    study, experiment = modules("study"), modules("experiment")
-
     def run(each, setup):
         time.sleep(0.01)
         threads.append(f"result {each.seed}")
         return each.arm
 
-    arms = list(modules("arms").ARMS)[:5]
-    asked = [experiment.Experiment("four_rules", arm, 1e-5, seed) for seed in range(4) for arm in arms]
+    arms, experiment = list(modules("arms").ARMS)[:5], modules("experiment").Experiment
+    asked = [experiment("four_rules", arm, 1e-5, seed) for seed in range(4) for arm in arms]
     done = {}
-    for each, result in study._results_of(lambda: [x for x in asked if x not in done], None, 2, run):
+    for each, result in modules("workers")._results_of(lambda: [x for x in asked if x not in done], None, 2, run):
         done[each] = result
     assert list(map(done.get, asked)) == arms * 4
     for seed in range(4):
@@ -422,23 +478,76 @@ def test_results_of_the_first_seeds_come_before_the_samples_of_the_last(modules,
     assert threads.count("result 3") == 5
 
 
-def test_what_fails_is_left_out_and_named(modules, threads, tmp_path, setup, capsys):
-    study, results = modules("study"), modules("results").Results(tmp_path)
-    asked = [modules("experiment").Experiment("four_rules", "listnet", 1e-5, seed) for seed in range(4)]
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_fails_is_left_out_and_named(modules, threads, tmp_path, setup, capsys, monkeypatch, num_workers):
+    workers, results = modules("workers"), modules("results").Results(tmp_path)
+    asked = [modules("experiment").Experiment("four_rules", "listnet", 1e-5, seed) for seed in range(5)]
+
+    def prepare(task, seed, tuning, setup):
+        if seed == 3:
+            raise OSError("no space is left")
 
     def run(each, setup):
         if each.seed == 1:
             raise FloatingPointError("the loss is NaN")
-        end = {"start": {"reward": 0.1}, "end": {"reward": 0.2}}
-        return end | {"settings": each.settings, "basis": setup.basis(each.task)}
+        result = {"settings": each.settings, "basis": setup.basis(each.task)}
+        if each.seed == 4:
+            result["basis"] = {"model": "that a worker has read meanwhile"}
+        return result | {"start": {"reward": 0.1}, "end": {"reward": 0.2}}
 
-    with pytest.raises(SystemExit, match=r"^Failed: four_rules_listnet_seed1\.json\. The same again retries\.$"):
-        study.run_all(lambda: results.missing(asked, setup), setup, results, 2, run, ahead=[("four_rules", 9, False)])
-    assert "FloatingPointError: the loss is NaN" in capsys.readouterr().out
-    assert [results.path(each).exists() for each in asked] == [True, False, True, True]
-    assert "samples 9" in threads
+    monkeypatch.setattr(workers, "prepare", prepare)
+    with pytest.raises(SystemExit) as stop:
+        workers.run_all(lambda: results.missing(asked, setup), setup, results, num_workers, run)
+    assert str(stop.value) == (
+        "Failed: four_rules_listnet_seed1.json, four_rules_listnet_seed3.json, four_rules_listnet_seed4.json. "
+        "The same again retries."
+    )
+    printed = capsys.readouterr().out
+    assert "FloatingPointError: the loss is NaN" in printed and "OSError: no space is left" in printed
+    assert "four_rules_listnet_seed4.json is of another kind: did the scripts or the model change?" in printed
     results = modules("results").Results(tmp_path)  # the next start
-    assert results.missing(asked, setup) == [asked[1]]
+    assert results.missing(asked, setup) == [asked[1], asked[3], asked[4]]
+
+
+def test_samples_are_drawn_ahead_while_results_are_missing(modules, threads, tmp_path, setup):
+    workers, results = modules("workers"), modules("results").Results(tmp_path)
+    asked = [modules("experiment").Experiment("four_rules", "listnet", 1e-5, 0)]
+
+    def run(each, setup):
+        time.sleep(0.05)
+        result = {"settings": each.settings, "basis": setup.basis(each.task)}
+        return result | {"start": {"reward": 0.1}, "end": {"reward": 0.2}}
+
+    def run_all():
+        missing = lambda: results.missing(asked, setup)  # noqa: E731
+        workers.run_all(missing, setup, results, 2, run, ahead=lambda: [("four_rules", 9, False)])
+
+    run_all()
+    assert sorted(threads) == ["samples 0", "samples 9"]
+    threads.clear()
+    run_all()
+    assert threads == []
+
+
+class Ends:
+    """A result whose worker ends, as where the system is out of memory."""
+
+    task, seed, tuning = "four_rules", 0, False
+
+
+def _end(each, setup):
+    os._exit(1)
+
+
+def _prepare_nothing(*args):
+    pass
+
+
+def test_a_worker_that_ends_is_said(modules, monkeypatch):
+    workers = modules("workers")
+    monkeypatch.setattr(workers, "prepare", _prepare_nothing)
+    with pytest.raises(SystemExit, match="A worker has ended; is the memory too small"):
+        list(workers._results_of(lambda: [Ends()], None, 1, _end))
 
 
 @pytest.mark.slow

@@ -28,15 +28,17 @@ from experiment import (
     TEMPERATURE,
     Setup,
     by_topic,
+    devices,
     prompts_of,
     quiet,
     sampled,
     summary,
 )
 from results import Results
-from study import parse, run_all
+from study import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
+from workers import run_all
 
 from trl_larpo.candidates import CandidatePool
 from trl_larpo.run.loop import run as larpo_run
@@ -216,7 +218,7 @@ def run(variation: Variation, setup: Setup) -> dict:
         "seed": variation.seed,
         "settings": variation.settings,
         "basis": setup.basis(variation.task),
-        "device": setup.device,
+        "devices": devices(setup, variation.task, variation.seed, tuning=False),
         "budget": budget,
         "start": summary(start),
         "end": summary(end),

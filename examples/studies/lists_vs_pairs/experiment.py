@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trl_larpo import LarPOTrainer
 from trl_larpo.candidates import CandidateList, CandidatePool, Selection, build_list
+from trl_larpo.errors import DataError
 from trl_larpo.generation.options import GenerationOptions
 from trl_larpo.generation.sampler import sample_pools
 from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
@@ -186,7 +187,8 @@ def prepare(task: str, seed: int, tuning: bool, setup: Setup) -> None:
             tokenizer,
             description="Reference",
         )
-        write_json(folder / "ref_logps.json", logps)
+        write_json(folder / "about.json", {"device": setup.device})
+        write_json(folder / "ref_logps.json", logps)  # last, as it says that all is there
 
 
 def run(experiment: Experiment, setup: Setup) -> dict:
@@ -198,7 +200,7 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         samples, start = read_samples(experiment, setup)
         lists = make_lists(arm, samples, random.Random(f"{experiment.arm} {experiment.seed}"))
         if not lists:
-            raise SystemExit(f"{experiment.file_name}: the samples of each prompt all have the same reward.")
+            raise DataError("The samples of each prompt all have the same reward.")
         tokenizer = _tokenizer(setup)
         trainer = LarPOTrainer(
             model=setup.model,
@@ -220,7 +222,7 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         "seed": experiment.seed,
         "settings": settings,
         "basis": setup.basis(experiment.task),
-        "device": setup.device,
+        "devices": devices(setup, experiment.task, experiment.seed, experiment.tuning),
         "budget": {
             "samples": sum(candidate.count for pool in samples for candidate in pool.candidates),
             "lists": len(lists),
@@ -232,6 +234,12 @@ def run(experiment: Experiment, setup: Setup) -> dict:
         "end": summary(end),
         "rewards": by_topic(end),
     }
+
+
+def devices(setup: Setup, task: str, seed: int, tuning: bool) -> dict[str, str]:
+    """What the samples of the initial model were drawn on, and what the model was trained and evaluated on."""
+    about = read_json(setup.folder_of_samples(task, seed, tuning) / "about.json")
+    return {"samples": about["device"], "training": setup.device}
 
 
 def by_topic(pools: list[CandidatePool]) -> list[float]:

@@ -50,18 +50,14 @@ class Results:
 
     def missing(self, experiments: Sequence[Some], setup: Setup) -> list[Some]:
         """Those that have no result yet, or one of other settings, sizes, prompts or model."""
-        return [each for each in experiments if each not in self.failed and not self._is_there(each, setup)]
+        return [each for each in experiments if each not in self.failed and self.found(each, setup) is None]
 
-    def has_failed(self, task: str, arm: str) -> bool:
-        """Whether a reported result of an arm could not be computed."""
-        return any(not each.tuning and (each.task, each.arm) == (task, arm) for each in self.failed)
-
-    def _is_there(self, experiment: AnyExperiment, setup: Setup) -> bool:
+    def found(self, experiment: AnyExperiment, setup: Setup) -> dict | None:
+        """A result of these settings, sizes, prompts and model, if there is one."""
         path = self.path(experiment)
-        if not path.exists():
-            return False
-        found = read_json(path)
-        return found["settings"] == experiment.settings and found["basis"] == setup.basis(experiment.task)
+        result = read_json(path) if path.exists() else {}
+        is_right = result.get("settings") == experiment.settings
+        return result if is_right and result["basis"] == setup.basis(experiment.task) else None
 
     def read(self, task: str, arm: str, seed: int) -> dict:
         return read_json(self.folder / "reported" / f"{task}_{arm}_seed{seed}.json")

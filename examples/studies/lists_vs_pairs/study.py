@@ -1,9 +1,9 @@
 """
 Do ranked lists beat pairs? The same samples, many ways to train on them.
 
-    python examples/studies/lists_vs_pairs/study.py                  # everything, in the order tune, screen, confirm
+    python examples/studies/lists_vs_pairs/study.py                  # everything; the main comparison comes first
     python examples/studies/lists_vs_pairs/study.py --small          # a few arms, few prompts: does it run here?
-    python examples/studies/lists_vs_pairs/study.py --stages screen --tasks four_rules --arms lambdarank
+    python examples/studies/lists_vs_pairs/study.py --tasks four_rules --arms lambdarank
     python examples/studies/lists_vs_pairs/study.py --table          # only prints the results
 
 Every arm, learning rate and seed is a small JSON file in `results/`. Stop it whenever you like and start it again: what
@@ -11,23 +11,16 @@ is there is not computed again. Each result is computed on one thread or on a GP
 """
 
 import argparse
-import multiprocessing
-import os
 import statistics
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from arms import ALWAYS_CONFIRMED, ARMS, BASELINE, CONFIRMING_SEEDS, PROMISING_SEEDS, SCREENING_SEEDS
-from experiment import GRADED_TASKS, MODEL, SMALL, WHOLE, Experiment, Setup, prepare, run
+from experiment import GRADED_TASKS, MODEL, SMALL, WHOLE, Experiment, Setup
 from results import Results
-
-from trl_larpo.storage import write_json
+from workers import Samples, run_all
 
 HERE = Path(__file__).parent
 
@@ -44,32 +37,27 @@ NUM_PROMISING = 2
 
 SMALL_ARMS = (BASELINE, "lambdarank")
 
-Samples = tuple[str, int, bool]
-"""Task, seed, and whether they are for tuning: what tells the samples that a result is made of from others."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--tasks", nargs="+", default=list(GRADED_TASKS), choices=GRADED_TASKS)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all; best_worst is always one of them")
     parser.add_argument(
         "--more_seeds", type=int, default=0, help="of the arms that are always confirmed, for narrower intervals"
     )
     arguments, setup, results = parse(parser)
-    arms = arguments.arms or list(SMALL_ARMS if arguments.small else ARMS)
-    if not arguments.table:
-        if "tune" not in arguments.stages:
-            check_rates(arguments.tasks, arms, results)
-
-        def missing() -> list[Experiment]:
-            return to_do(arguments.stages, arguments.tasks, arms, results, setup, arguments.more_seeds)
-
-        # What is not needed yet is sampled while workers have nothing else to do
-        seeds = () if arguments.small or arguments.stages == ["tune"] else (*SCREENING_SEEDS, *CONFIRMING_SEEDS)
-        ahead = [(task, seed, False) for task in arguments.tasks[:1] for seed in seeds]
-        run_all(missing, setup, results, arguments.workers, ahead=ahead)
-    print_table(results)
+    arms = arguments.arms or (SMALL_ARMS if arguments.small else ARMS)
+    study = Study(results, setup, arguments.stages, arguments.tasks, arms, arguments.more_seeds)
+    if arguments.table:
+        print_table(results)
+        return
+    study.check_rates()
+    try:
+        run_all(study.missing, setup, results, arguments.workers, ahead=study.samples_ahead)
+    finally:
+        print_table(results)
+        print("\n".join(study.remarks()))
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Setup, Results]:
@@ -87,186 +75,162 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Setup, R
     return arguments, Setup(SMALL if arguments.small else WHOLE, output, MODEL, device), results
 
 
-def check_rates(tasks: list[str], arms: list[str], results: Results) -> None:
-    for task in tasks:
-        if missing := [arm for arm in arms if results.best_learning_rate(task, arm) is None]:
-            raise SystemExit(f"No learning rate was chosen for {', '.join(missing)} on {task}: run the stage `tune`.")
+@dataclass
+class Study:
+    """
+    What is to be computed, given what there is.
 
+    Attributes:
+        results: What there is.
+        setup: What all results have in common.
+        stages: Some of `STAGES`.
+        tasks: Names of tasks.
+        arms: Names of arms.
+        more_seeds: How many seeds beyond `CONFIRMING_SEEDS` the arms have that are always confirmed.
+    """
 
-def to_do(
-    stages: list[str], tasks: list[str], arms: list[str], results: Results, setup: Setup, more_seeds: int = 0
-) -> list[Experiment]:
-    """Results that are missing and can be computed, given those that there are. The main comparison comes first."""
-    found = []
-    for task in tasks:
-        is_chosen = {arm: "tune" not in stages or not rates_to_try(task, arm, results, setup) for arm in arms}
-        seeds = {stage: seeds_of(stage, task, arms, results, setup, more_seeds) for stage in ("screen", "confirm")}
-        for is_main in (True, False):
-            group = [arm for arm in arms if (arm in ALWAYS_CONFIRMED) == is_main]
-            if "tune" in stages:
-                rates = [each for arm in group for each in rates_to_try(task, arm, results, setup)]
-                found += sorted(rates, key=lambda each: each.learning_rate)
-            for stage, of_arms in seeds.items():
-                if stage in stages:
+    results: Results
+    setup: Setup
+    stages: Sequence[str] = STAGES
+    tasks: Sequence[str] = tuple(GRADED_TASKS)
+    arms: Sequence[str] = tuple(ARMS)
+    more_seeds: int = 0
+
+    def __post_init__(self):
+        self.arms = [arm for arm in ARMS if arm in (*self.arms, BASELINE)]  # with which all are compared
+        self.is_small = self.setup.size == SMALL
+
+    def check_rates(self) -> None:
+        """
+        Raises:
+            SystemExit: If an arm is to be measured whose learning rate is not chosen, and will not be.
+        """
+        for task in self.tasks if "tune" not in self.stages else ():
+            arms = {arm for stage in self.stages for arm in self.seeds(stage, task)}
+            if missing := [arm for arm in self.arms if arm in arms and self.rate(task, arm) is None]:
+                names = ", ".join(missing)
+                raise SystemExit(f"No learning rate was chosen for {names} on {task}: run the stage `tune`.")
+
+    def missing(self) -> list[Experiment]:
+        """
+        Results that are missing and can be computed now, most important first: of each task the arms that are always
+        confirmed, then the others; their tuning, then what follows from it.
+        """
+        found: list[Experiment] = []
+        for task in self.tasks:
+            seeds = {stage: self.seeds(stage, task) for stage in ("screen", "confirm") if stage in self.stages}
+            main = [arm for arm in self.arms if arm in ALWAYS_CONFIRMED]
+            for group in (main, [arm for arm in self.arms if arm not in main]):
+                if "tune" in self.stages:
+                    to_try = [each for arm in group for each in self.rates_to_try(task, arm)]
+                    found += sorted(to_try, key=lambda each: each.learning_rate)
+                rates = {arm: self.rate(task, arm) for arm in group}
+                for of_arms in seeds.values():
                     experiments = [
-                        Experiment(task, arm, results.best_learning_rate(task, arm), seed)
-                        for arm in group
-                        if is_chosen[arm]
+                        Experiment(task, arm, rate, seed)
+                        for arm, rate in rates.items()
+                        if rate is not None
                         for seed in of_arms.get(arm, ())
                     ]
-                    found += sorted(results.missing(experiments, setup), key=lambda each: each.seed)
-    return list(dict.fromkeys(found))
+                    found += sorted(self.results.missing(experiments, self.setup), key=lambda each: each.seed)
+        return list(dict.fromkeys(found))
+
+    def samples_ahead(self) -> list[Samples]:
+        """Samples that arms will need whose learning rates are still being tried."""
+        if self.is_small or "tune" not in self.stages:
+            return []
+        return [
+            (task, seed, False)
+            for task in self.tasks
+            for seed in dict.fromkeys(
+                seed
+                for stage in ("screen", "confirm")
+                if stage in self.stages
+                for arm, seeds in self.seeds(stage, task).items()
+                if self.rates_to_try(task, arm)
+                for seed in seeds
+            )
+        ]
+
+    def seeds(self, stage: str, task: str) -> dict[str, tuple[int, ...]]:
+        """The seeds with which arms are screened or confirmed, by arm."""
+        if stage == "screen":
+            return dict.fromkeys(self.arms, SCREENING_SEEDS[: 1 if self.is_small else None])
+        if stage == "tune":
+            return {}
+        if self.is_small:
+            return dict.fromkeys(self.arms, CONFIRMING_SEEDS[:1])
+        more = range(CONFIRMING_SEEDS[-1] + 1, CONFIRMING_SEEDS[-1] + 1 + self.more_seeds)
+        seeds = dict.fromkeys(ALWAYS_CONFIRMED, (*CONFIRMING_SEEDS, *more))
+        if promising := self.promising_arms(task):
+            seeds[BASELINE] = tuple(sorted({*seeds[BASELINE], *PROMISING_SEEDS}))
+            seeds |= dict.fromkeys(promising, PROMISING_SEEDS)
+        return {arm: of_arm for arm, of_arm in seeds.items() if arm in self.arms}
+
+    def promising_arms(self, task: str) -> list[str]:
+        """The best of the screening, apart from those that are always confirmed; none before all are screened."""
+        means = {}
+        for arm in ARMS:
+            if arm in ALWAYS_CONFIRMED or self.is_out(task, arm):
+                continue
+            rate = self.rate(task, arm)
+            if rate is None or self.results.missing(_screening(task, arm, rate), self.setup):
+                return []
+            means[arm] = self.results.rewards(task, arm, SCREENING_SEEDS).mean()
+        return sorted(means, key=means.__getitem__, reverse=True)[:NUM_PROMISING]
+
+    def is_out(self, task: str, arm: str) -> bool:
+        """Whether an arm cannot be tuned, or not be screened because that has failed."""
+        rate = self.rate(task, arm)
+        if rate is None:
+            return not self.rates_to_try(task, arm)
+        return any(each in self.results.failed for each in _screening(task, arm, rate))
+
+    def rate(self, task: str, arm: str) -> float | None:
+        """The learning rate of an arm; `None` if it is not chosen yet, or cannot be."""
+        if self.rates_to_try(task, arm):
+            return None
+        best = self._best_tried(task, arm)
+        at_end = best in (LEARNING_RATES[0], LEARNING_RATES[-1]) and not self.is_small
+        return None if at_end else best
+
+    def rates_to_try(self, task: str, arm: str) -> list[Experiment]:
+        """Learning rates that an arm has not been tried with yet."""
+        missing = self._untried(task, arm, LEARNING_RATES[FIRST_RATES][: 2 if self.is_small else None])
+        best = self._best_tried(task, arm)
+        if missing or self.is_small or best is None:
+            return missing
+        place = LEARNING_RATES.index(best)
+        return self._untried(task, arm, LEARNING_RATES[max(0, place - 1) : place + 2])
+
+    def remarks(self) -> list[str]:
+        """What a reader of the tables should know."""
+        found = []
+        for task in self.tasks:
+            ends = [arm for arm in self.arms if self._best_tried(task, arm) in (LEARNING_RATES[0], LEARNING_RATES[-1])]
+            if ends and not self.is_small:
+                names = ", ".join(ends)
+                found.append(f"{task}: the best rate of {names} is at an end of `LEARNING_RATES`: add others.")
+            if "confirm" in self.stages and not self.is_small and not self.promising_arms(task):
+                found.append(f"{task}: the best others are confirmed once all arms are tuned and screened.")
+        return found
+
+    def _untried(self, task: str, arm: str, rates: Sequence[float]) -> list[Experiment]:
+        return self.results.missing([_tuning(task, arm, rate) for rate in rates], self.setup)
+
+    def _best_tried(self, task: str, arm: str) -> float | None:
+        """The one with the highest reward on the prompts for tuning; of equal ones the lowest."""
+        tried = {rate: self.results.found(_tuning(task, arm, rate), self.setup) for rate in LEARNING_RATES}
+        rewards = {rate: result["end"]["reward"] for rate, result in tried.items() if result is not None}
+        return max(rewards, key=rewards.__getitem__, default=None)
 
 
-def seeds_of(
-    stage: str, task: str, arms: list[str], results: Results, setup: Setup, more_seeds: int
-) -> dict[str, tuple[int, ...]]:
-    """By arm, the seeds with which it is screened or confirmed."""
-    small = setup.size == SMALL
-    if stage == "screen":
-        return dict.fromkeys(arms, SCREENING_SEEDS[: 1 if small else None])
-    if small:
-        return dict.fromkeys(SMALL_ARMS, CONFIRMING_SEEDS[:1])
-    last = CONFIRMING_SEEDS[-1]
-    seeds = dict.fromkeys(ALWAYS_CONFIRMED, (*CONFIRMING_SEEDS, *range(last + 1, last + 1 + more_seeds)))
-    if promising := promising_arms(task, arms, results):
-        seeds[BASELINE] = tuple(sorted({*seeds[BASELINE], *PROMISING_SEEDS}))
-        seeds |= dict.fromkeys(promising, PROMISING_SEEDS)
-    return seeds
+def _tuning(task: str, arm: str, rate: float) -> Experiment:
+    return Experiment(task, arm, rate, TUNING_SEED, tuning=True)
 
 
-def promising_arms(task: str, arms: list[str], results: Results) -> list[str]:
-    """The best of the screening, apart from those that are always confirmed; none before all are screened."""
-    screened = {
-        arm: results.rewards(task, arm, SCREENING_SEEDS)
-        for arm in {*arms, *results.arms(task)}
-        if arm not in ALWAYS_CONFIRMED and not results.has_failed(task, arm)
-    }
-    means = {arm: rewards.mean() for arm, rewards in screened.items() if rewards is not None}
-    if len(means) < len(screened):
-        return []
-    return sorted(means, key=means.__getitem__, reverse=True)[:NUM_PROMISING]
-
-
-def rates_to_try(task: str, arm: str, results: Results, setup: Setup) -> list[Experiment]:
-    """Learning rates that an arm has not been tried with yet."""
-    small = setup.size == SMALL
-
-    def untried(rates: Sequence[float]) -> list[Experiment]:
-        tried = [Experiment(task, arm, rate, TUNING_SEED, tuning=True) for rate in rates]
-        return results.missing(tried, setup)
-
-    missing = untried(LEARNING_RATES[FIRST_RATES][: 2 if small else None])
-    if missing or small:
-        return missing
-    place = LEARNING_RATES.index(results.best_learning_rate(task, arm))
-    if place in (0, len(LEARNING_RATES) - 1):
-        raise SystemExit(f"The best learning rate of {arm} on {task} is at an end of `LEARNING_RATES`: add others.")
-    return untried(LEARNING_RATES[place - 1 : place + 2])
-
-
-def run_all(
-    find_missing: Callable[[], Sequence[Any]],
-    setup: Setup,
-    results: Results,
-    num_workers: int,
-    function: Callable[[Any, Setup], dict] = run,
-    ahead: Sequence[Samples] = (),
-) -> None:
-    """
-    Computes results until none is missing. One that fails is left out, and named at the end.
-
-    Args:
-        find_missing: What is missing and can be computed, most important first; asked again after each result.
-        setup: What all results have in common.
-        results: Where they are saved.
-        num_workers: How many are computed side by side; 0: in this process.
-        function: Makes one of them.
-        ahead: Samples that are drawn where a worker would have nothing to do.
-
-    Raises:
-        SystemExit: If one has failed.
-    """
-    print(f"{len(find_missing())} results to compute now, and those that follow from them.", flush=True)
-    started, number = time.monotonic(), 0
-    for each, result in _results_of(find_missing, setup, num_workers, function, ahead):
-        if isinstance(result, BaseException):
-            results.failed.add(each)
-            print(f"{each.file_name} failed:", *traceback.format_exception(result), sep="\n", flush=True)
-            continue
-        write_json(results.path(each), result)
-        number += 1
-        minutes = (time.monotonic() - started) / 60
-        print(
-            f"{each.file_name}: {result['start']['reward']:.3f} → {result['end']['reward']:.3f} "
-            f"({number} in {minutes:.0f} min, {len(find_missing())} are known to be missing)",
-            flush=True,
-        )
-    if results.failed:
-        names = sorted(each.file_name for each in results.failed)
-        raise SystemExit(f"Failed: {', '.join(names)}. The same again retries.")
-
-
-def _results_of(
-    find_missing: Callable[[], Sequence[Any]],
-    setup: Setup,
-    num_workers: int,
-    function: Callable[[Any, Setup], dict],
-    ahead: Sequence[Samples] = (),
-) -> Iterator[tuple[Any, dict | BaseException]]:
-    """What was missing and its result, or why it has none, as they are done; the samples of a seed come first."""
-    if num_workers == 0:
-        while missing := find_missing():
-            prepare(*_samples_of(missing[0]), setup)
-            yield missing[0], function(missing[0], setup)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_end_with, initargs=(os.getpid(),)) as workers:
-        sampling: dict[Future, Samples] = {}
-        running: dict[Future, Any] = {}
-        sampled: set[Samples] = set()
-
-        def are_busy() -> bool:
-            return len(sampling) + len(running) == num_workers
-
-        def draw(which: Samples) -> None:
-            if which not in sampled and which not in sampling.values() and not are_busy():
-                sampling[workers.submit(prepare, *which, setup)] = which
-
-        try:
-            while True:
-                for each in find_missing():
-                    if _samples_of(each) not in sampled:
-                        draw(_samples_of(each))
-                    elif each not in running.values() and not are_busy():
-                        running[workers.submit(function, each, setup)] = each
-                for which in ahead:
-                    draw(which)
-                if not sampling and not running:
-                    return
-                for future in wait([*sampling, *running], return_when=FIRST_COMPLETED).done:
-                    if future in running:
-                        yield running.pop(future), future.exception() or future.result()
-                    else:
-                        future.result()
-                        sampled.add(sampling.pop(future))
-        finally:
-            workers.shutdown(wait=False, cancel_futures=True)
-
-
-def _samples_of(each: Any) -> Samples:
-    return each.task, each.seed, each.tuning
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process soon after its parent, however that ended: nobody would take its results."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _screening(task: str, arm: str, rate: float) -> list[Experiment]:
+    return [Experiment(task, arm, rate, seed) for seed in SCREENING_SEEDS]
 
 
 def print_table(results: Results) -> None:
