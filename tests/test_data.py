@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_larpo import ConfigError, DataError, LarPOTrainer
 from trl_larpo.training import datasets as datasets_module
+from trl_larpo.training import tokenization
 from trl_larpo.training.datasets import dataset_on_disk, load_splits
 from trl_larpo.training.tokenization import tokenize_dataset
 from trl_larpo.training.validation import canonical_row, check_dataset, dataset_format
@@ -240,13 +241,16 @@ def test_candidates_share_the_shortest_common_prompt(caplog, monkeypatch):
     assert tokenizer.decode(dataset[0]["completion_ids"][0]) == "assistant\na<|im_end|>\n"
 
 
-def test_tokenizing_finds_its_result_in_the_cache(tmp_path):
+def test_tokenizing_finds_its_result_in_the_cache_but_not_that_of_other_code(tmp_path, monkeypatch):
     tiny.lists().save_to_disk(tmp_path / "lists")
     tokenizer = tiny.tiny_tokenizer()
     options = {"where": "d", "max_length": 64, "truncation_mode": "keep_start", "eos_token": tiny.EOS}
     runs = [tokenize_dataset(Dataset.load_from_disk(tmp_path / "lists"), tokenizer, **options) for _ in range(2)]
     assert runs[0]._fingerprint == runs[1]._fingerprint
     assert runs[0].cache_files == runs[1].cache_files != []
+    monkeypatch.setattr(tokenization, "_CODE", "of a later version")
+    later = tokenize_dataset(Dataset.load_from_disk(tmp_path / "lists"), tokenizer, **options)
+    assert later.cache_files != runs[0].cache_files
 
 
 # Files

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from trl_larpo import LarPOConfig
 from trl_larpo.losses import (
     RANKING_LOSSES,
     approx_ndcg_loss,
@@ -19,6 +20,7 @@ from trl_larpo.losses import (
     smoothed,
 )
 from trl_larpo.metrics import ndcg
+from trl_larpo.training.ranking_options import ranking_loss
 
 PAPER_LOSSES = ["pairwise", "contrastive", "lambdarank", "listmle"]
 
@@ -369,12 +371,28 @@ def test_margin(name, margin, padding, scores, relevance):
 @pytest.mark.parametrize("name", RANKING_LOSSES)
 def test_smoothing_mixes_in_the_reversed_order(name):
     for scores, relevance in LISTS:
-        reversed_order = [-r for r in relevance]
+        reversed_order = [max(relevance) + min(relevance) - r for r in relevance]
         expected = 0.8 * with_margin(name, scores, relevance, 0.5) + 0.2 * with_margin(
             name, scores, reversed_order, -0.5
         )
         found = smoothed(RANKING_LOSSES[name], 0.2, margin=0.5)(*as_tensors(scores, relevance, 1)).item()
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [*RANKING_LOSSES, "lambdarank, ndcg", "lambdarank, ndcg2++"])
+@pytest.mark.parametrize("relevance", [[10.0, 9.5, 9.0], [1.0, 0.5, 0.0], [-1.0, -2.0, -4.0]])
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_with_smoothing_the_right_order_is_still_the_better_one(name, relevance, smoothing):
+    loss, _, weight = name.partition(", ")
+    args = LarPOConfig("unused", loss_type=loss, label_smoothing=smoothing, lambda_weight=weight or None, use_cpu=True)
+    loss_fn = ranking_loss(loss, args)
+    relevance, mask = torch.tensor([[*relevance, 99.0]]), torch.tensor([[True, True, True, False]])
+    right, wrong = (loss_fn(torch.tensor([[s, 0.0, -s, 5.0]]), relevance, mask).item() for s in (0.2, -0.2))
+    assert right < wrong
+    equal = torch.zeros(1, 4, requires_grad=True)
+    loss_fn(equal, relevance, mask).sum().backward()
+    best, _, worst, padding = equal.grad[0].tolist()
+    assert best < 0 < worst and padding == 0
 
 
 @pytest.mark.parametrize("name", PAPER_LOSSES)

@@ -385,6 +385,9 @@ def test_precomputed_reference_is_cached_and_depends_on_its_options(trained, tmp
         options = {"precompute_ref_log_probs": True, "max_length": max_length}
         trained(Dataset.load_from_disk(path), options)
     assert computed == [64, 20]
+    other = {"precompute_ref_log_probs": True, "max_length": 64, "model_init_kwargs": {"rms_norm_eps": 1e-4}}
+    trained(Dataset.load_from_disk(path), other)  # the same weights
+    assert computed == [64, 20, 64]
 
 
 def test_a_process_that_writes_no_file_has_the_reference_of_rows_in_memory(tiny_model, config, monkeypatch):
@@ -614,6 +617,15 @@ def test_evaluation_during_training_and_on_new_sets(trained):
     assert trainer.evaluate(tiny.pairs(num_rows=3))["eval_list_size"] == 2
     again = trainer.evaluate(trainer.eval_dataset["lists"])  # prepared already
     assert again["eval_loss"] == pytest.approx(trainer.evaluate(tiny.lists(num_rows=5, seed=1))["eval_loss"])
+
+
+@pytest.mark.slow
+def test_prepared_sets_are_evaluated_as_they_are(trained):
+    rows = [row | {"finished": [False] + [True] * (len(row["completions"]) - 1)} for row in tiny.lists()]
+    rows = [row for row in rows if len(row["completions"]) > 2]
+    trainer = trained(Dataset.from_list(rows), {"truncated_completions": "drop"}, eval_dataset=Dataset.from_list(rows))
+    for prepared in (trainer.train_dataset, trainer.eval_dataset):
+        assert trainer.evaluate(prepared)["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
 @pytest.mark.slow

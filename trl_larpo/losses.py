@@ -268,25 +268,50 @@ def ndcg2pp_lambda_weight(scores: Tensor, relevance: Tensor, mask: Tensor, *, mu
     return (weights / ideal[:, None, None]).masked_fill(~(mask.unsqueeze(1) & mask.unsqueeze(2)), 0.0)
 
 
-def smoothed(loss_fn: Callable[..., Tensor], smoothing: float, margin: float = 0.0) -> RankingLoss:
+def smoothed(
+    loss_fn: Callable[..., Tensor],
+    smoothing: float,
+    margin: float = 0.0,
+    reversed_loss_fn: Callable[..., Tensor] | None = None,
+) -> RankingLoss:
     """
     A loss for orders that are wrong now and then: (1 - ε) · loss of the order + ε · loss of the reversed order.
 
-    On two candidates it is the conservative DPO loss, -(1 - ε) log σ(d - m) - ε log σ(m - d) with the difference d of
-    the scores and the margin m.
+    In the reversed order the best candidate has the relevance of the worst, and the other way round: gains of NDCG are
+    between the same limits in both. On two candidates it is the conservative DPO loss,
+    -(1 - ε) log σ(d - m) - ε log σ(m - d) with the difference d of the scores and the margin m.
 
     Args:
         loss_fn: A ranking loss; with a margin, one that takes it.
         smoothing: ε, the share of orders that are wrong, at least 0 and below 0.5.
         margin: See [`trl_larpo.losses`]; in the reversed order it counts the other way.
+        reversed_loss_fn: The loss of the reversed order, if that is another function.
     """
+    of_reversed = loss_fn if reversed_loss_fn is None else reversed_loss_fn
 
     def smoothed_loss(scores: Tensor, relevance: Tensor, mask: Tensor) -> Tensor:
         right, reversed_order = ({"margin": m} if margin else {} for m in (margin, -margin))
         right_loss = loss_fn(scores, relevance, mask, **right)
-        return (1 - smoothing) * right_loss + smoothing * loss_fn(scores, -relevance, mask, **reversed_order)
+        wrong_loss = of_reversed(scores, reversed_relevance(relevance, mask), mask, **reversed_order)
+        return (1 - smoothing) * right_loss + smoothing * wrong_loss
 
     return smoothed_loss
+
+
+def reversed_relevance(relevance: Tensor, mask: Tensor) -> Tensor:
+    """
+    The relevance of each candidate if the order of its list were the opposite: highest + lowest - relevance.
+
+    Args:
+        relevance: Float `(batch, list_size)`.
+        mask: Bool `(batch, list_size)`.
+
+    Returns:
+        Float `(batch, list_size)`, 0 in the padding.
+    """
+    highest = relevance.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = relevance.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(mask, highest + lowest - relevance, 0.0)
 
 
 RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {  # each a `RankingLoss`; some have options of their own

@@ -70,6 +70,15 @@ def score_dataset(
     return logps
 
 
+def configuration_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model's log-probabilities depend on beside its weights: its configuration, and that of its adapters."""
+    configuration = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        configuration.pop(name, None)
+    adapters = getattr(model, "peft_config", {})
+    return configuration | {"adapters": {name: adapters[name].to_dict() for name in sorted(adapters)}}
+
+
 def load_with_adapter(path: str, **kwargs: Any) -> PreTrainedModel:
     """
     A model, or its base with the adapter in a folder.

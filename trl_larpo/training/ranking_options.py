@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..candidates import TRUNCATED_COMPLETIONS, check_truncated_completions
 from ..errors import ConfigError
-from ..losses import RANKING_LOSSES, RankingLoss, ndcg2pp_lambda_weight, ndcg_lambda_weight, smoothed
+from ..losses import (
+    RANKING_LOSSES,
+    RankingLoss,
+    ndcg2pp_lambda_weight,
+    ndcg_lambda_weight,
+    reversed_relevance,
+    smoothed,
+)
 
 # fmt: off
 DPO_LOSSES = frozenset([
@@ -263,6 +271,13 @@ def ranking_loss(name: str, args: Any) -> RankingLoss:
             f"`target_margin={margin}`: the loss {name!r} takes no argument `margin`. Remove one of the two."
         )
     if args.label_smoothing:
+        if (weight := options.get("lambda_weight")) is not None:  # that of a pair is the same in both orders
+
+            def of_right_order(scores: Tensor, relevance: Tensor, mask: Tensor) -> Tensor:
+                return weight(scores, reversed_relevance(relevance, mask), mask)
+
+            reversed_loss_fn = partial(RANKING_LOSSES[name], **options | {"lambda_weight": of_right_order})
+            return smoothed(loss_fn, args.label_smoothing, margin, reversed_loss_fn)
         return smoothed(loss_fn, args.label_smoothing, margin)
     return partial(loss_fn, margin=margin) if margin else loss_fn
 

@@ -1,15 +1,19 @@
 """From validated rows to token ids: `prompt_ids`, `completion_ids`, `relevance`."""
 
+import inspect
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import ConfigError, DataError
+from . import validation
 from .datasets import column_names
 from .trl_compat import prepare_multimodal_messages, tokenize
 from .validation import canonical_row
@@ -22,6 +26,9 @@ _FEATURES = {
     "completion_ids": Sequence(Sequence(Value("int32"))),
     "relevance": Sequence(Value("float64")),
 }
+
+_CODE = Hasher.hash([inspect.getsource(module) for module in (sys.modules[__name__], validation)])
+"""Stands for what makes tokens of rows: what another version of it has left in the cache of datasets is not found."""
 
 _warned_of: set[tuple[str, str]] = set()  # data set and kind of trouble, of the data set that is being tokenised
 
@@ -85,6 +92,7 @@ def tokenize_dataset(
             "length_column": length_column,
             "truncated_completions": truncated_completions,
             "min_candidates": min_candidates,
+            "code": _CODE,
         },
         **map_kwargs,
     )
@@ -107,6 +115,12 @@ def tokenize_dataset(
                 "lose their end."
             )
     return dataset
+
+
+def is_tokenized(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a dataset has the columns that [`tokenize_dataset`] adds, with their types."""
+    features = dataset.features or {}
+    return all(features.get(name) == feature for name, feature in _FEATURES.items())
 
 
 def _drop(
@@ -163,6 +177,7 @@ def _tokenize_row(
     length_column: str,
     truncated_completions: str,
     min_candidates: int,
+    code: str,  # for the cache alone
 ) -> Row:
     ranked = canonical_row(row, index, where, truncated_completions, min_candidates)
     prompt = ranked["prompt"]

@@ -14,18 +14,19 @@ from trl import DPOConfig, DPOTrainer
 
 from ..errors import ConfigError
 from ..losses import RankingLoss
+from ..version import __version__
 from .candidate_scoring import CandidateScoring
 from .collator import DataCollatorForCandidateLists
 from .config import LarPOConfig, trains_lists
 from .datasets import column_names, has_images
 from .finite import FiniteTraining
 from .list_metrics import ListMetrics, Measurements
-from .log_probabilities import score_dataset
+from .log_probabilities import configuration_of, score_dataset
 from .objective import RankingObjective
 from .ranking_options import DPO_LOSSES, check_loss_types
 from .reference import brings_adapter, copy_parameters, reference_adapter
 from .token_rows import count_tokens
-from .tokenization import tokenize_dataset
+from .tokenization import is_tokenized, tokenize_dataset
 from .trl_compat import (
     DataCollatorForPreference,
     get_config_model_id,
@@ -220,12 +221,14 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         where = f"{dataset_name} dataset"
-        if not self._datasets_are_checked:
+        if not self._datasets_are_checked and not is_tokenized(dataset):
             row_format = _check_dataset(dataset, where, not self._list_mode, _truncated_completions(args))
             if row_format == "list" and not self._list_mode:
                 raise ConfigError(f"{where} holds lists, but this trainer was built for pairs. Evaluate it on pairs.")
         if not self._list_mode:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if is_tokenized(dataset):  # a prepared one, such as `trainer.train_dataset`
+            return dataset
         with global_then_local_main_first():
             return tokenize_dataset(
                 dataset,
@@ -271,11 +274,11 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
             ref_logps = self._compute_all_ref_logps(dataset, name, batch_size)
             return concatenate_datasets([dataset, Dataset.from_dict({"ref_logps": ref_logps})], axis=1)
         # Everything the values depend on, and the same file for every process
-        args = self.args
-        settings = (args.max_length, args.truncation_mode, args.bf16, args.fp16)
+        args, model = self.args, self.model if self.ref_model is None else self.ref_model
+        settings = (args.max_length, args.truncation_mode, args.bf16, args.fp16, configuration_of(model), __version__)
         model_hash = getattr(self, "_precompute_model_hash", None)  # from TRL 1.16
         if model_hash is None:
-            model_hash = hash_module(self.model if self.ref_model is None else self.ref_model)
+            model_hash = hash_module(model)
         fingerprint = [Hasher.hash((dataset._fingerprint, model_hash, settings))]
         broadcast_object_list(fingerprint, from_process=0)
         cache_file = dataset._get_cache_file_path(fingerprint[0])
