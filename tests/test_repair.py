@@ -4,20 +4,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from small_run import larpo_run, rows_of
 from trl import ModelConfig
 
-from trl_larpo import DataError, cli
+from trl_larpo import DataError, LarPOTrainer, cli
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.run.folder import TIMINGS, RunFolder, seconds_of_stages
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
 from trl_larpo.storage import partial_files, write_json, write_jsonl
-from trl_larpo.training.checkpoints import last_whole_checkpoint
+from trl_larpo.training.checkpoints import last_whole_checkpoint, take_batch_size
 
 
 @pytest.fixture
@@ -278,3 +279,22 @@ def test_a_run_that_is_stopped_as_it_writes_prompts_starts_again(project, config
         with pytest.raises(KeyboardInterrupt):
             start()
     assert len(start().held_out) == 4
+
+
+def test_a_training_resumes_with_another_batch_size(tmp_path, tiny_model, config):
+    def train(batch_size, steps, checkpoint=None):
+        args = config(
+            output_dir=str(tmp_path), per_device_train_batch_size=batch_size, max_steps=steps, save_strategy="steps",
+            save_steps=1,
+        )  # fmt: skip
+        trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=tiny.lists())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    train(4, 1)
+    checkpoint = last_whole_checkpoint(tmp_path)
+    before = {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()}
+    take_batch_size(checkpoint, 4)
+    assert {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()} == before
+    take_batch_size(checkpoint, 2)
+    assert train(2, 2, checkpoint)._train_batch_size == 2

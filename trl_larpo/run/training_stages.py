@@ -25,7 +25,7 @@ from ..pools import read_pools
 from ..preparation import preparing
 from ..prompts import Prompt, Row
 from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
-from ..training.checkpoints import last_whole_checkpoint
+from ..training.checkpoints import last_whole_checkpoint, take_batch_size
 from ..training.config import LarPOConfig
 from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
@@ -151,11 +151,16 @@ class TrainingStage:
     def run(self) -> None:
         """Trains, or resumes from the last checkpoint, and saves the model and the log."""
         trainer, monitor = self.trainer, self._monitor()
-        if self.keeps_adapter and last_whole_checkpoint(self.scratch) is None:
+        checkpoint = last_whole_checkpoint(self.scratch)
+        if self.keeps_adapter and checkpoint is None:
             save_adapter(trainer, self.scratch / "start")  # what is kept if the training does harm
         if monitor is not None:
             trainer.add_callback(monitor)
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.scratch))
+        if checkpoint is not None and not trainer.args.auto_find_batch_size:
+            if PartialState().is_main_process:
+                take_batch_size(checkpoint, trainer.args.train_batch_size)
+            PartialState().wait_for_everyone()
+        trainer.train(resume_from_checkpoint=checkpoint)
         log = [
             {key: value for key, value in entry.items() if not key.startswith("train_") or key == "train_loss"}
             for entry in trainer.state.log_history

@@ -9,6 +9,8 @@ from pathlib import Path
 from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 
+from ..storage import read_json, write_json
+
 logger = get_logger(__name__)
 
 _STATE = "trainer_state.json"  # which the trainer writes last
@@ -27,6 +29,21 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
             return str(path)
         logger.warning(f"{path} is not whole ({problem}); an earlier checkpoint is taken, if there is one.")
     return None
+
+
+def take_batch_size(checkpoint: str, batch_size: int) -> None:
+    """
+    Lets a training that is resumed from a checkpoint have another batch size, so that out of memory is no dead end:
+    transformers 4 takes that of the checkpoint, whatever the arguments say.
+
+    Args:
+        checkpoint: Its folder.
+        batch_size: Lists in a batch of one process, on all of its devices.
+    """
+    path = Path(checkpoint) / _STATE
+    state = read_json(path)
+    if state.get("train_batch_size") not in (None, batch_size):
+        write_json(path, state | {"train_batch_size": batch_size})
 
 
 def checkpoints(folder: Path) -> Iterator[Path]:
