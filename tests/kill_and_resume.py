@@ -241,7 +241,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 def is_working(process: NewRun, folder: Path) -> bool:
     """Whether a process of this run has locked the folder."""
     with contextlib.suppress(OSError, ValueError, IndexError, psutil.NoSuchProcess):
-        owner = int((folder / ".lock").read_text().split()[-1])
+        owner = int((folder / ".lock").read_text().split()[1])
         return owner in {x.pid for x in psutil.Process(process.pid).children(recursive=True)}
     return False
 

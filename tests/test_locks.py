@@ -1,14 +1,17 @@
 """One command at a time writes into a folder."""
 
 import errno
+import fcntl
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from trl_larpo import locks
+from trl_larpo import LarPOError, locks
 from trl_larpo.locks import exclusive_lock, is_locked
 
 
@@ -17,7 +20,8 @@ def test_one_process_in_a_folder(tmp_path):
     code += "with exclusive_lock(pathlib.Path(sys.argv[1])): pass"
     with exclusive_lock(tmp_path):
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert f"Another process (process {os.getpid()}) is running in {tmp_path}" in other.stderr
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"Another process ({owner}) is running in {tmp_path}" in other.stderr
     with exclusive_lock(tmp_path):
         pass  # free again
 
@@ -36,7 +40,7 @@ def test_without_locks_a_warning_says_what_nobody_keeps_apart(tmp_path, without_
     with caplog.at_level(logging.WARNING, logger="trl_larpo.locks"), exclusive_lock(tmp_path):
         assert f"The file system of {tmp_path} has no locks (No locks available)" in caplog.text
         assert "Start only one at a time" in caplog.text
-        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()}\n"
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
     assert len(caplog.records) == 1
 
 
@@ -45,8 +49,24 @@ def test_without_locks_the_owner_is_known_by_its_number(tmp_path, without_locks)
         assert is_locked(tmp_path)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    (tmp_path / ".lock").write_text(f"process {ended.pid}\n")
+    (tmp_path / ".lock").write_text(f"process {ended.pid} on {socket.gethostname()}\n")
     assert not is_locked(tmp_path)
+    (tmp_path / ".lock").write_text(f"process {os.getpid()} on another-machine\n")
+    assert not is_locked(tmp_path)
+
+
+def test_a_lock_of_another_machine_is_waited_for_as_that_may_be_gone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "SECONDS_TO_FREE", 0.3)
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(f"process {os.getpid()} on another-machine\n")
+        lock.flush()
+        with pytest.raises(LarPOError, match=r"process \d+ on another-machine\) is running"), exclusive_lock(tmp_path):
+            pass
+        assert "waiting 0 s, in case that machine is gone" in caplog.text
+        threading.Timer(0.1, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        with exclusive_lock(tmp_path):
+            assert socket.gethostname() in (tmp_path / ".lock").read_text()
 
 
 def test_other_errors_of_locks_are_raised(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -113,7 +114,8 @@ def test_one_command_writes_an_output(reward, project):
         ]
         assert reward() == 2 and not (project / "rewarded.jsonl").exists()
     assert reward() == 0
-    assert f"Another process (process {os.getpid()}) is writing rewarded.jsonl" in others[0].stderr
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"Another process ({owner}) is writing rewarded.jsonl" in others[0].stderr
     assert "take another `output`" in others[0].stderr and others[1].returncode == 0
 
 

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import logging
 import os
+import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,10 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger(__name__)
 
-_OWNER = "process "  # what a lock holds before the number of its process
+_OWNER = re.compile(r"process (\d+) on (.*)")  # what a lock holds
+
+SECONDS_TO_FREE = 120.0
+"""How long a network file system may keep the lock of a machine that is gone (NFS: 90 seconds)."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks answer
 
@@ -63,7 +68,7 @@ def exclusive_lock(folder: Path, file: str = "", option: str = "output_dir") -> 
         keep_open(lock.fileno())
         lock.seek(0)
         lock.truncate()
-        lock.write(f"{_OWNER}{os.getpid()}\n")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         yield
         with contextlib.suppress(_NoLocksError):
@@ -76,7 +81,7 @@ def is_locked(folder: Path) -> bool:
     """
     Whether a process is in a folder, as [`exclusive_lock`] keeps others out.
 
-    Where the file system has no locks: whether the one that was in it last is there, on this machine.
+    Where the file system has no locks: whether the one that was in it last is there, if that was on this machine.
     """
     if fcntl is None or not (folder / ".lock").exists():
         return False
@@ -84,16 +89,23 @@ def is_locked(folder: Path) -> bool:
         try:
             return not _flock(lock, "LOCK_SH")
         except _NoLocksError:
-            return _is_running(lock.read().strip())
+            return bool(_is_running(lock.read().strip()))
 
 
 def _await_lock(lock: IO[str], work: str, option: str) -> None:
-    """Takes the lock. Waits for what is left of an owner that has ended; another owner is an error."""
-    deadline = time.monotonic() + SECONDS_TO_END
+    """
+    Takes the lock. Waits for what is left of an owner that has ended, and for one on another machine, which may be
+    gone. Another owner is an error.
+    """
+    started, is_said = time.monotonic(), False
     while not _flock(lock, "LOCK_EX"):
         lock.seek(0)
         owner = lock.read().strip()
-        if _is_running(owner) or time.monotonic() > deadline:
+        is_running, waited = _is_running(owner), time.monotonic() - started
+        if is_running is None and not is_said:
+            logger.warning(f"{owner} is {work}; waiting {SECONDS_TO_FREE:.0f} s, in case that machine is gone.")
+            is_said = True
+        if is_running or waited > (SECONDS_TO_FREE if is_running is None else SECONDS_TO_END):
             raise LarPOError(
                 f"Another process ({owner or 'unknown'}) is {work}. Wait for it, stop it, or take another `{option}`."
             )
@@ -114,7 +126,10 @@ def _flock(lock: IO[str], operation: str) -> bool:
     return True
 
 
-def _is_running(owner: str) -> bool:
-    """Whether the process that wrote its name into a lock is there."""
-    number = owner.removeprefix(_OWNER)
-    return not number.isdecimal() or psutil.pid_exists(int(number))
+def _is_running(owner: str) -> bool | None:
+    """Whether the process that wrote its name into a lock is there; `None` if it was on another machine."""
+    match = _OWNER.fullmatch(owner)
+    if match is None:
+        return True  # it has not written it yet
+    number, machine = match.groups()
+    return psutil.pid_exists(int(number)) if machine == socket.gethostname() else None
