@@ -451,6 +451,10 @@ def test_a_checkpoint_of_other_processes_resumes_with_new_samples(online, tmp_pa
         ({"ref_update_steps": 2, "sync_ref_model": True}, "`sync_ref_model` and `ref_update_steps` exclude"),
         ({"ref_update_steps": 2, "reference_free": True}, "`reference_free` and `ref_update_steps` exclude"),
         ({"memory_size": -1}, "`memory_size` is -1"),
+        (
+            {"memory_size": 2, "multi_objective_aggregation": "normalize_then_sum"},
+            r"`memory_size=2`.*`multi_objective_aggregation='normalize_then_sum'`.*Set `memory_size` to 0, or",
+        ),
         ({"lambda_weight": "ndcg", "loss_type": ["listmle"]}, "`lambda_weight='ndcg'` belongs to 'lambdarank'"),
     ],
 )

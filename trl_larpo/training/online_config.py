@@ -47,7 +47,8 @@ class OnlineLarPOConfig(RankingOptions, GRPOConfig):
             the reference stays the initial model. 1: the policy itself is the reference of each step, which takes
             neither a second model nor a second pass.
         memory_size (`int`, *optional*, defaults to `0`):
-            How many of the last samples of a prompt join its new ones when the prompt comes up again.
+            How many of the last samples of a prompt join its new ones when the prompt comes up again. Not with
+            `multi_objective_aggregation="normalize_then_sum"`, whose rewards are comparable within a group only.
     """
 
     beta: float = field(
@@ -125,6 +126,13 @@ class OnlineLarPOConfig(RankingOptions, GRPOConfig):
         divergence_scores(torch.zeros(1), self.f_divergence_type, self.f_alpha_divergence_coef)
         if self.memory_size < 0:
             raise ConfigError(f"`memory_size` is {self.memory_size}; it must be at least 0.")
+        if self.memory_size and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ConfigError(
+                f"`memory_size={self.memory_size}` ranks earlier samples among new ones by their rewards, but with "
+                "`multi_objective_aggregation='normalize_then_sum'` rewards are standardized within each group, so "
+                "those of different groups cannot be compared. Set `memory_size` to 0, or "
+                "`multi_objective_aggregation` to 'sum_then_normalize'."
+            )
 
     def _check_reference(self) -> None:
         if self.ref_update_steps is None:
