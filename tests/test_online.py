@@ -56,9 +56,10 @@ def online(tiny_model, config):
     return train
 
 
-def lora(*more_modules):
+def lora(*more_modules, dropout=0.0):
     peft = pytest.importorskip("peft")
-    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", *more_modules], init_lora_weights=True)
+    modules = ["q_proj", "v_proj", *more_modules]
+    return peft.LoraConfig(r=4, target_modules=modules, lora_dropout=dropout, init_lora_weights=True)
 
 
 VARIANTS = {
@@ -345,6 +346,28 @@ def test_the_reference_follows_the_policy(online, adapter):
 def test_the_reference_follows_an_adapter_on_embeddings(online):
     options = {"ref_update_steps": 2, "max_steps": 3, "learning_rate": 1e-2}
     trainer = online(options, peft_config=lora("embed_tokens"))
+    assert [value == 0 for [value] in trajectory(trainer, "rewards/margins")] == [True, False, True]
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_scores_of_a_reference_in_the_policy_have_no_dropout(online, tmp_path, steps):
+    model = tiny.save_tiny_model(tmp_path / "model", attention_dropout=0.5)
+    options = {"ref_update_steps": steps, "max_steps": 1, "disable_dropout": False}
+    trainer = online(options, model=model, peft_config=lora(dropout=0.5))
+    assert trainer.ref_model is None and ("ref" in trainer.model.peft_config) == (steps == 2)
+    trainer.model.train()
+    modes = [module.training for module in trainer.model.modules()]
+    first, second = (trainer._score_reference(trainer.model, trainer.batches[0]) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    policy = [trainer._policy_scorer(trainer.model, trainer.batches[0]).logps for _ in range(2)]
+    assert not torch.equal(*policy)  # the policy keeps its dropout
+    assert [module.training for module in trainer.model.modules()] == modes
+
+
+def test_dropout_is_disabled_in_the_adapter_of_the_reference(online):
+    options = {"ref_update_steps": 2, "max_steps": 3, "learning_rate": 1e-2, "disable_dropout": True}
+    trainer = online(options, peft_config=lora(dropout=0.5))
+    assert {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)} == {0}
     assert [value == 0 for [value] in trajectory(trainer, "rewards/margins")] == [True, False, True]
 
 

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
+from .proof import evaluating
 from .scorer import CandidateScorer
 from .token_rows import Batch
 from .trl_compat import disable_gradient_checkpointing, use_adapter
@@ -35,21 +36,26 @@ class CandidateScoring:
 
     def _score_reference(self, model: nn.Module, batch: Batch) -> Tensor:
         """
-        Log-probabilities of candidates under the reference, `(batch, list_size)`, 0 in the padding.
+        Log-probabilities of candidates under the reference, `(batch, list_size)`, 0 in the padding. Without dropout,
+        also where the reference is the policy in the middle of its training.
 
         Args:
             model: The reference; where it is the policy without its adapter, the policy.
             batch: As [`DataCollatorForCandidateLists`] makes it.
         """
-        adapter_context = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            # A new adapter is switched off; of an adapter that was there before, a frozen copy named "ref" is used
+        adapter_context: contextlib.AbstractContextManager = contextlib.nullcontext()
+        dropout_context: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.ref_model is None:
             unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter_context = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+            dropout_context = evaluating(unwrapped)
+            if is_peft_model(self.model):
+                # A new adapter is switched off; of an adapter that was there before, a frozen copy named "ref" is used
+                adapter_context = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter_context,
+            dropout_context,
             self.accelerator.autocast(),
         ):
             scorer = self._policy_scorer if self.ref_model is None else self._reference_scorer

@@ -183,7 +183,7 @@ class Proof:
         """
         difference = Difference()
         try:
-            with _evaluating(self._model), torch.no_grad():
+            with evaluating(self._model), torch.no_grad():
                 difference.attention = max(deviations(self._batch), default=float("inf"))
         except torch.OutOfMemoryError:
             raise
@@ -234,7 +234,7 @@ class Proof:
     ) -> _Measured:
         with_gradients = self._with_gradients if with_gradients is None else with_gradients
         with (
-            _evaluating(self._model),
+            evaluating(self._model),
             torch.set_grad_enabled(with_gradients),
             _embeddings(self._model.get_input_embeddings(), with_gradients, change) as embedded,
         ):
@@ -297,8 +297,8 @@ def _embeddings(layer: nn.Module, as_leaves: bool, change: float) -> Iterator[_E
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and each module as it was afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context without dropout, also that of attention. Afterwards each module has its previous mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
-from .trl_compat import gathered_for_writing
+from .trl_compat import disable_dropout_in_model, gathered_for_writing
 
 _FILE = "reference.safetensors"
 
@@ -72,6 +72,8 @@ class MovingReference(TrainerCallback):
         self._has_adapter = is_peft_model(policy)
         if self._has_adapter and "ref" not in policy.peft_config:
             policy.add_adapter("ref", policy.peft_config["default"])
+            if args.disable_dropout:  # TRL did so before this adapter was there
+                disable_dropout_in_model(policy)
             self._copy()
         zero = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
         self._is_sharded = trainer.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3)
