@@ -408,6 +408,18 @@ def test_precompute_refuses_a_stream(tiny_model, config):
         )
 
 
+def test_sets_without_brought_log_probabilities_are_named(trained, tiny_model, config):
+    brought = tiny.lists().map(lambda row: {"ref_logps": [-10.0] * len(row["completions"])})
+    message = r"train_dataset brings `ref_logps`, so no reference is kept, and the eval dataset .*Add the column"
+    with pytest.raises(ConfigError, match=message):
+        stream = tiny.lists().to_iterable_dataset()
+        LarPOTrainer(model=tiny_model, args=config(), train_dataset=brought, eval_dataset=stream)
+    trainer = trained(brought, {"max_steps": 1})
+    with pytest.raises(ConfigError, match=message):
+        trainer.evaluate(tiny.lists(num_rows=4))
+    assert math.isfinite(trainer.evaluate(brought)["eval_loss"])
+
+
 @pytest.mark.parametrize("alpha", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_sync_ref_model(tiny_model, config, alpha):
     # Of four steps the second moves the reference to α · policy + (1 - α) · reference; the others leave it alone

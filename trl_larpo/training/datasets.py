@@ -137,3 +137,18 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns of a dataset, looked up in its first row where a stream does not know them."""
     columns = dataset.column_names
     return list(next(iter(dataset), {})) if columns is None else columns
+
+
+def evaluation_sets(eval_dataset) -> dict[str, Dataset | IterableDataset]:
+    """
+    The datasets that a trainer evaluates on.
+
+    Args:
+        eval_dataset: As the trainer is given it: a dataset, datasets by name, or `None`.
+
+    Returns:
+        What messages call each → the dataset.
+    """
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}

@@ -4,8 +4,7 @@ import os
 import textwrap
 
 import torch
-from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets, is_caching_enabled
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
@@ -18,12 +17,13 @@ from ..version import __version__
 from .candidate_scoring import CandidateScoring
 from .collator import DataCollatorForCandidateLists
 from .config import LarPOConfig, trains_lists
-from .datasets import column_names, has_images
+from .datasets import column_names, evaluation_sets, has_images
 from .finite import FiniteTraining
 from .list_metrics import ListMetrics, Measurements
 from .log_probabilities import configuration_of, score_dataset
 from .objective import RankingObjective
 from .ranking_options import DPO_LOSSES, check_loss_types
+from .ref_logps_column import check_column_after_training, stream_without_column, warn_of_unread_column
 from .reference import brings_adapter, copy_parameters, reference_adapter
 from .token_rows import count_tokens
 from .tokenization import is_tokenized, tokenize_dataset
@@ -36,8 +36,6 @@ from .trl_compat import (
     restore_forward_of_copy,
 )
 from .validation import check_dataset, dataset_format
-
-logger = get_logger(__name__)
 
 
 class LarPOTrainer(CandidateScoring, DPOTrainer):
@@ -143,10 +141,11 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
                 has_collator=data_collator is not None,
                 has_compute_metrics=compute_metrics is not None,
             )
+        self._brings_ref_logps = False
         given = {name: getattr(args, name) for name in ("loss_type", "precompute_ref_log_probs")}
         self._reference_free = self._list_mode and getattr(args, "reference_free", False)
         if isinstance(train_dataset, Dataset | IterableDataset):
-            _warn_of_unread_ref_logps(train_dataset, eval_dataset, args, self._list_mode)
+            warn_of_unread_column(train_dataset, eval_dataset, args, self._list_mode)
         if self._reference_free:
             if ref_model is not None:
                 raise ConfigError("`reference_free` scores need no reference, but `ref_model` is given. Remove one.")
@@ -161,6 +160,7 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
                     "`sync_ref_model` moves the reference, but train_dataset has the column `ref_logps`, which holds "
                     "the log-probabilities under a fixed one. Remove one of the two."
                 )
+            self._brings_ref_logps = True
             args.precompute_ref_log_probs = True  # what this dataset brings, and others still need
         loss_types = args.loss_type
         # DPOTrainer checks its options against its own losses. Every ranking loss depends on differences of scores
@@ -266,10 +266,7 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
         if self._reference_free or "ref_logps" in column_names(dataset):
             return dataset
         if isinstance(dataset, IterableDataset):
-            raise ConfigError(
-                f"`precompute_ref_log_probs=True` is not supported with IterableDataset, which the {name} dataset is. "
-                "Turn the option off, pass a map-style Dataset, or bring a column `ref_logps`."
-            )
+            raise stream_without_column(name, is_brought=self._brings_ref_logps)
         if not (dataset.cache_files and is_caching_enabled()):  # it has no file that all processes would find
             ref_logps = self._compute_all_ref_logps(dataset, name, batch_size)
             return concatenate_datasets([dataset, Dataset.from_dict({"ref_logps": ref_logps})], axis=1)
@@ -320,6 +317,8 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
         if is_prepared or not (self._list_mode and self.precompute_ref_logps):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        if self._brings_ref_logps and self.state.global_step > 0 and not is_peft_model(self.model):
+            check_column_after_training(datasets)
         if not all("ref_logps" in column_names(dataset) for dataset in datasets.values()):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         # DPOTrainer would refuse to compute a reference after training; there is nothing to compute
@@ -410,37 +409,11 @@ def _truncated_completions(args: DPOConfig) -> str:
 
 def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool, truncated_completions: str) -> dict[str, str]:
     """Validates all rows that can be read in advance. Name of each dataset, the training set first → its format."""
-    datasets = {"train_dataset": train_dataset} | _evaluation_sets(eval_dataset)
+    datasets = {"train_dataset": train_dataset} | evaluation_sets(eval_dataset)
     return {
         where: _check_dataset(dataset, where, losses_need_pairs, truncated_completions)
         for where, dataset in datasets.items()
     }
-
-
-def _evaluation_sets(eval_dataset) -> dict[str, Dataset | IterableDataset]:
-    """What messages call each → the dataset."""
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-
-
-def _warn_of_unread_ref_logps(train_dataset, eval_dataset, args: DPOConfig, list_mode: bool) -> None:
-    datasets = {"train_dataset": train_dataset} | _evaluation_sets(eval_dataset)
-    found = [where for where, dataset in datasets.items() if "ref_logps" in column_names(dataset)]
-    if not list_mode:
-        reason = (
-            "these pairs are trained by DPOTrainer's own code, which knows `ref_chosen_logps` and `ref_rejected_logps`."
-        )
-    elif getattr(args, "reference_free", False):
-        reason = "`reference_free` scores need no reference."
-    elif "train_dataset" in found or args.precompute_ref_log_probs:
-        return
-    else:
-        reason = (
-            "train_dataset has none, so the reference model is used. Set `precompute_ref_log_probs`, or add it there."
-        )
-    if found:
-        logger.warning(f"The column `ref_logps` of {' and '.join(found)} is not read: {reason}")
 
 
 def _check_dataset(dataset, where: str, losses_need_pairs: bool, truncated_completions: str) -> str:
