@@ -157,6 +157,8 @@ def test_bad_columns_are_named():
         ({"completion_ids": [None, [-1]]}, r"column `completion_ids`: entry 1 is \[-1\]; give a list of token ids"),
         ({"completion_ids": ["", "1 b"]}, "column `completion_ids`: entry 1 is '1 b'; give a list of token ids"),
         ({"completion_ids": [None, [True]]}, r"column `completion_ids`: entry 1 is \[True\]; give a list of token ids"),
+        ({"completion_ids": [12, 99]}, r"rows row 3, column `completion_ids`: entry 0 is 12; give a list of token ids"),
+        ({"completion_ids": [None, 0.5]}, r"column `completion_ids`: entry 1 is 0.5; give a list of token ids"),
     ):
         with pytest.raises(DataError, match=message):
             canonical_row(good | change, 3, "rows")

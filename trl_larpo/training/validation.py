@@ -357,7 +357,7 @@ def _token_ids(ids: Any, position: int, fail) -> list[int] | None:
         tokens = [operator.index(int(x) if isinstance(x, str) else x) for x in found]
     except (TypeError, ValueError):
         tokens = [-1]
-    if any(isinstance(x, bool) for x in found) or min(tokens) < 0:
+    if not isinstance(found, list) or any(isinstance(x, bool) for x in found) or min(tokens) < 0:
         raise fail("completion_ids", f"entry {position} is {ids!r}; give a list of token ids, or None if unknown.")
     return tokens
 
