@@ -1,5 +1,7 @@
 """A loss or gradient that is not finite: no step is taken on it, its prompts are named, and training stops."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ from datasets import Dataset
 from trajectories import weights_of
 
 from trl_larpo import LarPOError, LarPOTrainer
+from trl_larpo.training.list_metrics import Measurements, list_averages
 
 BAD = "bad prompt"
 
@@ -77,6 +80,29 @@ def test_one_bad_batch_is_left_out(trained, spoil, caplog, kind, accumulation):
     assert f"'{BAD} 2'" in said and ("the loss is nan" in said or "the gradient is not finite" in said)
     assert all(weight.isfinite().all() for weight in weights_of(trainer.model).values())
     assert trainer.state.global_step == 6 // accumulation
+
+
+def test_metrics_leave_out_a_batch_without_a_finite_loss(trained, spoil):
+    """A window with such a batch logs what a window of its other batches does."""
+    spoil("loss")
+    lists, logs = lists_with_bad_ones(4, [1]), []
+    for dataset in (lists, lists.select([0, 2, 3])):
+        steps = {"max_steps": len(dataset), "logging_steps": len(dataset)}  # with weights that stay
+        trainer = trained(dataset, steps | {"per_device_train_batch_size": 1, "learning_rate": 0.0})
+        logs += [entry for entry in trainer.state.log_history if "loss" in entry]
+    found, expected = logs
+    names = [name for name in expected if "/" in name or name in ("entropy", "list_size", "mean_token_accuracy")]
+    assert {"rewards/chosen", "logps/rejected", "ranking/ndcg", "list_size"} <= set(names)
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-9), name
+
+
+def test_a_batch_of_which_no_list_counts_adds_zeros():
+    """Its sums and counts are those of every other batch by name, for processes that add them up together."""
+    names = ["relevance", "mask", "scores", "log_ratios", "logps", "count", "entropy", "mean_logits", "is_top1"]
+    batch = Measurements(names, torch.full((9, 2, 3), math.nan), torch.tensor(7), torch.tensor(math.nan))
+    for name, (total, count) in list_averages([batch.first(0)], beta=0.1).items():
+        assert (total, count) == ((7, 1) if name == "num_tokens" else (0, 0)), name
 
 
 @pytest.mark.parametrize("kind", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])

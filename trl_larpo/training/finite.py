@@ -32,24 +32,32 @@ class FiniteTraining(TrainerCallback):
         self._batches: list[Tensor] = []  # token ids of the prompts since the last step
         self._has_bad_loss = False
 
-    def check_loss(self, loss: Tensor, inputs: dict[str, Tensor]) -> None:
+    def check_loss(self, loss: Tensor, inputs: dict[str, Tensor]) -> bool:
         """
-        Looks at a loss before its backward pass.
+        Checks a loss before its backward pass.
+
+        Args:
+            loss: Loss of this process, a scalar.
+            inputs: The batch, with `prompt_ids`.
+
+        Returns:
+            Whether the metrics of the batch count: `False` in training where the loss of this process is not finite.
 
         Raises:
             NonFiniteError: If it is not finite on some process, in a training with DeepSpeed that scales no losses.
         """
         if not self._trainer.model.training:
-            return
+            return True
         self._batches.append(inputs["prompt_ids"])
         is_finite = bool(loss.detach().isfinite())
         if self._on_all_processes(is_finite):
-            return
+            return True
         if not is_finite:
             self._report(f"the loss is {loss.item()}", self._batches[-1])
         self._has_bad_loss = True
         if self._trainer.is_deepspeed_enabled and not self._trainer.args.fp16:
             self._stop("The loss is not finite")
+        return is_finite
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         batches, has_bad_loss = self._batches, self._has_bad_loss

@@ -49,6 +49,18 @@ class Measurements:
         aux_loss = None if policy.aux_loss is None else policy.aux_loss.detach()
         return cls(list(values), stacked, count_tokens(batch), aux_loss)
 
+    def first(self, num_lists: int) -> "Measurements":
+        """
+        The first lists of the batch, for metrics that leave out the others. All tokens still count.
+
+        Args:
+            num_lists: Lists that stay; with 0, every sum and count of the metrics is 0, even where values are NaN.
+        """
+        aux_loss = self.aux_loss
+        if aux_loss is not None and num_lists == 0:
+            aux_loss = torch.zeros_like(aux_loss)
+        return Measurements(self.names, self.values[:, :num_lists], self.num_tokens, aux_loss)
+
 
 def list_averages(batches: list[Measurements], beta: float) -> Averages:
     """

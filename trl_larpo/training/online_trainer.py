@@ -215,9 +215,10 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
         loss = objective.loss
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
-        self._finite.check_loss(loss, inputs)
+        is_finite = self._finite.check_loss(loss, inputs)
         measurements = Measurements.of(inputs, policy, objective)
-        self._list_metrics.add("train" if self.model.training else "eval", measurements)
+        mode = "train" if self.model.training else "eval"
+        self._list_metrics.add(mode, measurements if is_finite else measurements.first(0))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -360,10 +360,11 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
         loss = objective.loss
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
-        self._finite.check_loss(loss, inputs)
+        is_finite = self._finite.check_loss(loss, inputs)
 
         measurements = Measurements.of(inputs, policy, objective)
-        self._list_metrics.add("train" if self.model.training else "eval", measurements)
+        mode = "train" if self.model.training else "eval"
+        self._list_metrics.add(mode, measurements if is_finite else measurements.first(0))
         return (loss, {"scores": objective.scores.detach()}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
