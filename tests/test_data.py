@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+import torch
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 
@@ -52,6 +53,7 @@ BAD_ROWS = {
     "reward a string": ({"rewards": ["high", 0.0]}, "rewards", "entry 0 is 'high', not a number"),
     "reward NaN": ({"rewards": [1.0, math.nan]}, "rewards", "entry 1 is nan; give a finite number"),
     "reward infinite": ({"rewards": [-math.inf, 1.0]}, "rewards", "entry 0 is -inf; give a finite number"),
+    "reward beyond float32": ({"rewards": [1.0, -1e39]}, "rewards", "entry 1 is beyond the largest number of float32"),
     "prompt empty": ({"prompt": ""}, "prompt", "is empty; remove the row or fill it"),
     "prompt None": ({"prompt": None}, "prompt", "is None; give a string or a list of messages"),
     "prompt a number": ({"prompt": 7}, "prompt", "is of type int"),
@@ -157,6 +159,18 @@ def test_conversations_with_conflicting_duplicates_are_counted():
 def test_numbers_come_in_many_types(rewards):
     row = canonical_row(GOOD | {"rewards": rewards}, 0, "d")
     assert row["relevance"] == [float(reward) for reward in rewards]
+
+
+def test_rewards_are_rounded_as_in_batches(caplog):
+    rewards = [0.1, -1e9, -1e9 - 1, 3.4e38]
+    row = canonical_row(GOOD | {"completions": [" a", " b", " c", " d"], "rewards": rewards}, 0, "d")
+    assert row["relevance"] == torch.tensor(rewards).tolist()
+    assert row["relevance"][1] == row["relevance"][2]
+    with caplog.at_level(logging.WARNING):
+        assert check_dataset(Dataset.from_list([GOOD | {"rewards": [-1e9, -1e9 - 1]}]), "d").num_tied == 1
+    assert "in 1 of 1 lists all rewards are equal" in caplog.text
+    with pytest.raises(DataError, match=r"^d row 7, column `rewards`: entry 0 is beyond"):
+        canonical_row(GOOD | {"rewards": [10**400, 0]}, 7, "d")
 
 
 def test_order_stands_for_rewards_where_there_are_none():

@@ -49,6 +49,8 @@ _NUM_PEEKED_ROWS = 16  # of a stream, which cannot be read twice cheaply
 
 _NUM_ROWS_NAMED = 4  # bad rows named in one error
 
+_LARGEST_REWARD = float(np.finfo(np.float32).max)
+
 
 @dataclass
 class ListSummary:
@@ -194,8 +196,8 @@ def canonical_row(
 
         - `prompt`: str or messages;
         - `completions`: str or messages;
-        - `relevance`: float. The rewards where given; else it falls from m - 1 for the first completion to 0 for the
-          last;
+        - `relevance`: float that float32 represents exactly. The rewards, rounded, where given; else it falls from
+          m - 1 for the first completion to 0 for the last;
         - `finished`: bool, all true without such a column;
         - `completion_ids`: list of int, or `None` where unknown;
         - `ref_logps`: float, if the row has them.
@@ -270,13 +272,19 @@ def ranked_relevance(rewards: list[float | None], finished: list[bool], truncate
         rewards: Of the completions of a list; `None` for cut-off ones alone, where their rewards do not count.
         finished: Whether each of them ended on its own.
         truncated_completions: As in [`canonical_row`].
+
+    Returns:
+        The relevance of each completion, rounded to float32, which batches hold.
     """
+    rewards = [None if reward is None else float(np.float32(reward)) for reward in rewards]
     if truncated_completions == "rank_last" and not all(finished):
         by_completion = zip(rewards, finished, strict=True)
         of_finished = [value for value, ended in by_completion if ended and value is not None]
         lowest, spread = (min(of_finished), max(of_finished) - min(of_finished)) if of_finished else (0.0, 0.0)
         last = lowest - (spread / (len(of_finished) - 1) if spread > 0 else 1.0)
-        last = min(last, math.nextafter(lowest, -math.inf))  # also where rounding swallows the difference
+        below = float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
+        last = min(last, below)  # also where rounding swallows the difference
+        last = float(np.float32(max(last, -_LARGEST_REWARD)))
         rewards = [value if ended else last for value, ended in zip(rewards, finished, strict=True)]
     return [0.0 if value is None else value for value in rewards]  # None: dropped
 
@@ -298,8 +306,14 @@ def _rewards(row: Row, finished: list[bool], truncated_completions: str, fail) -
         if reward is None or not isinstance(reward, Real):
             problem = f"entry {position} is {reward!r}, not a number; score it or remove the completion."
             raise fail("rewards", problem)
-        if not math.isfinite(reward):
+        if isinstance(reward, float | np.floating) and not math.isfinite(reward):
             raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
+        if abs(reward) > _LARGEST_REWARD:
+            raise fail(
+                "rewards",
+                f"entry {position} is beyond the largest number of float32, {_LARGEST_REWARD:.3g}; divide all rewards "
+                "by a constant.",
+            )
     return [None if reward is None else float(reward) for reward in rewards]
 
 
