@@ -44,6 +44,8 @@ from .tracking import Tracking
 
 logger = get_logger(__name__)
 
+_SECONDS_TO_APPEAR = 10  # that a network file system may take to show what another machine has made
+
 
 def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
     """
@@ -234,6 +236,26 @@ def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes
             "same command again to resume.",
             exit_status(process.returncode),
         )
+    if not _appears(output := stage.path(folder, iteration)):
+        option = "`train_launcher`" if stage.sharded and options.train_launcher else "The launcher"
+        raise LarPOError(
+            f"The stage {stage.name!r} of iteration {iteration}: {option} ended without an error and without making "
+            f"{output}. It must wait until the work has ended (`srun`, or `sbatch --wait`), and its processes must see "
+            "the same folder as this one."
+        )
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while path.name not in _names_in(path.parent):  # read anew, where `exists` may answer from memory
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _names_in(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 def _check_health(folder: RunFolder, iteration: int, has_changed: bool) -> list[Check]:
