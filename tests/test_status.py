@@ -11,6 +11,7 @@ from small_run import rows_of
 
 from trl_larpo import cli
 from trl_larpo.candidates import Candidate, CandidatePool
+from trl_larpo.errors import LarPOError
 from trl_larpo.locks import exclusive_lock
 from trl_larpo.prompts import Prompt
 from trl_larpo.run import loop, status
@@ -212,6 +213,26 @@ def test_a_command_is_told_of_the_end_and_of_a_failure(project, monkeypatch, cap
         "stopped: KeyboardInterrupt",
         "closed",
     ]
+
+
+def test_a_command_is_told_once_of_a_start_that_fails(project, monkeypatch, capsys):
+    flags = ["run", "--config", "it.yaml", "--notify_command", 'echo "$LARPO_STATE: $LARPO_MESSAGE" >> told.txt']
+    flags += ["--mirror", f"file://{project}/store"]
+
+    def fails_at(step):
+        def fails(*arguments):
+            raise LarPOError(step)
+
+        monkeypatch.setattr(loop, step, fails)
+
+    for step in ("RunContext", "check_run", "_fetch", "exclusive_lock"):  # each comes before those that fail already
+        fails_at(step)
+        assert cli.main(flags) != 0
+    told = ["failed: RunContext", "failed: check_run", "failed: _fetch", "failed: exclusive_lock"]
+    assert (project / "told.txt").read_text().splitlines() == told
+    # Neither of a dry run nor of options that are wrong in any folder
+    assert cli.main([*flags, "--dry_run"]) != 0 and cli.main([*flags, "--num_iterations", "0"]) != 0
+    assert (project / "told.txt").read_text().splitlines() == told
 
 
 def test_a_command_that_fails_is_a_warning(tmp_path, caplog):

@@ -34,7 +34,7 @@ from .folder import RunFolder
 from .health import Check, check_iteration
 from .hidden import environment_of_stages, with_hidden_options
 from .mirror import Mirror
-from .notify import notify
+from .notify import Notifier
 from .options import RunConfig, RunModelConfig, RunTrainingConfig
 from .plan import plan
 from .repair import repair
@@ -62,15 +62,22 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
     Raises:
         LarPOError: If the input is invalid; nothing computed is lost.
     """
+    options.check()
     folder = RunFolder(options, training, model)
-    mirror = None
+    notifier = Notifier(None if options.dry_run else options.notify_command, folder.path)
+    with notifier.of_failure():
+        return _run_in(folder, notifier)
+
+
+def _run_in(folder: RunFolder, notifier: Notifier) -> Path:
+    options, mirror = folder.options, None
     if options.mirror:
         mirror = Mirror(folder.path, options.mirror)
         if not options.dry_run:
             with exclusive_lock(folder.path), explain_full_disk(folder.path):
                 _fetch(mirror)
     check_run(folder)
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(folder.model)
     if options.dry_run:
         folder.prepare_prompts(tokenizer, save=False)
         print(plan(folder, tokenizer))
@@ -82,15 +89,11 @@ def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
         print(plan(folder, tokenizer))
         context = RunContext(folder)
         try:
-            page = _run_all(context, mirror)
-        except BaseException as error:
-            # Before servers are closed: a command that is told to stop has seconds
-            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            notify(options.notify_command, folder.path, state, str(error) or type(error).__name__)
-            raise
+            with notifier.of_failure():  # before servers are closed: a command that is told to stop has seconds
+                page = _run_all(context, mirror)
         finally:
             context.close()
-        notify(options.notify_command, folder.path, "finished", f"The report is {page}.")
+        notifier.tell("finished", f"The report is {page}.")
         return page
 
 

@@ -1,7 +1,9 @@
 """Tells somebody that a run has ended or failed, by a command of the user's."""
 
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -9,6 +11,36 @@ from accelerate.logging import get_logger
 logger = get_logger(__name__)
 
 _SECONDS = 60  # that the command may take
+
+
+class Notifier:
+    """
+    Tells of the end of a run, once.
+
+    Args:
+        command: As of [`notify`].
+        run: Folder of the run.
+    """
+
+    def __init__(self, command: str | None, run: Path):
+        self.command, self.run = command, run
+        self._has_told = False
+
+    def tell(self, state: str, message: str) -> None:
+        """As [`notify`], unless the end was told before."""
+        if not self._has_told:
+            self._has_told = True
+            notify(self.command, self.run, state, message)
+
+    @contextlib.contextmanager
+    def of_failure(self) -> Iterator[None]:
+        """Tells of an error or a stop in the context, and passes it on."""
+        try:
+            yield
+        except BaseException as error:
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.tell(state, str(error) or type(error).__name__)
+            raise
 
 
 def notify(command: str | None, run: Path, state: str, message: str) -> None:
