@@ -96,6 +96,25 @@ def test_too_many_end_it_and_the_others_are_kept(score, share, num_failing):
     assert len({row["prompt_id"] for row in kept}) == len(kept) >= 100
 
 
+@pytest.mark.parametrize("num_failing, is_too_many", [(2, False), (3, True)])
+def test_the_share_is_that_of_all_processes_together(score, num_failing, is_too_many):
+    of_another_process = iter([8])  # of the 10 that may fail
+
+    def reward(number, call):
+        for count in of_another_process:
+            aside = SetAside(score.folder / "rewarded.jsonl", NUM_PROMPTS, 0.05, "rewarded", process=1)
+            for other in range(100, 100 + count):
+                aside.add(Prompt.of(f"prompt {other}"), "no reward")
+        return failing(*range(num_failing))(number, call)
+
+    if not is_too_many:
+        assert len(score(reward)) == NUM_PROMPTS - num_failing
+        return
+    message = r"11 of 200 prompts could not be rewarded, .*/rewarded\.\*set_aside\.jsonl names them"
+    with pytest.raises(DataError, match=message):
+        score(reward)
+
+
 def test_each_prompt_is_added_to_the_file_and_a_kill_leaves_the_others(tmp_path):
     aside = SetAside(tmp_path / "samples.jsonl", 100, 0.5, "sampled")
     aside.add(Prompt.of("first"), "why")

@@ -46,7 +46,7 @@ class SetAside:
     """
 
     def __init__(self, output: Path, num_prompts: int, max_share: float, done: str, process: int = 0):
-        self.path = set_aside_path(output, process)
+        self.output, self.path = output, set_aside_path(output, process)
         self.limit = allowed_failures(num_prompts, max_share)
         self.num_prompts, self.done = num_prompts, done
         self.count = 0
@@ -61,13 +61,27 @@ class SetAside:
             LarPOError: If too many have failed.
         """
         self.count += 1
-        append_jsonl(self.path, [{"prompt_id": prompt.id, "prompt": prompt.text, "reason": reason}])
-        if self.count > self.limit or self.count == self.num_prompts:
-            raise LarPOError(
-                f"{self.count} of {self.num_prompts} prompts could not be {self.done}, more than "
-                f"`max_failed_share` allows; {self.path} names them. The last one, {prompt.text[:60]!r}: {reason} "
-                "What was done so far is kept: fix the cause and run the same command again."
-            )
+        row = {"prompt_id": prompt.id, "prompt": prompt.text, "reason": reason}
+        append_jsonl(self.path, [row])
+        if self._is_too_many(self.count):
+            raise LarPOError(self._message(self.count, row, self.path))
+
+    def too_many_together(self) -> str | None:
+        """What ends the step, if all processes together have set aside too many; once all have done their share."""
+        rows = set_aside_in(self.output.parent).get(self.output.stem, [])
+        if not self._is_too_many(len(rows)):
+            return None
+        return self._message(len(rows), rows[-1], self.output.with_name(f"{self.output.stem}.*{_SUFFIX[1:]}"))
+
+    def _is_too_many(self, count: int) -> bool:
+        return count > self.limit or count == self.num_prompts > 0
+
+    def _message(self, count: int, last: Row, files: Path) -> str:
+        return (
+            f"{count} of {self.num_prompts} prompts could not be {self.done}, more than `max_failed_share` allows; "
+            f"{files} names them. The last one, {last['prompt'][:60]!r}: {last['reason']} What was done so far is "
+            "kept: fix the cause and run the same command again."
+        )
 
 
 def allowed_failures(num_prompts: int, max_share: float) -> float:

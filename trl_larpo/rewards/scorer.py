@@ -127,6 +127,8 @@ class RewardScorer:
             )
         if not state.is_main_process:
             return StoredPools.none()
+        if (problem := set_aside.too_many_together()) is not None:
+            raise DataError(problem)
         return self._saved_pools(pools, work.digests, path)
 
     def as_judged(self, pools: Sequence[CandidatePool]) -> Sequence[CandidatePool]:
