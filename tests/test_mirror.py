@@ -92,6 +92,72 @@ def test_deleted_files_are_not_fetched(tmp_path):
     assert [path.name for path in (tmp_path / "third").glob("[!.]*")] == ["run.yaml"]
 
 
+def write_files(folder, **texts):
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+@pytest.mark.parametrize("change", [{"samples": "new"}, {"run": "b: 1"}], ids=["new file", "new version"])
+def test_work_of_another_machine_is_not_overwritten(tmp_path, change):
+    first, second, url = tmp_path / "first", tmp_path / "second", f"memory://newer/{'-'.join(change)}"
+    write_files(first, run="a: 1")
+    Mirror(first, url).push()
+    other = Mirror(second, url)
+    other.fetch()
+    Mirror(first, url).check_is_not_newer()  # nothing new yet
+    write_files(second, **change)
+    assert other.push() == 1
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"newer work of another machine.* Start with an empty `output_dir`"):
+            Mirror(first, url).check_is_not_newer()
+    Mirror(second, url).check_is_not_newer()
+    Mirror(tmp_path / "third", url).fetch()
+    Mirror(tmp_path / "third", url).check_is_not_newer()
+    Mirror(first, f"{url}-other").check_is_not_newer()
+
+
+def test_a_machines_own_copy_is_not_newer(tmp_path, monkeypatch):
+    folder, url = tmp_path / "run", "memory://own/run"
+    write_files(folder, run="a: 1", samples="{}")
+    Mirror(folder, url).check_is_not_newer()  # nothing there
+    mirror = Mirror(folder, url)
+    mirror.push()
+    (folder / "samples.yaml").unlink()
+    write_files(folder, scores="{}")
+    Mirror(folder, url).check_is_not_newer()  # files deleted and made since
+    pipe = mirror.files.pipe_file
+
+    def is_killed(name, content):
+        pipe(name, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mirror.files, "pipe_file", is_killed)
+    with pytest.raises(KeyboardInterrupt):
+        mirror.push()
+    monkeypatch.setattr(mirror.files, "pipe_file", pipe)
+    Mirror(folder, url).check_is_not_newer()
+    # What was copied and pushed is not known any more: names tell
+    (folder / ".mirrored.json").unlink()
+    Mirror(folder, url).check_is_not_newer()
+    (folder / "scores.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"e\.g\. scores\.yaml; the run in"):
+        Mirror(folder, url).check_is_not_newer()
+    pipe("/own/run/mirror.json", b"[")
+    Mirror(folder, url).check_is_not_newer()  # damaged: all is copied again
+
+
+def test_a_run_in_an_old_folder_is_refused_at_the_start(project, capsys):
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/refused/run/mirror.json", json.dumps(["run.yaml", "iteration_1/samples.jsonl"]).encode())
+    (project / "out").mkdir()
+    (project / "out/run.yaml").write_text("a: 1")
+    assert larpo_run("--mirror", "memory://refused/run") == 2
+    said = capsys.readouterr().err
+    assert "memory://refused/run has newer work of another machine, e.g. iteration_1/samples.jsonl" in said
+    assert "cannot be read" not in said
+
+
 @pytest.mark.parametrize("name", ["../outside.jsonl", "a/../../outside.jsonl", "/tmp/outside.jsonl", 3])
 def test_an_index_of_files_outside_the_folder_is_refused(tmp_path, name):
     store = fsspec.filesystem("memory")

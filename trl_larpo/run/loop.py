@@ -297,6 +297,9 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
 def _fetch(mirror: Mirror) -> None:
     try:
         count = mirror.fetch()
+        mirror.check_is_not_newer()
+    except ConfigError:
+        raise
     except Exception as error:  # of any store's
         raise ConfigError(f"`mirror`: {mirror.url} cannot be read: {type(error).__name__}: {error}") from error
     if count:
