@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from dataclasses import replace
 
@@ -105,11 +106,34 @@ def test_a_run_that_stopped_and_one_that_ended(run):
 def test_files_may_go_while_they_are_looked_at(run, monkeypatch):
     gone = [run / "iteration_2/samples.jsonl.partial-7", run / "iteration_2/lists.jsonl"]
     monkeypatch.setattr(status, "partial_files", lambda path: [*partial_files(path), gone[0]])
-    monkeypatch.setattr(type(run), "rglob", lambda self, pattern: gone)
+    monkeypatch.setattr(status.os, "walk", lambda top: [(str(path.parent), [], [path.name]) for path in gone])
     is_file = type(run).is_file
     monkeypatch.setattr(type(run), "is_file", lambda self: self in gone or is_file(self))
     found = status_of(run)
     assert found["done"] == 10 and found["disk"]["used"] == 0
+
+
+def test_a_checkpoint_may_be_deleted_while_its_size_is_read(run, monkeypatch):
+    checkpoint = run / "iteration_2/trainer/checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    scandir = os.scandir
+
+    def after_deletion(path="."):
+        if os.fspath(path) == str(checkpoint):
+            checkpoint.rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", after_deletion)
+    found = status_of(run)
+    assert not checkpoint.exists() and found["disk"]["used"] > 1000
+
+
+def test_other_folders_with_names_like_those_of_iterations(run):
+    row = {"prompt_id": "x", "prompt": "p", "reason": "r"}
+    for name in ("iteration_old", "iteration_1_copy", "iteration_1"):
+        (run / name).mkdir(exist_ok=True)
+        write_jsonl(run / name / "samples.set_aside.jsonl", [row])
+    assert status_of(run)["set_aside"] == {"iteration_1/samples": 1}
 
 
 def test_a_checkpoint_that_is_being_written_or_deleted_does_not_count(run):

@@ -8,6 +8,8 @@ estimated from what the stages of earlier iterations took.
 import contextlib
 import itertools
 import logging
+import os
+import re
 import shutil
 import time
 from datetime import datetime
@@ -95,12 +97,14 @@ def status_of(run: str | Path) -> Row:
     if position is not None:
         found["done"], found["total"] = _progress(run, *position)
         found["per_second"] = _rate(run, *position, found["done"]) if running else None
-    folders = sorted(run.glob("iteration_*"), key=lambda path: int(path.name.split("_")[1]))
+    folders = [path for path in run.glob("iteration_*") if re.fullmatch(r"iteration_\d+", path.name)]
+    folders.sort(key=lambda path: int(path.name.split("_")[1]))
     return found | {
         "set_aside": {f"{f.name}/{name}": len(rows) for f in folders for name, rows in set_aside_in(f).items()},
         "servers": settings.get("server_urls") or _started_servers(run),
         "disk": {
-            "used": sum(map(_size, run.rglob("*"))),
+            # Unlike `rglob`, `walk` skips folders that are deleted meanwhile
+            "used": sum(_size(Path(folder, name)) for folder, _, names in os.walk(run) for name in names),
             "free": shutil.disk_usage(run).free,
         },
         "warnings": _last_warnings(run),
