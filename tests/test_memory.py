@@ -1,6 +1,8 @@
 """Memory: Algorithm 1's merge of rows, the union of all so far, against an enumeration by hand."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_run import larpo_run, log_probability, rows_of
@@ -8,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
+from trl_larpo.run import candidate_stages
 from trl_larpo.run.memory import earlier_rows
+from trl_larpo.storage import write_jsonl
 
 
 def pool(name, *iterations):
@@ -37,6 +41,36 @@ def test_what_was_measured_against_candidates_left_behind_is_scored_again():
     assert [(c.completion, c.reward, c.scored_by) for c in shortened.candidates] == [("b2", None, None)]
     assert whole == second[1]
     assert list(earlier_rows([pool("d", 3)], [(second, 2)], "all", is_relative=True)) == second
+
+
+@pytest.fixture
+def context(tmp_path):
+    """Of a run with the prompts a and b, whose candidates all have rewards."""
+    scorer = SimpleNamespace(id="these", is_relative=False, score=lambda pools, path, description: pools)
+    options = SimpleNamespace(memory="previous", earlier_candidates=[str(tmp_path / "old.jsonl")])
+    folder = SimpleNamespace(
+        iteration=lambda number: tmp_path / f"iteration_{number}",
+        prompts_of=lambda number: [pool(name).prompt for name in "ab"],
+    )
+    for number in (1, 2):
+        (tmp_path / f"iteration_{number}").mkdir()
+        new = Candidate(f"new {number}", 0.5, iteration=number, scored_by="these")
+        samples = [pool(name).with_candidates([new]) for name in "ab"]
+        write_jsonl(tmp_path / f"iteration_{number}/samples.jsonl", map(CandidatePool.to_row, samples))
+    return SimpleNamespace(scorer=scorer, options=options, folder=folder)
+
+
+def rewarded(context, iteration):
+    path = context.folder.iteration(iteration) / "rewarded.jsonl"
+    candidate_stages.reward(context, iteration, path)
+    return rows_of(path)
+
+
+def test_candidates_of_another_run_are_of_no_iteration_of_this_one(context):
+    write_jsonl(Path(context.options.earlier_candidates[0]), [pool("a", 1, 3).to_row()])
+    origins = [(about["source"], about["iteration"]) for about in rewarded(context, 1)[0]["candidates"]]
+    assert origins == [("policy", 1), ("policy", 0), ("policy", 0)]
+    assert [row["completions"] for row in rewarded(context, 2)] == [["new 2", "new 1"]] * 2
 
 
 DRAWN = (

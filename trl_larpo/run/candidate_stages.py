@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from ..candidates import CandidateList, CandidatePool, SelectionCounts, each_list
 from ..errors import LarPOError
 from ..generation.sampling_task import SampleKind, SamplingTask
-from ..pools import chain_pools, read_pools
+from ..pools import StoredPools, chain_pools, read_pools
 from ..prompts import Prompt
 from ..rewards.early import EarlyRewards, can_reward_early, forget_early_rewards, with_early_rewards
 from ..storage import GrowingFile, write_json, write_jsonl
@@ -105,7 +105,7 @@ def reward(context: RunContext, iteration: int, path: Path) -> None:
     ]
     earlier: list[tuple[Sequence[CandidatePool], int | None]] = [*remembered]
     if options.earlier_candidates and (iteration == 1 or options.memory == "all"):
-        earlier += [(read_candidate_pools(name), None) for name in options.earlier_candidates]
+        earlier += [(_candidates_of_other_runs(name), None) for name in options.earlier_candidates]
     sampled = with_early_rewards(read_pools(folder.iteration(iteration) / "samples.jsonl"), path, scorer)
     pools = add_earlier_candidates(sampled, earlier, scorer.id)
     if scorer.is_relative:  # what is measured against the other candidates of a prompt holds in no other pool
@@ -114,6 +114,12 @@ def reward(context: RunContext, iteration: int, path: Path) -> None:
     scored = scorer.score(pools, path, f"Iteration {iteration}: rewarding")
     if PartialState().is_main_process:
         GrowingFile(path).finish(pool.to_row() for pool in scored)
+
+
+def _candidates_of_other_runs(path: str) -> StoredPools:
+    """The pools of a file. No iteration of this run sampled its candidates, whatever the file says."""
+    pools = read_candidate_pools(path)
+    return pools.map(lambda pool: pool.with_candidates([replace(each, iteration=0) for each in pool.candidates]))
 
 
 def select(context: RunContext, iteration: int, path: Path) -> None:
