@@ -1,6 +1,7 @@
 """What a person may write into a configuration file or a file of prompts by mistake, or with good reason."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from small_run import change_options, larpo_run
 
 from trl_larpo import cli
 from trl_larpo.config_file import as_meant
+from trl_larpo.errors import DataError
 from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.training.datasets import load_splits
 
@@ -87,6 +89,25 @@ def test_earlier_candidates_are_read_before_the_start(project, capsys, monkeypat
     (project / "earlier.jsonl").write_text(json.dumps(row | {"rewards": [0.0, 1.0]}) + "\n")
     assert larpo_run(*flags) == 0
     assert [pool.prompt.text for pool in read_candidate_pools("~/earlier.jsonl")] == ["why"]
+
+
+@pytest.mark.parametrize(
+    "completion, problem",
+    [
+        ("half \ud83d", "entry 1 has half of a surrogate pair"),
+        ([{"role": "assistant", "content": "half \ud83d"}], "entry 1 has half of a surrogate pair"),
+        ([], "entry 1 is an empty list of messages"),
+        (["a text"], "entry 1 holds 'a text', which is no message"),
+        ([{"role": "poet", "content": "a"}], "entry 1 has a message of the unknown role 'poet'"),
+    ],
+)
+def test_earlier_completions_that_no_model_takes_are_named(tmp_path, completion, problem):
+    path = tmp_path / "earlier.jsonl"
+    empty = [{"role": "assistant", "content": ""}]  # a model may say nothing
+    rows = [{"prompt": "why", "completions": [first, second]} for first, second in ((empty, ""), (empty, completion))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=f"row 1, column `completions`: {re.escape(problem)}"):
+        read_candidate_pools(str(path))
 
 
 def test_a_prompt_that_the_chat_template_refuses_is_named(project, capsys, talkative_model):

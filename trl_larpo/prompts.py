@@ -18,6 +18,8 @@ Row = dict[str, Any]
 
 KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 
+NOT_UNICODE = "has half of a surrogate pair (e.g. \\ud83d alone), which is no character; remove the row or correct it."
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -56,7 +58,7 @@ def prompt_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt, to be read after its name; `None` if nothing is."""
     problem = message_problem(prompt) if isinstance(prompt, list) else text_problem(prompt)
     if problem is None and not is_unicode(prompt):
-        return "has half of a surrogate pair (e.g. \\ud83d alone), which is no character; remove the row or correct it."
+        return NOT_UNICODE
     return problem
 
 
@@ -80,6 +82,16 @@ def text_problem(text: Any) -> str | None:
 
 
 def message_problem(messages: Any) -> str | None:
+    """What is wrong with a list of messages; `None` if nothing is."""
+    if problem := form_problem(messages):
+        return problem
+    if not any(says_something(message) for message in messages):
+        return "is empty: no message has any content; remove it or fill it."
+    return None
+
+
+def form_problem(messages: Any) -> str | None:
+    """The same for messages that may be empty, such as completions that ended at once."""
     if not isinstance(messages, list):
         return f"is of type {type(messages).__name__}; give a list of messages."
     if not messages:
@@ -91,8 +103,6 @@ def message_problem(messages: Any) -> str | None:
             return (
                 f"has a message of the unknown role {message['role']!r}; use one of {', '.join(sorted(KNOWN_ROLES))}."
             )
-    if not any(says_something(message) for message in messages):
-        return "is empty: no message has any content; remove it or fill it."
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..candidates import Candidate, CandidatePool
 from ..errors import DataError
 from ..pools import StoredPools
-from ..prompts import Prompt, Row, completion_for, prompt_problem
+from ..prompts import NOT_UNICODE, Prompt, Row, completion_for, form_problem, is_unicode, prompt_problem
 from ..storage import StoredRows
 from ..training.datasets import load_splits
 
@@ -85,6 +85,11 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     for position, completion in enumerate(completions):
         if not isinstance(completion, str | list):
             raise DataError(f"{where}, column `{column}`: entry {position} is {type(completion).__name__}, not a text.")
+        problem = form_problem(completion) if isinstance(completion, list) else None
+        if problem is None and not is_unicode(completion):
+            problem = NOT_UNICODE
+        if problem:
+            raise DataError(f"{where}, column `{column}`: entry {position} {problem}")
     if rewards is None:
         rewards = [None] * len(completions)
     if len(rewards) != len(completions):
