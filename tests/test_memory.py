@@ -5,13 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate import PartialState
 from small_run import larpo_run, log_probability, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.run import candidate_stages
-from trl_larpo.run.memory import earlier_rows
+from trl_larpo.run.candidate_files import read_candidate_pools
+from trl_larpo.run.memory import earlier_rows, joined_prompts
 from trl_larpo.storage import write_jsonl
 
 
@@ -46,6 +48,7 @@ def test_what_was_measured_against_candidates_left_behind_is_scored_again():
 @pytest.fixture
 def context(tmp_path):
     """Of a run with the prompts a and b, whose candidates all have rewards."""
+    PartialState()  # its logger asks for it
     scorer = SimpleNamespace(id="these", is_relative=False, score=lambda pools, path, description: pools)
     options = SimpleNamespace(memory="previous", earlier_candidates=[str(tmp_path / "old.jsonl")])
     folder = SimpleNamespace(
@@ -71,6 +74,33 @@ def test_candidates_of_another_run_are_of_no_iteration_of_this_one(context):
     origins = [(about["source"], about["iteration"]) for about in rewarded(context, 1)[0]["candidates"]]
     assert origins == [("policy", 1), ("policy", 0), ("policy", 0)]
     assert [row["completions"] for row in rewarded(context, 2)] == [["new 2", "new 1"]] * 2
+
+
+def test_how_many_earlier_prompts_have_joined_is_logged(context, caplog):
+    path = context.options.earlier_candidates[0]
+    caplog.set_level("INFO", logger="trl_larpo")
+    write_jsonl(Path(path), [pool(name, 1).to_row() for name in "acd"])
+    rewarded(context, 1)
+    [record] = caplog.records
+    count = f"`earlier_candidates`: 1 of the 3 prompts in {path!r} are prompts of this iteration."
+    assert record.levelname == "INFO" and record.message.endswith(f"Iteration 1: {count}")
+    caplog.clear()
+    write_jsonl(Path(path), [pool("A", 1).to_row()])
+    rewarded(context, 1)
+    [warning] = caplog.records
+    assert warning.levelname == "WARNING" and "0 of the 1 prompts" in warning.message
+    assert "Prompts must be equal character by character, after `prompt_template`" in warning.message
+
+
+def test_earlier_prompts_are_the_same_with_keys_that_a_reader_fills_in(tmp_path):
+    messages = [{"role": "user", "content": "why"}]
+    filled = [{"role": "user", "content": "why", "tool_calls": None}]
+    write_jsonl(tmp_path / "old.jsonl", [{"prompt": filled, "completions": ["so"]}])
+    [found] = read_candidate_pools(str(tmp_path / "old.jsonl"))
+    assert found.prompt == Prompt.of(messages)
+    assert found.candidates[0].completion == [{"role": "assistant", "content": "so"}]
+    conversation = Prompt.of([{"role": "system", "content": "be brief"}, *messages])
+    assert joined_prompts([conversation], [found]) == {found.prompt.id}
 
 
 DRAWN = (

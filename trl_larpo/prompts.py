@@ -124,6 +124,11 @@ def prompt_text(prompt: Content) -> str:
     return "\n".join(str(m.get("content") or "") for m in prompt if m.get("role") not in ("system", "developer"))
 
 
+def without_none(messages: list[Message]) -> list[Message]:
+    """The messages without the keys that datasets and Parquet fill in, which only other messages have."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
 def without_empty_system_turn(prompt: list[Message]) -> list[Message]:
     """
     The messages without a system message that says nothing: a form in which some policies were trained, and of which

@@ -9,7 +9,16 @@ from typing import Any
 from ..candidates import Candidate, CandidatePool
 from ..errors import DataError
 from ..pools import StoredPools
-from ..prompts import NOT_UNICODE, Prompt, Row, completion_for, form_problem, is_unicode, prompt_problem
+from ..prompts import (
+    NOT_UNICODE,
+    Prompt,
+    Row,
+    completion_for,
+    form_problem,
+    is_unicode,
+    prompt_problem,
+    without_none,
+)
 from ..storage import StoredRows
 from ..training.datasets import load_splits
 
@@ -99,7 +108,9 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     for position, reward in enumerate(rewards):
         if reward is not None and not (isinstance(reward, Real) and math.isfinite(reward)):
             raise DataError(f"{where}, column `{reward_column}`: entry {position} is {reward!r}, not a finite number.")
-    if as_messages and isinstance(prompt, str):
+    if isinstance(prompt, list):
+        prompt = without_none(prompt)
+    elif as_messages:
         prompt = [{"role": "user", "content": prompt}]
     completions = [completion_for(prompt, text) if isinstance(text, str) else text for text in completions]
     finished = [True] * len(completions) if row.get("finished") is None else list(row["finished"])

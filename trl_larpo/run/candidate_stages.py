@@ -18,7 +18,7 @@ from ..rewards.early import EarlyRewards, can_reward_early, forget_early_rewards
 from ..storage import GrowingFile, write_json, write_jsonl
 from .candidate_files import read_candidate_pools
 from .context import RunContext
-from .memory import add_earlier_candidates, earlier_iterations, earlier_rows
+from .memory import add_earlier_candidates, earlier_iterations, earlier_rows, joined_prompts
 from .negatives import TEMPERATURES, add_responses_to_other_prompts, unrelated_prompts
 from .prompts import load_random_prompts
 
@@ -105,7 +105,7 @@ def reward(context: RunContext, iteration: int, path: Path) -> None:
     ]
     earlier: list[tuple[Sequence[CandidatePool], int | None]] = [*remembered]
     if options.earlier_candidates and (iteration == 1 or options.memory == "all"):
-        earlier += [(_candidates_of_other_runs(name), None) for name in options.earlier_candidates]
+        earlier += [(_candidates_of_other_runs(context, iteration, name), None) for name in options.earlier_candidates]
     sampled = with_early_rewards(read_pools(folder.iteration(iteration) / "samples.jsonl"), path, scorer)
     pools = add_earlier_candidates(sampled, earlier, scorer.id)
     if scorer.is_relative:  # what is measured against the other candidates of a prompt holds in no other pool
@@ -116,9 +116,20 @@ def reward(context: RunContext, iteration: int, path: Path) -> None:
         GrowingFile(path).finish(pool.to_row() for pool in scored)
 
 
-def _candidates_of_other_runs(path: str) -> StoredPools:
+def _candidates_of_other_runs(context: RunContext, iteration: int, path: str) -> StoredPools:
     """The pools of a file. No iteration of this run sampled its candidates, whatever the file says."""
     pools = read_candidate_pools(path)
+    joined = joined_prompts(context.folder.prompts_of(iteration), pools)
+    count = f"`earlier_candidates`: {len(joined)} of the {len(set(pools.ids))} prompts in {path!r}"
+    if joined or iteration > 1:
+        logger.info(f"Iteration {iteration}: {count} are prompts of this iteration.")
+    else:
+        logger.warning(
+            f"{count} are prompts of iteration 1, and candidates of other prompts are not used. Prompts must be equal "
+            "character by character, after `prompt_template`, `prompts_as_messages` and `system_prompt` are applied. "
+            "Conversations must have the same messages. Only the system message may be missing in the file, and a "
+            "single message may be a text there."
+        )
     return pools.map(lambda pool: pool.with_candidates([replace(each, iteration=0) for each in pool.candidates]))
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ..candidates import Candidate, CandidatePool
 from ..errors import ConfigError
 from ..pools import StoredPools, ids_of, places_by_id
-from ..prompts import Content, in_form_of, prompt_id
+from ..prompts import Content, Prompt, in_form_of, prompt_id
 
 MEMORIES = ("none", "previous", "all")
 
@@ -61,6 +61,12 @@ def add_earlier_candidates(
         return pool.with_candidates([*pool.candidates, *added])
 
     return StoredPools(ids, with_earlier)
+
+
+def joined_prompts(prompts: Iterable[Prompt], earlier: Sequence[CandidatePool]) -> set[str]:
+    """Names of those earlier prompts whose candidates [`add_earlier_candidates`] adds to `prompts`."""
+    names = {name for prompt in prompts for name in (prompt.id, *_other_names(prompt.content))}
+    return names & set(ids_of(earlier))
 
 
 def _other_names(prompt: Content) -> set[str]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
 from ..generation.in_process import encode_prompt
-from ..prompts import Content, Prompt, Row, prompt_id, prompt_problem
+from ..prompts import Content, Prompt, Row, prompt_id, prompt_problem, without_none
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
 from .options import PromptOptions, RunConfig
@@ -182,8 +182,8 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         prompt = row.pop(column)
         if problem := prompt_problem(prompt):
             raise DataError(f"{path!r} row {number}, column `{column}`: {problem}")
-        if isinstance(prompt, list):  # datasets fills in keys that only other messages have
-            prompt = [{k: v for k, v in message.items() if v is not None} for message in prompt]
+        if isinstance(prompt, list):
+            prompt = without_none(prompt)
         else:
             if options.prompt_template is not None:
                 prompt = options.prompt_template.replace("{prompt}", prompt)
