@@ -306,9 +306,10 @@ def _rewards(row: Row, finished: list[bool], truncated_completions: str, fail) -
         if reward is None or not isinstance(reward, Real):
             problem = f"entry {position} is {reward!r}, not a number; score it or remove the completion."
             raise fail("rewards", problem)
-        if isinstance(reward, float | np.floating) and not math.isfinite(reward):
+        value: Any = reward  # for mypy, which knows no order of real numbers
+        if not isinstance(value, int) and not math.isfinite(value):
             raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
-        if abs(reward) > _LARGEST_REWARD:
+        if abs(value) > _LARGEST_REWARD:
             raise fail(
                 "rewards",
                 f"entry {position} is beyond the largest number of float32, {_LARGEST_REWARD:.3g}; divide all rewards "
