@@ -32,6 +32,8 @@ SIGNATURES = {
     DPOTrainer.compute_ref_log_probs: ["self", "model", "inputs"],
     DPOTrainer._compute_loss: ["self", "model", "inputs", "return_outputs"],
     DPOTrainer.prediction_step: ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+    DPOTrainer._save_checkpoint: ["self", "model", "trial"],
+    DPOTrainer._load_optimizer_and_scheduler: ["self", "checkpoint"],
     _tokenize: ["processing_class", "input", "apply_chat_template_kwargs"],
     disable_gradient_checkpointing: ["model", "gradient_checkpointing_kwargs"],
     prepare_deepspeed: ["model", "accelerator"],

@@ -447,6 +447,52 @@ def test_sync_ref_model(tiny_model, config, alpha):
     assert (margins[2] == 0.0) == (alpha == 1.0)
 
 
+@pytest.fixture
+def synced(tiny_model, config, tmp_path):
+    """Trains with a reference that is mixed with the policy after every second step, and returns the trainer."""
+
+    def train(folder, resume=None, dataset=None, **options):
+        moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}
+        saving = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / folder)}
+        args = config(**moving, **saving, max_steps=5, learning_rate=1e-2, **options)
+        trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=dataset or tiny.lists())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return train
+
+
+@pytest.mark.parametrize("data", ["lists", pytest.param("pairs", marks=pytest.mark.slow)])
+def test_a_resumed_training_has_the_reference_of_its_checkpoint(synced, tmp_path, data):
+    options = {} if data == "lists" else {"dataset": tiny.pairs(), "loss_type": "sigmoid"}
+    whole = synced("whole", **options)
+    for step in (1, 3):  # before the reference was moved for the first time, and after it
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        assert (checkpoint / "reference.safetensors").exists() == (step == 3)
+        resumed = synced(f"from {step}", resume=str(checkpoint), **options)
+        assert_close(resumed, whole, ("loss", "rewards/margins"), rtol=1e-6, atol=1e-7)
+        assert_same_weights(resumed.ref_model, whole.ref_model, rtol=1e-6, atol=1e-7)
+        assert_same_weights(resumed.model, whole.model, rtol=1e-6, atol=1e-7)
+
+
+def test_a_reference_that_starts_again_is_announced(synced, tmp_path, caplog):
+    trainer = synced("whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    reference = checkpoint / "reference.safetensors"
+    with caplog.at_level("WARNING", logger="trl_larpo"):
+        trainer._moving_reference.load(checkpoint, 3)
+        assert "cannot be restored" not in caplog.text
+        trainer._moving_reference._is_sharded = True
+        trainer._moving_reference.load(checkpoint, 3)
+        assert "cannot be restored, because the model is sharded. It starts again from the initial" in caplog.text
+        caplog.clear()
+        reference.unlink()
+        trainer._moving_reference.save(checkpoint, 3)
+        assert not reference.exists()
+        synced("resumed", resume=str(checkpoint))
+    assert f"cannot be restored, because {checkpoint} has no reference.safetensors" in caplog.text
+
+
 @pytest.mark.slow
 def test_explicit_reference_model_is_used(trained, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(tiny.save_tiny_model(tmp_path / "other", initializer_range=0.2))

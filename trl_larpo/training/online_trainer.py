@@ -23,7 +23,7 @@ from .objective import RankingObjective
 from .online_config import OnlineLarPOConfig
 from .online_state import OnlineState
 from .ranking_options import check_loss_fn
-from .reference import MovingReference, brings_adapter, copy_parameters, reference_adapter
+from .reference import MovingReference, ReferenceCheckpoints, brings_adapter, copy_parameters, reference_adapter
 from .sample_memory import SampleMemory
 from .scorer import CandidateOutputs
 from .token_rows import Batch
@@ -35,7 +35,7 @@ require_grpo()
 _NO_IMAGES = "Images cannot be ranked online: the losses compare completions of text prompts. Use GRPOTrainer for them."
 
 
-class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
+class OnlineLarPOTrainer(CandidateScoring, ReferenceCheckpoints, GRPOTrainer):
     """
     Online LarPO: samples a group of completions for each prompt at every step, ranks it by its rewards, and trains on
     the list.
@@ -142,7 +142,6 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
         self._memory = SampleMemory(args.memory_size)
         self._judged: tuple[Tensor, list[bool]] | None = None  # rewards of the last samples, and which of them ended
         self._ref_logps: dict[int, tuple[Batch, int, Tensor]] = {}  # batch of the last samples → of which reference
-        self._moving_reference: MovingReference | None = None
         if args.sync_ref_model or (args.ref_update_steps is not None and args.ref_update_steps > 1):
             self._moving_reference = MovingReference(self)
             self.add_callback(self._moving_reference)
@@ -241,8 +240,6 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
                 memory=self._memory.to_rows(),
             )
             state.save(folder, self.accelerator.process_index)
-            if self._moving_reference is not None:
-                self._moving_reference.save(folder, self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -254,8 +251,6 @@ class OnlineLarPOTrainer(CandidateScoring, GRPOTrainer):
         if state is not None:
             self._step, self._buffered_inputs = state.step, state.batches or None
             self._memory.from_rows(state.memory)
-        if self._moving_reference is not None:
-            self._moving_reference.load(folder, self.state.global_step)
 
 
 class _SamplerOfEpochs(Sampler):

@@ -1,4 +1,4 @@
-"""A reference that follows the policy: at regular intervals the policy takes its place."""
+"""A reference that follows the policy: at regular intervals the policy takes its place, or is mixed into it."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ConfigError
 from .trl_compat import disable_dropout_in_model, gathered_for_writing
+
+logger = get_logger(__name__)
 
 _FILE = "reference.safetensors"
 
@@ -53,13 +58,14 @@ def copy_parameters(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 class MovingReference(TrainerCallback):
     """
-    Copies the policy into the reference after every `ref_update_steps` optimizer steps.
+    Copies the policy into the reference after every `ref_update_steps` optimizer steps, and keeps the reference in
+    checkpoints. Where `sync_ref_model` mixes the policy in, TRL's callback does that, and checkpoints are left to this.
 
     The reference is the trainer's `ref_model` or, of a policy with an adapter, a frozen copy of the adapter named
     "ref", which is made here if the trainer has none. Checkpoints keep what the policy's own weights do not tell.
 
     Args:
-        trainer: An [`OnlineLarPOTrainer`].
+        trainer: An [`OnlineLarPOTrainer`], or a [`LarPOTrainer`] with `sync_ref_model`.
 
     Raises:
         ConfigError: If checkpoints would be saved between two copies of a sharded model, which they cannot hold.
@@ -68,7 +74,7 @@ class MovingReference(TrainerCallback):
     def __init__(self, trainer):
         self._trainer = trainer
         args, policy = trainer.args, trainer.model
-        self._steps: int | None = args.ref_update_steps  # None: TRL's callback mixes the policy in
+        self._steps: int | None = getattr(args, "ref_update_steps", None)  # None: TRL's callback mixes the policy in
         self._has_adapter = is_peft_model(policy)
         if self._has_adapter and "ref" not in policy.peft_config:
             policy.add_adapter("ref", policy.peft_config["default"])
@@ -95,27 +101,36 @@ class MovingReference(TrainerCallback):
 
     def save(self, folder: Path, step: int) -> None:
         """Adds the reference to a checkpoint that cannot do without it. Adapters are in it already."""
-        is_policy = self._steps is not None and step % self._steps == 0
-        accelerator = self._trainer.accelerator
-        if not (is_policy or self._has_adapter or self._is_sharded) and accelerator.is_main_process:
-            model = accelerator.unwrap_model(self._trainer.ref_model)
-            save_file({name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}, folder / _FILE)
+        trainer = self._trainer
+        if self._has_adapter or self._is_sharded or self._is_known(step) or not trainer.args.should_save:
+            return
+        model = trainer.accelerator.unwrap_model(trainer.ref_model)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}, folder / _FILE)
 
     def load(self, folder: Path, step: int) -> None:
         """
-        The reference as it was at a checkpoint.
+        The reference as it was at a checkpoint. A warning says so where `sync_ref_model` has to start again from the
+        initial model.
 
         Raises:
-            ConfigError: If the checkpoint does not have it.
+            ConfigError: If the checkpoint does not have the reference, and `ref_update_steps` needs it.
         """
         if self._has_adapter:
             return
-        if self._steps is not None and step % self._steps == 0:
-            self._copy()
+        if self._is_known(step):
+            if self._steps is not None:
+                self._copy()
             return
-        if not (folder / _FILE).exists():
-            if self._steps is None:  # as in TRL: from the initial model again
-                return
+        exists = (folder / _FILE).exists()
+        if self._steps is None and (self._is_sharded or not exists):
+            reason = "the model is sharded" if self._is_sharded else f"{folder} has no {_FILE}"
+            logger.warning(
+                f"The reference that `sync_ref_model` had moved cannot be restored, because {reason}. It starts again "
+                "from the initial model, so scores and losses differ from those of an uninterrupted training."
+            )
+            return
+        if not exists:
             raise ConfigError(
                 f"{folder} was saved between two updates of the reference and does not have it. Resume from a step "
                 f"that is a multiple of `ref_update_steps={self._steps}`."
@@ -126,6 +141,10 @@ class MovingReference(TrainerCallback):
             for name, parameter in model.named_parameters():
                 parameter.copy_(saved[name])
 
+    def _is_known(self, step: int) -> bool:
+        """Whether the reference after a step needs no file: it is the policy, or still the initial model."""
+        return self.version(step) == 0 if self._steps is None else step % self._steps == 0
+
     def _copy(self) -> None:
         trainer = self._trainer
         policy: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -133,3 +152,27 @@ class MovingReference(TrainerCallback):
             copy_parameters(reference_adapter(policy))
         else:
             copy_parameters(zip(trainer.ref_model.parameters(), policy.parameters(), strict=True))
+
+
+class ReferenceCheckpoints:
+    """What [`LarPOTrainer`] and [`OnlineLarPOTrainer`] add to TRL's trainers to keep a reference that moves."""
+
+    args: Any  # of Trainer
+    state: Any
+
+    _moving_reference: MovingReference | None = None
+
+    def _save_checkpoint(self, model, trial):
+        if self._moving_reference is not None and not self.args.save_only_model:
+            # Before TRL's files, of which the last one says that a checkpoint is whole
+            step = self.state.global_step
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")  # type: ignore[attr-defined]
+            self._moving_reference.save(folder, step)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self._moving_reference is not None:
+            # Not all versions of transformers have set `self.state` by now
+            step = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+            self._moving_reference.load(Path(checkpoint), step)

@@ -24,7 +24,7 @@ from .log_probabilities import configuration_of, score_dataset
 from .objective import RankingObjective
 from .ranking_options import DPO_LOSSES, check_loss_types
 from .ref_logps_column import check_column_after_training, stream_without_column, warn_of_unread_column
-from .reference import brings_adapter, copy_parameters, reference_adapter
+from .reference import MovingReference, ReferenceCheckpoints, brings_adapter, copy_parameters, reference_adapter
 from .token_rows import count_tokens
 from .tokenization import is_tokenized, tokenize_dataset
 from .trl_compat import (
@@ -38,7 +38,7 @@ from .trl_compat import (
 from .validation import check_dataset, dataset_format
 
 
-class LarPOTrainer(CandidateScoring, DPOTrainer):
+class LarPOTrainer(CandidateScoring, ReferenceCheckpoints, DPOTrainer):
     """
     Trainer for LarPO: aligns a language model with ranked lists of completions by the losses of information retrieval.
 
@@ -190,6 +190,8 @@ class LarPOTrainer(CandidateScoring, DPOTrainer):
                 setattr(args, name, value)
         self._datasets_are_checked = False  # those still to come, in `evaluate`
         self._complete_reference_adapter()
+        if args.sync_ref_model:
+            self._moving_reference = MovingReference(self)
         if self._list_mode:
             self.data_collator = self._list_collator()
             self._objective = RankingObjective(loss_types, self.loss_weights, args, loss_fn)
