@@ -5,7 +5,7 @@ Trains a tiny model on ragged lists, once for each set of options, under whateve
 
 For each name it leaves NAME.json with the steps and the evaluation, and NAME.safetensors with the trained weights, in
 FOLDER. Options beside those of LarPOConfig: `lora`, to train an adapter, `adapter`, the folder of one to start from, as
-`larpo run` does, and `num_rows`.
+`larpo run` does, `num_rows` and `num_eval_rows`.
 """
 
 import json
@@ -42,7 +42,7 @@ def main(model: str, folder: str, options: str) -> None:
 
 def train(model: str, folder: Path, name: str, options: dict) -> None:
     lora, num_rows = options.pop("lora", False), options.pop("num_rows", NUM_ROWS)
-    adapter = options.pop("adapter", None)
+    adapter, num_eval_rows = options.pop("adapter", None), options.pop("num_eval_rows", 8)
     resume = options.pop("resume_from_checkpoint", None)
     defaults = {
         "output_dir": str(folder / name),
@@ -79,7 +79,7 @@ def train(model: str, folder: Path, name: str, options: dict) -> None:
         model=model,
         args=args,
         train_dataset=dataset,
-        eval_dataset=dataset.select(range(8)),
+        eval_dataset=dataset.select(range(num_eval_rows)),
         peft_config=peft_config if lora else None,
     )
     if adapter is not None:

@@ -129,14 +129,19 @@ class ListMetrics:
         self._kept: dict[str, list[Measurements]] = {"train": [], "eval": []}
         self._totals: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
 
-    def add(self, mode: str, batch: Measurements) -> None:
+    def add(self, mode: str, batch: Measurements, is_finite: bool = True) -> None:
         """
         Adds a batch, which every process does at the same time.
 
         Args:
-            mode: `"train"` or `"eval"`.
+            mode: `"train"` or `"eval"`. In evaluations, lists that repeat others to fill the last batches do not count.
             batch: What was measured.
+            is_finite: Whether its numbers are finite. If not, it adds tokens alone.
         """
+        if not is_finite:
+            batch = batch.first(0)
+        elif mode == "eval" and self._accelerator.num_processes > 1:
+            batch = batch.first(self._num_new_lists(batch.values.size(1)))
         self._kept[mode].append(batch)
         if self._accelerator.num_processes > 1 or len(self._kept[mode]) == _MOST_KEPT:
             self._count(mode)
@@ -158,6 +163,22 @@ class ListMetrics:
         self._count(mode)
         tokens = self._totals[mode].pop("num_tokens", None)
         return 0 if tokens is None else int(tokens[0])
+
+    def _num_new_lists(self, batch_size: int) -> int:
+        """
+        How many lists of this process's batch no other one has had, in the order of the data set.
+
+        At the end of a data set, accelerate fills the batches of all processes with lists from its start.
+        """
+        state = self._accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0 or not self._accelerator.even_batches:
+            return batch_size
+        # Processes of tensor parallelism have the same lists
+        sharing = getattr(getattr(self._accelerator, "parallelism_config", None), "tp_size", 1)
+        num_batches, position = self._accelerator.num_processes // sharing, self._accelerator.process_index // sharing
+        # Online, the remainder counts prompts up to a batch of samples, which may be several batches of lists
+        remaining = state.remainder % (num_batches * batch_size) or num_batches * batch_size
+        return min(max(remaining - position * batch_size, 0), batch_size)
 
     def _count(self, mode: str) -> None:
         if not self._kept[mode]:

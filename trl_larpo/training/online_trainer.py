@@ -216,8 +216,7 @@ class OnlineLarPOTrainer(CandidateScoring, ReferenceCheckpoints, GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
         is_finite = self._finite.check_loss(loss, inputs)
         measurements = Measurements.of(inputs, policy, objective)
-        mode = "train" if self.model.training else "eval"
-        self._list_metrics.add(mode, measurements if is_finite else measurements.first(0))
+        self._list_metrics.add("train" if self.model.training else "eval", measurements, is_finite)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -365,8 +365,7 @@ class LarPOTrainer(CandidateScoring, ReferenceCheckpoints, DPOTrainer):
         is_finite = self._finite.check_loss(loss, inputs)
 
         measurements = Measurements.of(inputs, policy, objective)
-        mode = "train" if self.model.training else "eval"
-        self._list_metrics.add(mode, measurements if is_finite else measurements.first(0))
+        self._list_metrics.add("train" if self.model.training else "eval", measurements, is_finite)
         return (loss, {"scores": objective.scores.detach()}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
