@@ -11,6 +11,7 @@ any of these forms into one.
 import json
 import math
 import operator
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
@@ -306,10 +307,13 @@ def _rewards(row: Row, finished: list[bool], truncated_completions: str, fail) -
         if reward is None or not isinstance(reward, Real):
             problem = f"entry {position} is {reward!r}, not a number; score it or remove the completion."
             raise fail("rewards", problem)
-        value: Any = reward  # for mypy, which knows no order of real numbers
-        if not isinstance(value, int) and not math.isfinite(value):
+        try:
+            number = float(reward)
+        except OverflowError:  # an integer
+            number = sys.float_info.max
+        if not math.isfinite(number):
             raise fail("rewards", f"entry {position} is {reward}; give a finite number or remove the completion.")
-        if abs(value) > _LARGEST_REWARD:
+        if abs(number) > _LARGEST_REWARD:
             raise fail(
                 "rewards",
                 f"entry {position} is beyond the largest number of float32, {_LARGEST_REWARD:.3g}; divide all rewards "
