@@ -63,12 +63,13 @@ def test_position_embeddings_that_depend_on_the_length(kind, shared_prompt, attn
     short = {name: tensor[1:] for name, tensor in batch.items()}
     alone = architectures.plain_logps(architectures.tiny_model(model_type, **options), short)
     assert (alone - expected[1:]).abs().max() > 1e-3  # the length does matter
-    for chunk_size in (None, 1, 2):
+    for chunk_size, multiple in ((None, None), (1, None), (2, None), (2, 32)):
         scorer = architectures.make_scorer(
             architectures.tiny_model(model_type, attn_implementation, **options),
             str(tmp_path),
             candidate_chunk_size=chunk_size,
             shared_prompt=shared_prompt,
+            pad_to_multiple_of=multiple,
         )
         torch.testing.assert_close(scorer(scorer.model, batch).logps, expected, rtol=1e-4, atol=1e-4)
 

@@ -11,8 +11,9 @@ from trajectories import trajectory
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_larpo import ConfigError, DataCollatorForCandidateLists, LarPOTrainer
+from trl_larpo.training import scorer
 from trl_larpo.training.attention import sharing_obstacle
-from trl_larpo.training.passes import Layout, whole_pass
+from trl_larpo.training.passes import Layout, passes_in_chunks, whole_pass
 
 WINDOW = {"sliding_window": 5}
 SHARING = {
@@ -182,6 +183,23 @@ def test_chunks_equal_the_whole(first_step, name, shared_prompt, options):
     for size in (1, 3, 8):
         found = first_step(name, shared_prompt=shared_prompt, candidate_chunk_size=size, **options)
         assert_same(found, whole, 1e-5)
+
+
+@pytest.mark.parametrize("shared_prompt", ["on", "off"])
+def test_chunks_are_padded_to_a_multiple(first_step, monkeypatch, shared_prompt):
+    whole, lengths = first_step("llama", shared_prompt=shared_prompt), []
+
+    def recorded(*args, **kwargs):
+        passes = passes_in_chunks(*args, **kwargs)
+        for of_pass in passes:
+            lengths.extend(call.rows.input_ids.size(1) for call in of_pass.calls)
+            lengths.extend([] if of_pass.prompts is None else [of_pass.prompts.input_ids.size(1)])
+        return passes
+
+    monkeypatch.setattr(scorer, "passes_in_chunks", recorded)
+    found = first_step("llama", shared_prompt=shared_prompt, candidate_chunk_size=2, pad_to_multiple_of=16)
+    assert lengths and all(length % 16 == 0 for length in lengths)
+    assert_same(found, whole, 1e-5)
 
 
 @pytest.mark.slow

@@ -150,6 +150,7 @@ def passes_in_chunks(
     list_size: int,
     *,
     longest: int | None = None,
+    multiple: int | None = None,
 ) -> list[Pass]:
     """
     The candidates of a batch, at most `chunk_size` at a time. Lists are cut only where a whole one does not fit.
@@ -163,6 +164,7 @@ def passes_in_chunks(
             because all take part in every pass.
         longest: Tokens of the longest sequence, for models whose position embeddings depend on it: all calls then see
             the same.
+        multiple: The lengths of rows and of prompts are padded to multiples of this.
     """
     of_prompts = {name: tensor for name, tensor in batch.items() if name.startswith("prompt_")}
     missing = list_size - batch["candidate_mask"].size(1)
@@ -189,8 +191,9 @@ def passes_in_chunks(
         }[layout]
         prompts = None
         if layout is Layout.PROMPT_FIRST:
-            prompts = _prompts(of_these, of_candidates["candidate_mask"][lists].sum(dim=1), longest)
-        passes.append(Pass([_call(model, lay_out(chunk), layout, prompts, longest) for chunk in chunks], prompts))
+            prompts = _prompts(of_these, of_candidates["candidate_mask"][lists].sum(dim=1), longest, multiple)
+        calls = [_call(model, lay_out(chunk, multiple), layout, prompts, longest, multiple) for chunk in chunks]
+        passes.append(Pass(calls, prompts))
     return passes
 
 
@@ -204,8 +207,9 @@ def _call(
 ) -> Call:
     if layout is Layout.SEPARATE:
         if longest is not None:  # where sequences are cut at the start, these begin at 0 again
-            rows.positions = torch.arange(rows.real.size(1), device=rows.real.device).expand(len(rows.real), -1)
-            rows = extend(rows, longest - 1)
+            positions = torch.arange(rows.real.size(1), device=rows.real.device).clamp(max=longest - 1)
+            rows.positions = positions.expand(len(rows.real), -1)
+            rows = extend(rows, longest - 1, multiple or 1)
         # A row that is all padding must see something, or its softmax is over nothing
         seen = rows.real | (torch.arange(rows.real.size(1), device=rows.real.device) == 0)
         return Call(rows, seen.long(), with_positions=longest is not None)
@@ -219,7 +223,7 @@ def _call(
     elif uses_blocks(model):
         rows = pack(rows, BLOCK)
     if longest is not None:
-        rows = extend(rows, longest - 1)
+        rows = extend(rows, longest - 1, multiple or 1)
     prompt_real = None if prompts is None else prompts.real
     if has_variable_lengths:
         return Call(rows, None, True, variable_lengths(rows, prompt_real))
@@ -228,10 +232,13 @@ def _call(
     return Call(rows, attention_masks(model, rows, prompt_real), True)
 
 
-def _prompts(batch: Batch, num_candidates: Tensor, longest: int | None) -> Prompts:
+def _prompts(batch: Batch, num_candidates: Tensor, longest: int | None, multiple: int | None) -> Prompts:
     input_ids, real = prompt_rows(batch)
     positions = torch.arange(input_ids.size(1), device=real.device).expand(len(real), -1)
     if longest is not None:
         input_ids, real = torch.cat([input_ids, input_ids[:, :1]], dim=1), F.pad(real, (0, 1))
         positions = torch.cat([positions, torch.full_like(positions[:, :1], longest - 1)], dim=1)
+    if padding := -input_ids.size(1) % (multiple or 1):
+        input_ids = torch.cat([input_ids, input_ids[:, :1].expand(-1, padding)], dim=1)
+        real, positions = F.pad(real, (0, padding)), F.pad(positions, (0, padding))
     return Prompts(input_ids, real, real * num_candidates[:, None], positions)

@@ -270,7 +270,15 @@ class CandidateScorer:
         longest = None
         if self._longest_matters:
             longest = int((sequence_lengths(batch) - batch.get("first_position", 0)).max())
-        return passes_in_chunks(self.model, batch, layout, self.chunk_size, list_size, longest=longest)
+        return passes_in_chunks(
+            self.model,
+            batch,
+            layout,
+            self.chunk_size,
+            list_size,
+            longest=longest,
+            multiple=self.args.pad_to_multiple_of,
+        )
 
     def _run(
         self,

@@ -144,14 +144,15 @@ def pack(rows: Rows, multiple: int, prompts_first: bool = False) -> Rows:
     )
 
 
-def candidate_rows(batch: Batch) -> Rows:
+def candidate_rows(batch: Batch, pad_to_multiple_of: int | None = None) -> Rows:
     """
     What [`shared_prompt_rows`] has after the prompt, for a prompt that is kept outside the rows.
 
     Args:
         batch: As [`DataCollatorForCandidateLists`] makes it, not cut at the start.
+        pad_to_multiple_of: The length of the rows is padded to a multiple of this.
     """
-    return _shared_rows(batch, 1, with_prompt=False)
+    return _shared_rows(batch, pad_to_multiple_of or 1, with_prompt=False)
 
 
 def prompt_rows(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -172,29 +173,37 @@ def prompt_rows(batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.where(real, prompt_ids, prompt_ids[:, :1]), real
 
 
-def extend(rows: Rows, position: int) -> Rows:
+def extend(rows: Rows, position: int, columns: int = 1) -> Rows:
     """
-    Rows with one column of padding more, at a given position.
+    Rows with more padding at the end, at a given position.
 
-    Some models work out their position embeddings from the largest position in a call. This column makes it the same in
-    all calls of a batch.
+    Some models work out their position embeddings from the largest position in a call. This padding makes it the same
+    in all calls of a batch.
+
+    Args:
+        rows: The rows.
+        position: Position of the new columns.
+        columns: How many there are.
     """
     length = rows.input_ids.size(1)
     row, column = rows.token_index // (length - 1), rows.token_index % (length - 1)
 
     def extended(values: Tensor) -> Tensor:
-        return torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
+        return torch.cat([values, values.new_zeros(len(values), columns)], dim=1)
+
+    def repeated(column: Tensor) -> Tensor:
+        return column.expand(-1, columns)
 
     return Rows(
-        input_ids=torch.cat([rows.input_ids, rows.input_ids[:, :1]], dim=1),
-        labels=torch.cat([rows.labels, torch.full_like(rows.labels[:, :1], -100)], dim=1),
+        input_ids=torch.cat([rows.input_ids, repeated(rows.input_ids[:, :1])], dim=1),
+        labels=torch.cat([rows.labels, repeated(torch.full_like(rows.labels[:, :1], -100))], dim=1),
         real=extended(rows.real),
-        positions=torch.cat([rows.positions, torch.full_like(rows.positions[:, :1], position)], dim=1),
-        segments=torch.cat([rows.segments, rows.segments[:, -1:]], dim=1),
+        positions=torch.cat([rows.positions, repeated(torch.full_like(rows.positions[:, :1], position))], dim=1),
+        segments=torch.cat([rows.segments, repeated(rows.segments[:, -1:])], dim=1),
         token_mask=rows.token_mask,
-        token_index=(row * length + column).masked_fill(~rows.token_mask, 0),
+        token_index=(row * (length - 1 + columns) + column).masked_fill(~rows.token_mask, 0),
         weights=extended(rows.weights),
-        lists=None if rows.lists is None else torch.cat([rows.lists, rows.lists[:, -1:]], dim=1),
+        lists=None if rows.lists is None else torch.cat([rows.lists, repeated(rows.lists[:, -1:])], dim=1),
     )
 
 
