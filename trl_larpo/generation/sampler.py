@@ -21,6 +21,7 @@ from ..pools import StoredPools
 from ..preparation import preparing
 from ..prompts import Prompt
 from ..set_aside import SetAside
+from ..shares import share_of
 from ..storage import GrowingFile
 from .in_process import generate_completions
 from .model_servers import ModelServers
@@ -140,13 +141,12 @@ class PolicySampler:
     ) -> None:
         # What is in a batch can change a result in its last digits: so a unit is sampled in whole or not at all, always
         # with the same prompts in it, whichever process does it
-        options, state = self.options, PartialState()
+        options = self.options
         size = max(1, _BATCHES_PER_UNIT * options.generation_batch_size // len(task.kinds))
         ordered = sorted(prompts, key=lambda prompt: -len(prompt.text))
         units = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        for unit in units[state.process_index :: state.num_processes]:
-            if all(prompt.id in done for prompt in unit):
-                continue
+        remaining = [place for place, unit in enumerate(units) if any(prompt.id not in done for prompt in unit)]
+        for unit in (units[place] for place in share_of(remaining)):
             with preparing():
                 model, tokenizer = self._load(task.model_path, task.revision)
             pools = sample_pools(model, tokenizer, unit, task, options, self.seed, progress)

@@ -19,6 +19,7 @@ from ..pools import StoredPools, ids_of
 from ..preparation import preparing
 from ..prompts import Row, without_thoughts
 from ..set_aside import SetAside, set_aside_in
+from ..shares import share_of
 from ..storage import GrowingFile
 from .asynchronous import CallsInFlight, is_asynchronous
 from .functions import Completions, Reward, load_rewards, reward_id, score_pools, start_calls
@@ -113,11 +114,9 @@ class RewardScorer:
         with tqdm(
             total=len(pools), initial=len(done), desc=description, unit=" prompts", disable=not state.is_main_process
         ) as progress:
-            chunks = [
-                [place for place in chunk if ids[place] not in done]
-                for chunk in work.chunks()[state.process_index :: state.num_processes]
-            ]
-            work.score_all(chunks, set_aside.limit, progress)
+            chunks = [[place for place in chunk if ids[place] not in done] for chunk in work.chunks()]
+            mine = share_of([number for number, chunk in enumerate(chunks) if chunk])
+            work.score_all([chunks[number] for number in mine], set_aside.limit, progress)
         problem = work.try_again(set_aside)
         state.wait_for_everyone()
         if problem is not None:
