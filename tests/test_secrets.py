@@ -18,6 +18,7 @@ from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.hidden import environment_of_stages, with_hidden_options
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.settings import keep_settings
+from trl_larpo.storage import read_yaml
 
 SECRET = "s3cr3t-and-long-enough"
 
@@ -83,7 +84,18 @@ def test_stages_need_no_secret_of_the_loop(tmp_path, config):
     options = RunConfig(prompts=["a"], reward_funcs=["gsm8k"], notify_command=command)
     folder = RunFolder(options, config(RunTrainingConfig, output_dir=str(tmp_path / "out")), ModelConfig("model"))
     assert SECRET not in str(folder.configuration()) and environment_of_stages(folder) == {}
-    assert with_hidden_options(folder.configuration())["notify_command"] == HIDDEN
+    folder.path.mkdir()
+    folder.save_configuration()
+    assert with_hidden_options(read_yaml(folder.path / "run.yaml"))["notify_command"] == HIDDEN
+
+
+def test_a_text_that_looks_like_a_hidden_secret_stops_no_stage(tmp_path, config):
+    options = RunConfig(prompts=["a"], reward_funcs=["gsm8k"], prompt_template=f"Guess the {HIDDEN} word: {{prompt}}")
+    folder = RunFolder(options, config(RunTrainingConfig, output_dir=str(tmp_path / "out")), ModelConfig("model"))
+    folder.path.mkdir()
+    folder.save_configuration()
+    assert environment_of_stages(folder) == {}
+    assert with_hidden_options(read_yaml(folder.path / "run.yaml"))["prompt_template"] == options.prompt_template
 
 
 def test_a_run_that_an_earlier_version_began_without_hiding_is_the_same(tmp_path, config):

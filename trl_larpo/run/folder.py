@@ -64,6 +64,9 @@ _PATHS = ("prompts", "held_out_prompts", "random_prompts", "earlier_candidates",
 
 _PRINTS = "fingerprints"  # among the options in run.yaml: what the paths in them hold
 
+HIDDEN_OPTIONS = "hidden_options"
+"""Also there: names of the options in which a secret is hidden. Others may hold the text `<hidden>` on their own."""
+
 CHANGES = "changes.jsonl"
 
 TRIAL = "trial.json"
@@ -228,7 +231,8 @@ class RunFolder:
             record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": self._changes}
             append_jsonl(self.path / CHANGES, [record])
         options = self.configuration()
-        text = yaml.safe_dump(options | {_PRINTS: fingerprints(options, _PATHS)}, allow_unicode=True, sort_keys=True)
+        options |= {_PRINTS: fingerprints(options, _PATHS), HIDDEN_OPTIONS: sorted(self.hidden_options())}
+        text = yaml.safe_dump(options, allow_unicode=True, sort_keys=True)
         write_text(self.path / "run.yaml", text)
 
     # Prompts

@@ -5,8 +5,7 @@ import os
 from typing import Any
 
 from ..errors import ConfigError
-from ..redaction import HIDDEN
-from .folder import RunFolder
+from .folder import HIDDEN_OPTIONS, RunFolder
 
 _VARIABLE = "LARPO_HIDDEN_OPTIONS"
 
@@ -26,11 +25,11 @@ def with_hidden_options(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: If the environment does not have it.
     """
-    known = options | json.loads(os.environ.get(_VARIABLE, "{}"))
-    missing = [name for name, value in known.items() if HIDDEN in str(value) and name not in _NOT_OF_STAGES]
+    found = json.loads(os.environ.get(_VARIABLE, "{}"))
+    missing = [name for name in options[HIDDEN_OPTIONS] if name not in found and name not in _NOT_OF_STAGES]
     if missing:
         raise ConfigError(
             f"`{missing[0]}` has a secret in it, which is in no file. Let `train_launcher` pass on the environment "
             f"variable {_VARIABLE}, or put the secret into a variable of its own, e.g. HF_TOKEN."
         )
-    return known
+    return options | found
