@@ -11,7 +11,7 @@ from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool, Selection, build_list, build_lists
 from trl_larpo.prompts import Prompt, prompt_id
 from trl_larpo.run.memory import earlier_iterations
-from trl_larpo.run.negatives import random_prompts, related_prompts
+from trl_larpo.run.negatives import add_responses_to_other_prompts, random_prompts, related_prompts
 
 
 def pool_of(candidates):
@@ -235,12 +235,48 @@ def test_related_prompts_are_those_of_plain_loops():
             else -math.inf
             for j, x in enumerate(vectors)
         ]
+        if place is None:
+            assert max(cosines) <= 1
+            continue
         assert cosines[place] >= max(cosines) - 1  # what rounding makes of it
 
 
 def test_related_prompts_are_looked_for_among_those_that_share_the_rarest_words():
     texts = [f"please tell me about topic{i // 2}" for i in range(400)]  # in pairs
     assert related_prompts(texts, most_compared=1) == [i + 1 - 2 * (i % 2) for i in range(400)]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["请写一首关于春天的诗", "怎么做番茄炒蛋?", "番茄炒蛋要放糖吗", "关于春天有什么古诗"],
+        ["春についての詩を書いてください", "トマトの卵炒めはどう作りますか", "卵炒めにトマトは必要?", "春の詩が好きだ"],
+        ["봄에 대한 시를 써 줘", "토마토달걀볶음 만드는 법", "토마토달걀볶음에는 설탕?", "봄에는 시인이 시를 쓴다"],
+        ["เขียนบทกวีเกี่ยวกับฤดูใบไม้ผลิ", "วิธีทำไข่ผัดมะเขือเทศ", "ไข่ผัดมะเขือเทศใส่น้ำตาลไหม", "ฤดูใบไม้ผลิมีบทกวีอะไร"],
+    ],
+    ids=["Chinese", "Japanese", "Korean", "Thai"],
+)
+def test_related_prompts_where_words_have_no_spaces_between_them(texts):
+    assert related_prompts(texts) == [3, 2, 1, 0]
+
+
+def test_prompts_that_share_no_word_get_responses_to_random_ones(caplog):
+    caplog.set_level("INFO", logger="trl_larpo")
+    texts = ["Where do bees live?", "Do bees sleep?", *(f"unique{i}" for i in range(30)), "?"]
+    assert related_prompts(texts) == [1, 0] + [None] * 31
+    pools = [CandidatePool(Prompt.of(text), [Candidate(text)]) for text in texts]
+
+    def taken(names, seed=0):
+        found = add_responses_to_other_prompts(pools, names, 1, seed, iteration=2)
+        assert all(c.of_prompt != pool.prompt.id for pool in found for c in pool.candidates)
+        return [[c.completion for c in pool.candidates if c.source in names] for pool in found]
+
+    related = taken(["related_prompt"])
+    assert related[:2] == [[texts[1]], [texts[0]]] and len({x for [x] in related}) > 10
+    assert related == taken(["related_prompt"]) != taken(["related_prompt"], seed=1)
+    assert "Iteration 2: 31 of 33 prompts have no word in common with another one" in caplog.text
+    both = taken(["related_prompt", "random_prompt"])
+    assert sum(one == other for one, other in both) < 10  # two different negatives
 
 
 def test_random_prompts_are_others_and_repeatable():

@@ -1,10 +1,12 @@
 """Easy negatives: responses to other prompts (paper, section 3.2)."""
 
 import hashlib
+import itertools
+import logging
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,15 @@ TEMPERATURES = ("low_temperature", "high_temperature")
 OTHER_PROMPTS = ("related_prompt", "random_prompt")
 NEGATIVES = (*TEMPERATURES, *OTHER_PROMPTS)
 """What `negatives` may name: samples at another temperature, or responses to other prompts."""
+
+logger = logging.getLogger(__name__)
+
+# Scripts without spaces between words, and Hangul: Thai and Lao, Burmese, Khmer, kana, Han
+_UNSPACED = (
+    r"\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3005-\u3007\u3041-\u309F\u30A1-\u30FA\u30FC-\u30FF\u3400-\u4DBF"
+    r"\u4E00-\u9FFF\uAC00-\uD7AF\uF900-\uFAFF\uFF66-\uFF9F\U00020000-\U0003FFFF"
+)
+_WORD = re.compile(rf"([{_UNSPACED}]+)|[^\W{_UNSPACED}]+")
 
 _QUIET_SECONDS = 2  # before the progress bar is shown
 
@@ -45,7 +56,16 @@ def add_responses_to_other_prompts(
     ids = ids_of(pools)
     others: dict[str, list[int]] = {}
     if "related_prompt" in names:
-        others["related_prompt"] = related_prompts(pool.prompt.text for pool in pools)
+        related_or_none = related_prompts(pool.prompt.text for pool in pools)
+        by_chance = random_prompts(ids, seed, iteration, "related prompt")
+        others["related_prompt"] = [
+            drawn if found is None else found for found, drawn in zip(related_or_none, by_chance, strict=True)
+        ]
+        if num_unlike := related_or_none.count(None):
+            logger.info(
+                f"Iteration {iteration}: {num_unlike} of {len(ids)} prompts have no word in common with another one. "
+                "For these, `related_prompt` takes a random prompt."
+            )
     if "random_prompt" in names:
         others["random_prompt"] = random_prompts(ids, seed, iteration) if unrelated is None else []
 
@@ -70,9 +90,11 @@ def add_responses_to_other_prompts(
     return StoredPools(ids, with_responses)
 
 
-def related_prompts(texts: Iterable[str], most_compared: int = 50_000) -> list[int]:
+def related_prompts(texts: Iterable[str], most_compared: int = 50_000) -> list[int | None]:
     """
     For each prompt the one most like it, by the words they share; rarer words weigh more (TF-IDF, cosine).
+
+    In scripts without spaces between words, and in Hangul, pairs of neighboring characters count as words.
 
     Each prompt is compared with those that share its rarest words. Time and memory grow with the number of prompts,
     and not with its square.
@@ -83,11 +105,21 @@ def related_prompts(texts: Iterable[str], most_compared: int = 50_000) -> list[i
             hundred prompts, all words count.
 
     Returns:
-        Index of the related prompt for each, never its own. Of prompts equally alike the first counts.
+        Index of the related prompt for each, never its own. Of prompts equally alike the first counts. `None` where no
+        other prompt shares a word, or only such as almost all prompts have.
     """
     index = _WordIndex(texts)
     numbers = tqdm(range(index.num_texts), desc="Related prompts", unit=" prompts", delay=_QUIET_SECONDS)
     return [index.most_similar(number, most_compared) for number in numbers]
+
+
+def _words(text: str) -> Iterator[str]:
+    for match in _WORD.finditer(text.lower()):
+        characters = match[1]
+        if characters is None or len(characters) == 1:
+            yield match[0]
+        else:
+            yield from map("".join, itertools.pairwise(characters))
 
 
 class _WordIndex:
@@ -98,7 +130,7 @@ class _WordIndex:
         rows_of, columns_of, counts_of = array("i"), array("i"), array("d")
         starts = [0]
         for row, text in enumerate(texts):
-            for word, count in Counter(re.findall(r"\w+", text.lower())).items():
+            for word, count in Counter(_words(text)).items():
                 rows_of.append(row)
                 columns_of.append(columns.setdefault(word, len(columns)))
                 counts_of.append(count)
@@ -114,8 +146,8 @@ class _WordIndex:
         self.texts_with, self.weights_in = rows[by_word], self.weights[by_word]
         self.ends = np.cumsum(self.num_with)
 
-    def most_similar(self, number: int, most_compared: int) -> int:
-        """Index of the text most like a text."""
+    def most_similar(self, number: int, most_compared: int) -> int | None:
+        """Index of the text most like a text; `None` if none is like it."""
         own = slice(self.starts[number], self.starts[number + 1])
         words, weights = self.words[own], self.weights[own]
         rarest_first = np.argsort(self.num_with[words], kind="stable")
@@ -131,11 +163,12 @@ class _WordIndex:
             )
         # Rounding differs between machines; it must not decide between prompts that are equally similar
         similarity = np.round(similarity * 1e5)
-        similarity[number] = -np.inf
-        return int(similarity.argmax())
+        similarity[number] = 0
+        most = int(similarity.argmax())
+        return most if similarity[most] > 0 else None
 
 
-def random_prompts(ids: list[str], seed: int, iteration: int) -> list[int]:
+def random_prompts(ids: list[str], seed: int, iteration: int, purpose: str = "random prompt") -> list[int]:
     """
     For each prompt another one, drawn by chance.
 
@@ -143,11 +176,12 @@ def random_prompts(ids: list[str], seed: int, iteration: int) -> list[int]:
         ids: Names of the prompts, at least two.
         seed: Seed of the run.
         iteration: Draws differ between iterations.
+        purpose: Draws also differ between purposes.
 
     Returns:
-        Index of the other prompt for each. It depends on the prompt, the seed and the iteration, and on nothing else.
+        Index of the other prompt for each. It depends on the prompt and on the other arguments alone.
     """
-    drawn = [_draw(name, len(ids) - 1, seed, iteration) for name in ids]
+    drawn = [_draw(name, len(ids) - 1, seed, iteration, purpose) for name in ids]
     return [other + (other >= index) for index, other in enumerate(drawn)]
 
 
@@ -156,6 +190,6 @@ def unrelated_prompts(prompts: list[Prompt], others: list[Prompt], seed: int, it
     return {prompt.id: others[_draw(prompt.id, len(others), seed, iteration)] for prompt in prompts}
 
 
-def _draw(name: str, count: int, seed: int, iteration: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{iteration}/{name}/random prompt".encode()).digest()
+def _draw(name: str, count: int, seed: int, iteration: int, purpose: str = "random prompt") -> int:
+    digest = hashlib.sha256(f"{seed}/{iteration}/{name}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % count
