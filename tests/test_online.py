@@ -25,6 +25,7 @@ from trl.trainer.utils import RepeatSampler, nanstd, shuffle_sequence_dict, spli
 from trl_larpo import ConfigError, DataError, LarPOTrainer, OnlineLarPOConfig, OnlineLarPOTrainer, cli
 from trl_larpo.losses import RANKING_LOSSES, lambdarank_loss
 from trl_larpo.training.groups import Group, Sample, collate_groups, total_rewards, whole_groups
+from trl_larpo.training.objective import RankingObjective
 from trl_larpo.training.sample_memory import SampleMemory
 
 
@@ -189,6 +190,21 @@ def test_evaluation(online, size):
     [first, *_] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert first["eval_list_size"] == size and 0 < first["eval_reward"] < 1
     assert first["eval_loss"] == 0 if size == 1 else 0 <= first["eval_ranking/accuracy"] <= 1
+
+
+def test_metrics_leave_out_a_batch_without_a_finite_loss(online, monkeypatch):
+    score, seen = RankingObjective.__call__, []
+
+    def spoilt_at_first(self, policy, ref_logps, batch):
+        seen.append(batch)
+        if len(seen) == 1:
+            policy.logps = policy.logps * float("nan")
+        return score(self, policy, ref_logps, batch)
+
+    monkeypatch.setattr(RankingObjective, "__call__", spoilt_at_first)
+    trainer = online({"max_steps": 2, "logging_steps": 2})
+    [entry] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["logps/chosen"] < 0 and entry["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_prompts_that_an_environment_makes_different():
