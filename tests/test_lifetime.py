@@ -142,6 +142,19 @@ def test_a_command_that_catches_all_exceptions_is_ended_too(tmp_path, who):
     assert process.wait(timeout=SECONDS_TO_END) == 143 and not command.is_running()
 
 
+def test_a_command_that_is_in_a_destructor_stops_after_it():
+    code = (
+        "import time; from trl_larpo.lifetime import Stopped, guard; guard()\n"
+        "class Slow:\n    def __del__(self): print(1, flush=True); time.sleep(600)\n"
+        "try:\n    slow = Slow(); del slow; time.sleep(600)\nexcept Stopped as stop: print(stop, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "1\n"
+    process.terminate()
+    output, errors = process.communicate(timeout=SECONDS_TO_END)
+    assert output == "Stopped by SIGTERM.\n" and "Traceback" not in errors
+
+
 def test_under_nohup_a_closed_terminal_ends_nothing(family):
     process, processes = family(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     for each in processes.values():

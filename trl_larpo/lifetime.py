@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -203,8 +204,29 @@ def _stop_on_signals(keeper: int | None = None) -> None:
         raise Stopped(number)
 
     _handle(dict.fromkeys(before, stop))
+    _stop_again_where_it_is_lost()
     if hasattr(os, "register_at_fork"):
         _leave_forks_alone(before)
+
+
+def _stop_again_where_it_is_lost() -> None:
+    """Python drops an exception that is raised in a destructor. The next one is raised in a moment, outside of it."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        stopped = unraisable.exc_value
+        if not isinstance(stopped, Stopped):
+            report(unraisable)
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            _handle({number: lambda *_: None})
+            raise stopped
+
+        _handle({stopped.number: stop})
+        threading.Timer(0.01, os.kill, (os.getpid(), stopped.number)).start()
+
+    sys.unraisablehook = hook
 
 
 def _leave_forks_alone(handlers: _Signals) -> None:
