@@ -18,7 +18,7 @@ from trl_larpo.run.folder import TIMINGS, RunFolder, seconds_of_stages
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
 from trl_larpo.storage import partial_files, write_json, write_jsonl
-from trl_larpo.training.checkpoints import last_whole_checkpoint, take_batch_size
+from trl_larpo.training.checkpoints import last_whole_checkpoint, set_batch_size
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_a_training_resumes_with_another_batch_size(tmp_path, tiny_model, config
     train(4, 1)
     checkpoint = last_whole_checkpoint(tmp_path)
     before = {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()}
-    take_batch_size(checkpoint, 4)
+    set_batch_size(checkpoint, 4)
     assert {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()} == before
-    take_batch_size(checkpoint, 2)
+    set_batch_size(checkpoint, 2)
     assert train(2, 2, checkpoint)._train_batch_size == 2

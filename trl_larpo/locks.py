@@ -97,14 +97,14 @@ def _await_lock(lock: IO[str], work: str, option: str) -> None:
     Takes the lock. Waits for what is left of an owner that has ended, and for one on another machine, which may be
     gone. Another owner is an error.
     """
-    started, is_said = time.monotonic(), False
+    started, has_warned = time.monotonic(), False
     while not _flock(lock, "LOCK_EX"):
         lock.seek(0)
         owner = lock.read().strip()
         is_running, waited = _is_running(owner), time.monotonic() - started
-        if is_running is None and not is_said:
+        if is_running is None and not has_warned:
             logger.warning(f"{owner} is {work}; waiting {SECONDS_TO_FREE:.0f} s, in case that machine is gone.")
-            is_said = True
+            has_warned = True
         if is_running or waited > (SECONDS_TO_FREE if is_running is None else SECONDS_TO_END):
             raise LarPOError(
                 f"Another process ({owner or 'unknown'}) is {work}. Wait for it, stop it, or take another `{option}`."

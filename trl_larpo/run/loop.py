@@ -250,7 +250,7 @@ def _launch_stage(folder: RunFolder, stage: Stage, iteration: int, num_processes
 
 def _appears(path: Path) -> bool:
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
-    while path.name not in _names_in(path.parent):  # read anew, where `exists` may answer from memory
+    while path.name not in _names_in(path.parent):  # a network file system may answer `exists` from its cache
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

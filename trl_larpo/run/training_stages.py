@@ -25,7 +25,7 @@ from ..pools import read_pools
 from ..preparation import preparing
 from ..prompts import Prompt, Row
 from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
-from ..training.checkpoints import last_whole_checkpoint, take_batch_size
+from ..training.checkpoints import last_whole_checkpoint, set_batch_size
 from ..training.config import LarPOConfig
 from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
@@ -158,7 +158,7 @@ class TrainingStage:
             trainer.add_callback(monitor)
         if checkpoint is not None and not trainer.args.auto_find_batch_size:
             if PartialState().is_main_process:
-                take_batch_size(checkpoint, trainer.args.train_batch_size)
+                set_batch_size(checkpoint, trainer.args.train_batch_size)
             PartialState().wait_for_everyone()
         trainer.train(resume_from_checkpoint=checkpoint)
         log = [

@@ -31,10 +31,10 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-def take_batch_size(checkpoint: str, batch_size: int) -> None:
+def set_batch_size(checkpoint: str, batch_size: int) -> None:
     """
-    Lets a training that is resumed from a checkpoint have another batch size, so that out of memory is no dead end:
-    transformers 4 takes that of the checkpoint, whatever the arguments say.
+    Sets the batch size with which a training resumes from a checkpoint. transformers 4 takes the one that it finds
+    there, whatever the arguments say, so that a smaller one would not help where memory ran out.
 
     Args:
         checkpoint: Its folder.

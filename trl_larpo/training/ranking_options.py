@@ -271,14 +271,14 @@ def ranking_loss(name: str, args: Any) -> RankingLoss:
             f"`target_margin={margin}`: the loss {name!r} takes no argument `margin`. Remove one of the two."
         )
     if args.label_smoothing:
+        reversed_loss_fn = loss_fn
         if (weight := options.get("lambda_weight")) is not None:  # that of a pair is the same in both orders
 
             def of_right_order(scores: Tensor, relevance: Tensor, mask: Tensor) -> Tensor:
                 return weight(scores, reversed_relevance(relevance, mask), mask)
 
             reversed_loss_fn = partial(RANKING_LOSSES[name], **options | {"lambda_weight": of_right_order})
-            return smoothed(loss_fn, args.label_smoothing, margin, reversed_loss_fn)
-        return smoothed(loss_fn, args.label_smoothing, margin)
+        return smoothed(loss_fn, args.label_smoothing, margin, reversed_loss_fn)
     return partial(loss_fn, margin=margin) if margin else loss_fn
 
 

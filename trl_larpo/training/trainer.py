@@ -222,15 +222,15 @@ class LarPOTrainer(CandidateScoring, ReferenceCheckpoints, DPOTrainer):
     # From rows to batches
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if self._list_mode and is_tokenized(dataset):  # a prepared one, such as `trainer.train_dataset`
+            return dataset
         where = f"{dataset_name} dataset"
-        if not self._datasets_are_checked and not is_tokenized(dataset):
+        if not self._datasets_are_checked:
             row_format = _check_dataset(dataset, where, not self._list_mode, _truncated_completions(args))
             if row_format == "list" and not self._list_mode:
                 raise ConfigError(f"{where} holds lists, but this trainer was built for pairs. Evaluate it on pairs.")
         if not self._list_mode:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if is_tokenized(dataset):  # a prepared one, such as `trainer.train_dataset`
-            return dataset
         with global_then_local_main_first():
             return tokenize_dataset(
                 dataset,
