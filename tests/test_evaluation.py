@@ -3,11 +3,13 @@
 import itertools
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
+from trl_larpo.run import evaluation_stages
 from trl_larpo.run.evaluation import best_of_n, evaluate, fell, mean_and_error, student_quantile
 
 
@@ -52,3 +54,22 @@ def test_student_quantile_is_that_of_the_tables(level, freedom, table):
 def test_a_fall_must_be_clearer_on_few_prompts():
     change = {"mean": -0.35, "standard_error": 0.1}
     assert fell(change, 64) and not fell(change, 16) and fell(change, 16, num_errors=2)
+
+
+def test_the_divergence_takes_two_completions_of_each_prompt(monkeypatch):
+    said = {"a": ["", "x", "x", "y"], "b": ["y", "x"], "c": ["", " "], "d": ["z"]}
+    pools = [CandidatePool(Prompt.of(name), [Candidate(text) for text in texts]) for name, texts in said.items()]
+    asked = []
+
+    def log_probabilities(context, lists, model_of, folder):
+        value = {"x": 2.0, "y": 7.0, "z": 1.0} if model_of else {"x": 1.0, "y": 2.0, "z": 1.0}
+        asked.append([[candidate.text for candidate in made.selected] for made in lists()])
+        return {made.prompt.id: [value[candidate.text] for candidate in made.selected] for made in lists()}
+
+    monkeypatch.setattr(evaluation_stages, "log_probabilities", log_probabilities)
+    context = SimpleNamespace(folder=SimpleNamespace(iteration=lambda number: None))
+    found = evaluation_stages.kl_from_initial(context, pools, 1)
+    assert asked == 2 * [[["x"], ["y", "x"], ["z"]]]  # equal ones are computed once
+    assert found["prompts"] == 3 and found["mean"] == pytest.approx((1 + 3 + 0) / 3)
+    monkeypatch.setattr(evaluation_stages, "MAX_KL_PROMPTS", 2)
+    assert evaluation_stages.kl_from_initial(context, pools, 1)["prompts"] == 2

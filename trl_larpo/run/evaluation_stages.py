@@ -14,7 +14,10 @@ from .context import RunContext
 from .evaluation import evaluate as evaluate_pools
 from .training_stages import log_probabilities
 
-MAX_KL_PROMPTS = 64
+# Prompts differ more than completions of one prompt do, so more of them would tell more than more completions of each
+MAX_KL_PROMPTS = 128
+MAX_KL_COMPLETIONS = 2
+"""Of each prompt."""
 
 
 def held_out_samples(context: RunContext, iteration: int, path: Path) -> None:
@@ -51,7 +54,8 @@ def kl_from_initial(
     """
     Estimate of the KL divergence of the policy from the initial model, in nats per completion.
 
-    The mean of log π_θ - log π_initial over completions that the policy sampled: unbiased at temperature 1.
+    The mean of log π_θ - log π_initial over completions that the policy sampled: unbiased at temperature 1. It takes
+    the first [`MAX_KL_COMPLETIONS`] of each of [`MAX_KL_PROMPTS`] prompts.
 
     Args:
         context: The run.
@@ -60,7 +64,7 @@ def kl_from_initial(
     """
     lists, counts = [], []
     for pool in pools[:MAX_KL_PROMPTS]:
-        sampled = [candidate for candidate in pool.candidates if candidate.text.strip()]
+        sampled = [candidate for candidate in pool.candidates if candidate.text.strip()][:MAX_KL_COMPLETIONS]
         if sampled:
             distinct: dict[tuple[str, bool], Candidate] = {_key(candidate): candidate for candidate in sampled}
             lists.append(CandidateList(pool.prompt, list(distinct.values())))
