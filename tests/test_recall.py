@@ -12,6 +12,7 @@ from trl_larpo import cli
 from trl_larpo.metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy
 from trl_larpo.recall import CheckedSamples, recall_curve
 from trl_larpo.run.small import save_small_model, save_small_reward_model
+from trl_larpo.storage import write_jsonl
 
 RNG = np.random.default_rng(0)
 CASES = [
@@ -171,6 +172,19 @@ def test_a_file_of_candidates_leaves_negatives_and_memory_out(tmp_path):
     assert cli.main(["recall", *flags]) == 0
     [one] = json.loads((tmp_path / "out" / "recall.json").read_text())["curves"]
     assert (one["samples"], one["recall"]["mean"]) == (2, [0.0, 0.0])
+
+
+def test_copies_of_iterations_are_left_alone(tmp_path):
+    row = {"prompt": "p", "completions": ["a", "b"], "rewards": [0.0, 1.0]}
+    for name in ("iteration_10", "iteration_2", "iteration_2_backup", "iteration_old", "iteration_02"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        write_jsonl(tmp_path / "run" / name / "held_out.jsonl", [row])
+    (tmp_path / "run/iteration_3").write_text("")
+    (tmp_path / "run/run.yaml").write_text("")
+    flags = ["--candidates", str(tmp_path / "run"), "--output", str(tmp_path / "out")]
+    assert cli.main(["recall", *flags]) == 0
+    curves = json.loads((tmp_path / "out" / "recall.json").read_text())["curves"]
+    assert [one["label"] for one in curves] == ["iteration 2", "iteration 10"]
 
 
 def test_rewards_of_other_completions_are_not_taken(tmp_path, capsys):

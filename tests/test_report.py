@@ -15,7 +15,7 @@ from trl_larpo import DataError
 from trl_larpo.report import charts
 from trl_larpo.report.numbers import with_error
 from trl_larpo.report.page import MAX_DATA_BYTES, write_report
-from trl_larpo.report.statistics import statistics_of
+from trl_larpo.report.statistics import lists_of_prompt, statistics_of
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",
@@ -124,6 +124,13 @@ def test_a_training_that_did_not_end_with_its_last_weights_is_told(run):
     page = write_report(run, with_plots=False).read_text()
     assert page.count("Iteration 2: The last step is worse than the best. Kept: step &lt;4&gt;.") == 1
     assert "Iteration 1: " not in page
+
+
+def test_copies_of_iterations_are_left_alone(tmp_path):
+    for name in ("iteration_1", "iteration_2_backup", "iteration_old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lists.jsonl").write_text(json.dumps(list_row("p", ["a", "b"])) + "\n")
+    assert [number for number, _ in lists_of_prompt(tmp_path, "p")] == [1]
 
 
 def test_no_run_is_named(tmp_path):

@@ -31,6 +31,7 @@ from .generation.in_process import check_sampling
 from .generation.options import GenerationOptions
 from .generation.sampling_task import SampleKind
 from .generation.server_process import check_servers
+from .iterations import iteration_folders
 from .locks import exclusive_lock
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .options import option
@@ -332,7 +333,8 @@ def _read(options: RecallConfig, paths: list[str], folder: Path) -> list[_Source
     sources = []
     for path in map(Path, paths):
         if path.is_dir() and (path / "run.yaml").exists():
-            found = sorted(path.glob("iteration_*/held_out.jsonl"), key=lambda p: int(p.parent.name.split("_")[1]))
+            files = (folder / "held_out.jsonl" for folder in iteration_folders(path).values())
+            found = [file for file in files if file.exists()]
             if not found:
                 raise DataError(f"The run in {str(path)!r} has no samples on held-out prompts yet.")
             run = f"{path.name}, " if len(paths) > 1 else ""

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trl_larpo.iterations import iteration_folders
 from trl_larpo.storage import iter_jsonl, read_jsonl, read_yaml
 
 SAMPLING, TRAINING = ("generate", "held_out_samples"), ("reference", "train")
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
 def count_work(run: Path, tokenizer=None) -> Work:
     """Prompts' tokens are counted with the tokenizer."""
     work = Work()
-    for folder in sorted(run.glob("iteration_*")):
+    for folder in iteration_folders(run).values():
         for stage, name in (("generate", "samples.jsonl"), ("held_out_samples", "held_out_samples.jsonl")):
             for row in iter_jsonl(folder / name) if (folder / name).exists() else []:
                 work.samples[stage] += len(row["completions"])

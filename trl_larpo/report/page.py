@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..candidates import Candidate, CandidateList
 from ..errors import DataError
+from ..iterations import iteration_folder, iteration_folders
 from ..prompts import Content, Row
 from ..set_aside import set_aside_in
 from ..storage import read_json, read_jsonl, read_yaml, write_text
@@ -77,8 +78,7 @@ def _checked(run: str | Path) -> Path:
 def _read_iterations(run: Path) -> dict[int, Row]:
     """What is there of each iteration, 0 being the initial model."""
     iterations: dict[int, Row] = {}
-    number = 0
-    while (folder := run / f"iteration_{number}").is_dir():
+    for number, folder in iteration_folders(run).items():
         found: Row = {}
         for name in ("evaluation", "selection", "health", "monitor"):
             if (folder / f"{name}.json").exists():
@@ -88,7 +88,6 @@ def _read_iterations(run: Path) -> dict[int, Row]:
         if "evaluation" in found:
             found["statistics"] = statistics_of(folder, number)
             iterations[number] = found
-        number += 1
     return iterations
 
 
@@ -148,7 +147,7 @@ def _set_aside_table(run: Path, iterations: dict[int, Row]) -> str:
     """What was left out and why, if anything was; the first of many."""
     lines = []
     for number in iterations:
-        for name, rows in set_aside_in(run / f"iteration_{number}").items():
+        for name, rows in set_aside_in(iteration_folder(run, number)).items():
             for row in rows[:_MAX_SET_ASIDE]:
                 cells = (str(number), name.replace("_", " "), row["prompt"][:200], row["reason"][:300])
                 lines.append("".join(f"<td class=text>{html.escape(cell)}</td>" for cell in cells))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..iterations import iteration_folder, iteration_folders
 from ..prompts import Row
 from ..storage import StoredRows, iter_jsonl, read_json, write_json
 
@@ -116,7 +117,7 @@ def shown_lists(run: Path, iterations: dict[int, Row]) -> Iterator[tuple[int, Ro
     share = MAX_LISTS / max(1, sum(counts.values()))
     for number, count in counts.items():
         if count:
-            rows = StoredRows([run / f"iteration_{number}" / "lists.jsonl"])
+            rows = StoredRows([iteration_folder(run, number) / "lists.jsonl"])
             shown = min(count, max(1, round(share * count)))
             for place in range(shown):
                 yield number, rows[place * count // shown]
@@ -130,8 +131,9 @@ def lists_of_prompt(run: Path, name: str) -> Iterator[tuple[int, Row]]:
         run: Folder of a run.
         name: The `prompt_id`, or how it begins.
     """
-    for path in sorted(run.glob("iteration_*/lists.jsonl"), key=lambda path: int(path.parent.name.split("_")[1])):
-        rows: Any = StoredRows([path], key="prompt_id")
-        for place, prompt_id in enumerate(rows.keys):
-            if prompt_id.startswith(name):
-                yield int(path.parent.name.split("_")[1]), rows[place]
+    for number, folder in iteration_folders(run).items():
+        if (folder / "lists.jsonl").exists():
+            rows: Any = StoredRows([folder / "lists.jsonl"], key="prompt_id")
+            for place, prompt_id in enumerate(rows.keys):
+                if prompt_id.startswith(name):
+                    yield number, rows[place]

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError, DataError
+from ..iterations import iteration_folder
 from ..prompts import Prompt, Row
 from ..redaction import hide_secrets
 from ..rewards.functions import check_columns, load_rewards
@@ -103,7 +104,7 @@ class RunFolder:
         self._changes: dict[str, tuple[Any, Any]] = {}  # accepted options: what they were, and what they are
 
     def iteration(self, number: int) -> Path:
-        return self.path / f"iteration_{number}"
+        return iteration_folder(self.path, number)
 
     def model_path(self, iteration: int) -> str:
         """The model that an iteration ends with; for 0 the initial one."""

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import logging
 import os
-import re
 import shutil
 import time
 from datetime import datetime
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import DataError
+from ..iterations import iteration_folder, iteration_folders
 from ..locks import is_locked
 from ..prompts import Row
 from ..set_aside import set_aside_in
@@ -97,8 +97,7 @@ def status_of(run: str | Path) -> Row:
     if position is not None:
         found["done"], found["total"] = _progress(run, *position)
         found["per_second"] = _rate(run, *position, found["done"]) if running else None
-    folders = [path for path in run.glob("iteration_*") if re.fullmatch(r"iteration_\d+", path.name)]
-    folders.sort(key=lambda path: int(path.name.split("_")[1]))
+    folders = iteration_folders(run).values()
     return found | {
         "set_aside": {f"{f.name}/{name}": len(rows) for f in folders for name, rows in set_aside_in(f).items()},
         "servers": settings.get("server_urls") or _started_servers(run),
@@ -164,7 +163,7 @@ def _left(run: Path, num_iterations: int) -> list[tuple[int, Stage]]:
         (iteration, stage)
         for iteration in range(num_iterations + 1)
         for stage in STAGES.values()
-        if (iteration or stage.at_start) and not (run / f"iteration_{iteration}" / stage.output).exists()
+        if (iteration or stage.at_start) and not (iteration_folder(run, iteration) / stage.output).exists()
     ]
     begun = read_json(run / PROGRESS) if (run / PROGRESS).exists() else {}
     # With `server_command` the next iteration is sampled before this one is evaluated
@@ -173,7 +172,7 @@ def _left(run: Path, num_iterations: int) -> list[tuple[int, Stage]]:
 
 def _progress(run: Path, iteration: int, stage: Stage) -> tuple[int, int | None]:
     """How many prompts, or steps of a training, are done, and how many there are; `None` where nothing tells."""
-    folder = run / f"iteration_{iteration}"
+    folder = iteration_folder(run, iteration)
     if stage.name == "train":
         state = _trainer_state(folder / "trainer")
         return state.get("global_step", 0), state.get("max_steps")

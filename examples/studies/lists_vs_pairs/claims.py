@@ -41,6 +41,7 @@ from trl import ModelConfig
 from workers import run_all
 
 from trl_larpo.candidates import CandidatePool
+from trl_larpo.iterations import iteration_folders
 from trl_larpo.run.loop import run as larpo_run
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.storage import iter_jsonl, read_json, read_jsonl, write_jsonl
@@ -235,7 +236,7 @@ def num_prompts(options: dict[str, Any]) -> int:
 def budget_of(folder: Path) -> dict[str, int]:
     """What a run has sampled and trained on."""
     budget = dict.fromkeys(BUDGET, 0)
-    for iteration in folder.glob("iteration_*"):
+    for iteration in iteration_folders(folder).values():
         if (iteration / "selection.json").exists():
             budget["samples"] += sum(len(row["completions"]) for row in iter_jsonl(iteration / "samples.jsonl"))
             budget["steps"] += read_jsonl(iteration / "training_log.jsonl")[-1]["step"]
