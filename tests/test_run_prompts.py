@@ -1,10 +1,12 @@
 """Prompts of a run: which iteration gets which, the system turn, and those that negatives respond to."""
 
 import json
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 import tiny
+from datasets import Dataset
 from transformers import LlamaConfig
 
 from trl_larpo import ConfigError, DataError
@@ -62,6 +64,50 @@ def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
         RunConfig(prompts=[file], num_held_out=4, system_prompt=text), tiny.tiny_tokenizer(), 0, None
     )
     assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
+
+
+COLUMNS = {
+    "dates": ["2024-01-01T00:00:00", "2024-01-02", None],  # datasets makes times of them
+    "large integers": [2**70, -1, 2**53 + 1],  # and floats of these, with fewer digits
+    "integers and floats": [2**53 + 1, 1.5, 1],
+    "types": [1, "a", [2, None]],
+    "keys": [{"a": 1}, {"b": {"c": "2024-01-01"}}, {}],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("form", ["a.jsonl", "a.json", "array.jsonl", "array.json"])
+def test_rewards_get_columns_as_they_are_in_the_file(tmp_path, name, form):
+    rows = [{"prompt": f"{number}", "x": value} for number, value in enumerate(COLUMNS[name])]
+    rows.append({"prompt": "2024-01-01"})  # which lacks the column
+    path = tmp_path / form
+    path.write_text(json.dumps(rows) if "array" in form else "\n".join(map(json.dumps, rows)))
+    prompts = load_prompts(str(path), RunConfig())
+    assert [prompt.content for prompt in prompts] == [row["prompt"] for row in rows]
+    found = [prompt.columns["x"] for prompt in prompts]
+    assert found == [*COLUMNS[name], None] and list(map(type, found[:-1])) == list(map(type, COLUMNS[name]))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "cannot be read: .*in row 1"),
+        ('{"question": "a"}\n{"answer": "b"}\n', "Its columns: question, answer"),
+        ('{"prompt": "a"}\n{"question": "b"}\n', "row 1, column `prompt`: is None"),
+    ],
+)
+def test_files_without_prompts_are_refused(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_prompts(str(tmp_path / "a.jsonl"), RunConfig())
+
+
+def test_times_in_a_table_are_refused(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    Dataset.from_list([{"prompt": "a", "x": datetime(2024, 1, 1)}]).to_parquet(path)
+    with pytest.raises(DataError, match=r"row 0, column `x`: holds datetime; .* Write it as text, or remove the col"):
+        load_prompts(path, RunConfig())
 
 
 @pytest.mark.parametrize("prompt", ["half \ud83d", [{"role": "user", "content": "half \ud83d"}]], ids=["text", "chat"])

@@ -1,7 +1,10 @@
 """Loads prompts, and chooses those of each iteration and those to evaluate on."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -9,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError, DataError
 from ..generation.in_process import encode_prompt
 from ..prompts import Content, Prompt, Row, prompt_id, prompt_problem, without_none
+from ..storage import read_json, read_jsonl
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
 from .options import PromptOptions, RunConfig
@@ -166,19 +170,17 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
     Raises:
         DataError: Names the file, the row and what is wrong with it.
     """
-    splits = load_splits(path, config)
-    if split not in splits:
-        raise DataError(f"{path!r} has no split {split!r}, only: {', '.join(splits)}.")
-    dataset, column = splits[split], options.prompt_column
-    if column not in dataset.column_names:
+    names, rows = _read(path, config, split)
+    column = options.prompt_column
+    if column not in names:
         raise DataError(
-            f"{path!r} has no column `{column}`. Its columns: {', '.join(dataset.column_names)}. Name the one that "
-            "holds the prompts in `prompt_column`."
+            f"{path!r} has no column `{column}`. Its columns: {', '.join(names)}. Name the one that holds the prompts "
+            "in `prompt_column`."
         )
-    if "tools" in dataset.column_names:
+    if "tools" in names:
         raise DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
     prompts = []
-    for number, row in enumerate(dataset):
+    for number, row in enumerate(rows):
         prompt = row.pop(column)
         if problem := prompt_problem(prompt):
             raise DataError(f"{path!r} row {number}, column `{column}`: {problem}")
@@ -196,6 +198,34 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             prompt = _with_system_prompt(prompt, options.system_prompt)
         prompts.append(Prompt.of(prompt, _jsonable(row, path, number)))
     return prompts
+
+
+def _read(path: str, config: str | None, split: str) -> tuple[list[str], Iterable[Row]]:
+    """Names of the columns, and the rows, which all have them."""
+    written = _rows_as_written(Path(path).expanduser()) if "://" not in path and split == "train" else None
+    if written is not None:
+        names = list(dict.fromkeys(name for row in written for name in row))
+        return names, ({name: row.get(name) for name in names} for row in written)
+    splits = load_splits(path, config)
+    if split not in splits:
+        raise DataError(f"{path!r} has no split {split!r}, only: {', '.join(splits)}.")
+    return splits[split].column_names, splits[split]
+
+
+def _rows_as_written(path: Path) -> list[Row] | None:
+    """
+    Rows of a JSON file with the values that it has; `None` if it is another file.
+
+    `datasets` would make times of texts that are dates, and of large integers floats that have fewer digits.
+    """
+    if path.suffix not in (".jsonl", ".json") or not path.is_file():
+        return None
+    for read in (read_jsonl, read_json):
+        with contextlib.suppress(DataError):  # which `datasets` reads, or refuses with its own words
+            rows = read(path)
+            if rows and isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+                return rows
+    return None
 
 
 def load_random_prompts(options: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -237,7 +267,7 @@ def _jsonable(row: Row, path: str, number: int) -> Row:
         if not _is_plain(value):
             raise DataError(
                 f"{path!r} row {number}, column `{column}`: holds {type(value).__name__}; prompts may have text, "
-                "numbers and lists of them. Remove the column."
+                "numbers and lists of them. Write it as text, or remove the column."
             )
     return row
 

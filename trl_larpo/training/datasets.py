@@ -42,6 +42,8 @@ def load_splits(path: str, config_name: str | None = None, streaming: bool = Fal
         raise DataError(f"There is no file or folder {path!r}.")
     if local.is_file() and local.suffix not in _FILE_BUILDERS:
         raise DataError(f"{path!r} is none of the kinds that can be read: {', '.join(_FILE_BUILDERS)}.")
+    if local.is_file() and not local.stat().st_size:
+        raise DataError(f"{path!r} is empty.")
     if local.is_file() and local.suffix != ".parquet" and not streaming:
         _check_encoding(local)
     try:
