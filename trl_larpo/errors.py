@@ -33,6 +33,9 @@ class ProcessError(LarPOError):
         super().__init__(message)
         self.exit_status = exit_status
 
+    def __reduce__(self):
+        return type(self), (str(self), self.exit_status), vars(self)
+
 
 class UnsupportedTRLError(LarPOError, ImportError):
     """A part of this package does not work with the TRL that is installed; the others do."""

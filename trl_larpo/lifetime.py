@@ -56,6 +56,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"Stopped by {signal.Signals(number).name}.")
         self.number = number
 
+    def __reduce__(self):
+        return type(self), (self.number,), vars(self)
+
 
 def guard(how_to_resume: str = "") -> None:
     """
