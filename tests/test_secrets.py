@@ -110,6 +110,13 @@ def test_a_run_that_an_earlier_version_began_without_hiding_is_the_same(tmp_path
     assert SECRET not in (folder.path / "run.yaml").read_text()
 
 
+def test_stages_read_a_run_yaml_of_before_hidden_options_were_listed():
+    assert with_hidden_options({"seed": 3}) == {"seed": 3}
+    assert with_hidden_options({"notify_command": HIDDEN})["notify_command"] == HIDDEN
+    with pytest.raises(ConfigError, match="`server_command` has a secret in it"):
+        with_hidden_options({"server_command": f"vllm --api-key {HIDDEN}", "seed": 3})
+
+
 @pytest.mark.slow
 def test_processes_of_a_run_get_what_run_yaml_hides(project):
     change_options(project, num_iterations=1, monitor_evals=0, num_processes=1, generation_processes=2)

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from ..errors import ConfigError
+from ..redaction import HIDDEN
 from .folder import HIDDEN_OPTIONS, RunFolder
 
 _VARIABLE = "LARPO_HIDDEN_OPTIONS"
@@ -26,7 +27,10 @@ def with_hidden_options(options: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If the environment does not have it.
     """
     found = json.loads(os.environ.get(_VARIABLE, "{}"))
-    missing = [name for name in options[HIDDEN_OPTIONS] if name not in found and name not in _NOT_OF_STAGES]
+    hidden = options.get(HIDDEN_OPTIONS)
+    if hidden is None:  # written by a version that did not list them
+        hidden = [name for name, value in options.items() if HIDDEN in str(value)]
+    missing = [name for name in hidden if name not in found and name not in _NOT_OF_STAGES]
     if missing:
         raise ConfigError(
             f"`{missing[0]}` has a secret in it, which is in no file. Let `train_launcher` pass on the environment "
