@@ -116,6 +116,27 @@ def test_tokens_of_another_tokenizer_are_not_taken(caplog):
     assert "entry 1 does not hold the tokens of the completion with this tokenizer" in caplog.text
 
 
+@pytest.mark.parametrize("has_column", [True, False])
+def test_sampled_tokens_that_count_as_finished_without_an_end_token_are_told(caplog, has_column):
+    tokenizer = tiny.tiny_tokenizer()
+    ids, other_end = tokenizer(CUT)["input_ids"], tokenizer("z")["input_ids"]
+
+    def said(of_cut, is_finished=True):
+        caplog.clear()
+        columns = {"completion_ids": [None, of_cut]} | ({"finished": [True, is_finished]} if has_column else {})
+        rows = [{"prompt": USER, "completions": [say("Yes."), say(CUT)]} | columns] * 3
+        with caplog.at_level("WARNING", logger="trl_larpo"):
+            found, _ = tokenized(rows)
+        assert [row["completion_ids"][1] for row in found] == [of_cut] * 3
+        return [record.message for record in caplog.records]
+
+    [text] = said(ids)
+    assert "rows row 0, column `completion_ids`: entry 1 has no end token, but counts as finished" in text
+    assert not said([*ids, tokenizer.eos_token_id]) and not said(ids + other_end)
+    if has_column:
+        assert not said(ids, is_finished=False)
+
+
 def relevance(rewards, finished, mode="rank_last"):
     completions = [f" {i}" for i in range(len(finished))]
     ranked = canonical_row(row(completions, finished, "p", rewards=rewards), 0, "rows", mode)

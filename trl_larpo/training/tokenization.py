@@ -225,6 +225,15 @@ def _tokenize_row(
             )
             ids = None
         if ids is not None:
+            if finished and _end_within_text(completion, ids, tokenizer):
+                _warn_once(
+                    where,
+                    "end",
+                    f"{where} row {index}, column `completion_ids`: entry {position} has no end token, but counts as "
+                    "finished, so the model does not learn to end there. If the completion was cut off, set "
+                    "`finished` to false for it; if not, append its end token. Said once; other rows may be affected "
+                    "too.",
+                )
             sequence = prompt_ids + ids
         elif isinstance(prompt, str):
             text = completion.removesuffix(eos_token)
@@ -296,13 +305,23 @@ def _are_tokens_of(
     completion: str | list[Row], finished: bool, ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> bool:
     """Whether tokens are those of a completion. They are not where another tokenizer made them."""
-    text = completion if isinstance(completion, str) else completion[-1].get("content")
+    text = _text_of(completion)
     if max(ids) >= len(tokenizer):
         return False
     # The last one of a completion that ended has no text: an end token, even if the tokenizer does not know it as such
     return text in (
         tokenizer.decode(part, skip_special_tokens=True) for part in ((ids, ids[:-1]) if finished else (ids,))
     )
+
+
+def _end_within_text(completion: str | list[Row], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the last one of a completion's tokens has a part of its text, and is no end token."""
+    whole, shorter = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:-1]))
+    return whole == _text_of(completion) != shorter
+
+
+def _text_of(completion: str | list[Row]) -> str | None:
+    return completion if isinstance(completion, str) else completion[-1].get("content")
 
 
 def _render_up_to_end_of_content(
