@@ -66,6 +66,16 @@ def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
     assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
 
 
+def test_prompts_that_end_with_an_answer_are_told(tmp_path, caplog):
+    question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    path = tmp_path / "a.jsonl"
+    for rows, number in (([[question], [question, answer, question]], 0), ([[question]] + 2 * [[question, answer]], 2)):
+        path.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+        prompts = load_prompts(str(path), RunConfig(prompt_column="messages"))
+        assert [prompt.content for prompt in prompts] == rows and len(caplog.records) == (number > 0)
+    assert "a.jsonl': 2 of 3 prompts end with a message of the assistant (first: row 1)" in caplog.text
+
+
 COLUMNS = {
     "dates": ["2024-01-01T00:00:00", "2024-01-02", None],  # datasets makes times of them
     "large integers": [2**70, -1, 2**53 + 1],  # and floats of these, with fewer digits

@@ -235,9 +235,11 @@ def test_the_beginning_of_an_answer_is_continued(name):
         assert tokenizer.decode(found["prompt_ids"] + ids) == whole
 
 
-def test_samples_follow_the_generation_prompt_that_they_were_sampled_after():
+def test_samples_follow_the_generation_prompt_that_they_were_sampled_after(caplog):
     prompt = [*USER, *say("Because the")]
     [found], tokenizer = tokenized([row([say("sky"), say("sea")], [True, True], prompt)], TEMPLATES["chatml"])
+    [said] = [record.message for record in caplog.records]
+    assert "rows row 0, column `prompt`: ends with a message of the assistant" in said and "without `finished`" in said
     asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(found["prompt_ids"]) == asked
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..storage import read_json, read_jsonl
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
 from .options import PromptOptions, RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -179,13 +182,14 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         )
     if "tools" in names:
         raise DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
-    prompts = []
+    prompts, answered = [], []
     for number, row in enumerate(rows):
         prompt = row.pop(column)
         if problem := prompt_problem(prompt):
             raise DataError(f"{path!r} row {number}, column `{column}`: {problem}")
         if isinstance(prompt, list):
             prompt = without_none(prompt)
+            answered += [number] if prompt[-1]["role"] == "assistant" else []
         else:
             if options.prompt_template is not None:
                 prompt = options.prompt_template.replace("{prompt}", prompt)
@@ -197,6 +201,12 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         if options.system_prompt is not None:
             prompt = _with_system_prompt(prompt, options.system_prompt)
         prompts.append(Prompt.of(prompt, _jsonable(row, path, number)))
+    if answered:
+        logger.warning(
+            f"{path!r}: {len(answered)} of {len(prompts)} prompts end with a message of the assistant (first: row "
+            f"{answered[0]}). It counts as a complete answer, and completions are sampled as a further one. Remove the "
+            "message if completions are to take its place; the beginning of an answer cannot be continued yet."
+        )
     return prompts
 
 

@@ -185,11 +185,16 @@ def _tokenize_row(
     template_kwargs = {}
     # Completions continue the beginning of an answer. Those that `larpo` has sampled, which these columns mark, do not:
     # they were sampled after a generation prompt
-    continues = (
-        isinstance(prompt, list)
-        and prompt[-1]["role"] == "assistant"
-        and not {"finished", "completion_ids"} & row.keys()
-    )
+    ends_with_answer = isinstance(prompt, list) and prompt[-1]["role"] == "assistant"
+    continues = ends_with_answer and not {"finished", "completion_ids"} & row.keys()
+    if ends_with_answer and not continues:
+        _warn_once(
+            where,
+            "answer",
+            f"{where} row {index}, column `prompt`: ends with a message of the assistant. It counts as complete, and "
+            "completions follow it as a further message, as `larpo` samples them. They continue it in datasets without "
+            "`finished` and `completion_ids`. Said once; other rows may be affected too.",
+        )
     if isinstance(prompt, list):
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
