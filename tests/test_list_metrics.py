@@ -10,6 +10,8 @@ from accelerate.state import GradientState
 from torch.utils.data import DataLoader
 
 from trl_larpo.training.list_metrics import ListMetrics, Measurements
+from trl_larpo.training.objective import RankingObjective
+from trl_larpo.training.scorer import CandidateOutputs
 
 NAMES = ["relevance", "mask", "scores", "log_ratios", "logps", "count", "entropy", "mean_logits", "is_top1"]
 
@@ -55,6 +57,24 @@ def test_each_list_of_an_evaluation_counts_once(num_lists, batch_size, group_siz
     totals = evaluated(num_lists, batch_size, group_size=group_size)
     assert totals["logps/chosen"].tolist() == [sum(range(num_lists)), num_lists]
     assert totals["list_size"].tolist() == [2 * num_lists, num_lists]
+
+
+@pytest.mark.parametrize("loss_type", ["lambdarank", "pairwise", "listmle", "sft"])
+def test_the_loss_of_an_evaluation_leaves_out_the_lists_that_fill_a_batch(config, loss_type):
+    torch.manual_seed(0)
+    logps, ref_logps = -torch.rand(2, 3, 4)
+    batch = {"relevance": torch.rand(3, 4), "candidate_mask": torch.rand(3, 4) < 0.9}
+    tokens = {"count": torch.randint(1, 9, (3, 4)).float()}
+    objective = RankingObjective([loss_type], None, config())
+
+    def loss(lists, num_counted=None):
+        outputs = CandidateOutputs(logps[lists], {name: values[lists] for name, values in tokens.items()})
+        of_lists = {name: values[lists] for name, values in batch.items()}
+        return objective(outputs, ref_logps[lists], of_lists, num_counted).loss.item()
+
+    everything = slice(None)
+    assert loss(everything, 2) == pytest.approx(loss(slice(2))) != pytest.approx(loss(everything))
+    assert loss(everything, 0) == loss(everything, 3) == loss(everything)  # of 0, nothing counts, nor is it NaN
 
 
 def test_lists_count_as_often_as_they_are_used_otherwise():

@@ -140,8 +140,8 @@ class ListMetrics:
         """
         if not is_finite:
             batch = batch.first(0)
-        elif mode == "eval" and self._accelerator.num_processes > 1:
-            batch = batch.first(self._num_new_lists(batch.values.size(1)))
+        elif (num_counted := self.num_counted(mode, batch.values.size(1))) is not None:
+            batch = batch.first(num_counted)
         self._kept[mode].append(batch)
         if self._accelerator.num_processes > 1 or len(self._kept[mode]) == _MOST_KEPT:
             self._count(mode)
@@ -164,12 +164,14 @@ class ListMetrics:
         tokens = self._totals[mode].pop("num_tokens", None)
         return 0 if tokens is None else int(tokens[0])
 
-    def _num_new_lists(self, batch_size: int) -> int:
+    def num_counted(self, mode: str, batch_size: int) -> int | None:
         """
-        How many lists of this process's batch no other one has had, in the order of the data set.
+        How many lists of this process's batch no other one has had, in the order of the data set. `None`: all count.
 
-        At the end of a data set, accelerate fills the batches of all processes with lists from its start.
+        At the end of an evaluation, accelerate fills the batches of all processes with lists from its start.
         """
+        if mode != "eval" or self._accelerator.num_processes == 1:
+            return None
         state = self._accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0 or not self._accelerator.even_batches:
             return batch_size

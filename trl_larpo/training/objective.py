@@ -19,7 +19,7 @@ class Objective:
     What a batch comes to.
 
     Attributes:
-        loss: Mean over the lists of the batch, a scalar with gradient.
+        loss: Mean over the lists of the batch that count, a scalar with gradient.
         log_ratios: log π_θ - log π_ref of each candidate, `(batch, list_size)`.
         scores: What the ranking losses saw, same shape.
     """
@@ -54,29 +54,35 @@ class RankingObjective:
         self.names = ["loss_fn"] if loss_fn is not None else loss_types
         self.weights = [1.0] * len(self.names) if loss_fn is not None or loss_weights is None else loss_weights
 
-    def __call__(self, policy: CandidateOutputs, ref_logps: Tensor, batch: Batch) -> Objective:
+    def __call__(
+        self, policy: CandidateOutputs, ref_logps: Tensor, batch: Batch, num_counted: int | None = None
+    ) -> Objective:
         """
         Args:
             policy: What the policy says of the candidates.
             ref_logps: Log-probability of each completion under the reference, `(batch, list_size)`; 0 without one.
             batch: With `relevance` and `candidate_mask`.
+            num_counted: Lists at the beginning of the batch that the loss is the mean of. `None`, and 0, which has no
+                mean: all.
         """
-        relevance, mask = batch["relevance"], batch["candidate_mask"]
+        counted = slice(num_counted or None)
+        relevance, mask = batch["relevance"][counted], batch["candidate_mask"][counted]
         log_ratios = policy.logps - ref_logps
         scores = candidate_scores(log_ratios, policy.tokens["count"], self._args)
         loss = torch.zeros((), device=scores.device)
         for name, weight in zip(self.names, self.weights, strict=True):
             if name == "sft":
-                loss = loss + weight * _sft_loss(policy, relevance, mask)
+                logps, num_tokens = policy.logps[counted], policy.tokens["count"][counted]
+                loss = loss + weight * _sft_loss(logps, num_tokens, relevance, mask)
             else:
-                loss = loss + weight * self._losses[name](scores, relevance, mask).mean()
+                loss = loss + weight * self._losses[name](scores[counted], relevance, mask).mean()
         return Objective(loss, log_ratios, scores)
 
 
-def _sft_loss(policy: CandidateOutputs, relevance: Tensor, mask: Tensor) -> Tensor:
+def _sft_loss(logps: Tensor, num_tokens: Tensor, relevance: Tensor, mask: Tensor) -> Tensor:
     """Negative log-likelihood per token of the best candidates; of several tied for best, each weighs its share."""
     weight = shares(best_and_worst(relevance, mask)[0])
-    return -(weight * policy.logps).sum() / (weight * policy.tokens["count"]).sum().clamp(min=1)
+    return -(weight * logps).sum() / (weight * num_tokens).sum().clamp(min=1)
 
 
 def shares(members: Tensor) -> Tensor:

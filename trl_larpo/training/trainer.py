@@ -358,14 +358,17 @@ class LarPOTrainer(CandidateScoring, ReferenceCheckpoints, DPOTrainer):
         else:
             reference = self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
             ref_logps = self.compute_ref_log_probs(reference, inputs)
-        objective = self._objective(policy, ref_logps, inputs)
+        mode = "train" if self.model.training else "eval"
+        # Of lists that fill the last batches, transformers leaves out whole processes alone
+        num_counted = self._list_metrics.num_counted(mode, policy.logps.size(0))
+        objective = self._objective(policy, ref_logps, inputs, num_counted)
         loss = objective.loss
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
         is_finite = self._finite.check_loss(loss, inputs)
 
         measurements = Measurements.of(inputs, policy, objective)
-        self._list_metrics.add("train" if self.model.training else "eval", measurements, is_finite)
+        self._list_metrics.add(mode, measurements, is_finite)
         return (loss, {"scores": objective.scores.detach()}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
