@@ -97,10 +97,13 @@ def test_a_launcher_hands_on_the_status_of_its_processes(monkeypatch, capsys, tm
 def test_a_stage_has_the_status_of_its_first_failure(tmp_path):
     refused = child_failed(0, 1)
     refused.failures[1].message = {"message": {"message": "ConfigError: `x` is 3."}}
+    lost = child_failed(1)
+    lost.failures[0].message = {"message": {"message": "LostProcessError: Process 1 of 2 has shown no sign of life."}}
     unexpected = child_failed(1, -15)
     unexpected.failures[0].message = {"message": {"message": "ZeroDivisionError: division by zero"}}
     for error, message, status in (
         (refused, "`x` is 3.", 2),
+        (lost, "Process 1 of 2 has shown no sign of life.", 137),
         (unexpected, f"Process 0 of 2: ZeroDivisionError: division by zero (all of it: {tmp_path / 'log'})", 1),
         (child_failed(1, -9), "Process 1 of 2 was ended by SIGKILL (often: out of memory).", 137),
     ):

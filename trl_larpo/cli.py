@@ -69,9 +69,15 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"Unknown option `{argv[0]}`: a command comes first (`larpo --help` lists them).")
         return COMMANDS[argv[0]][0](argv[1:]) or 0
     except LarPOError as error:
+        if is_worker:
+            _tell_others(error)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once per process
             print(f"larpo: error: {error}", file=sys.stderr)
         return error.exit_status
+    except Exception as error:
+        if is_worker:
+            _tell_others(error)
+        raise
     except SystemExit as error:
         if error.code or asks_for_help(argv):
             raise
@@ -84,6 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         if is_guarded:
             end_now(128 + number)
         return 128 + number
+
+
+def _tell_others(error: Exception) -> None:
+    """Processes of other machines need not wait for one that has failed."""
+    from .waiting import tell_others
+
+    tell_others(error)
 
 
 def run(argv: list[str]) -> None:

@@ -37,5 +37,11 @@ class ProcessError(LarPOError):
         return type(self), (str(self), self.exit_status), vars(self)
 
 
+class LostProcessError(LarPOError):
+    """Another process died, or its machine cannot be reached."""
+
+    exit_status = 128 + 9  # as if the kill of the other one had been reported
+
+
 class UnsupportedTRLError(LarPOError, ImportError):
     """A part of this package does not work with the TRL that is installed; the others do."""

@@ -14,6 +14,7 @@ from .locks import exclusive_lock
 from .prompts import Row
 from .settings import keep_settings
 from .storage import partial_files, reopen, whole_rows
+from .waiting import wait_for_all
 
 _MAX_NAMED = 3
 
@@ -101,7 +102,7 @@ def continue_output(
             print(f"{output} lacks {len(missing)} of {len(ids)} prompts, which are done now: {named}{more}")
         if missing or damaged:
             reopen(output, map(as_grown, whole_rows(output, [])))
-    PartialState().wait_for_everyone()
+    wait_for_all()
     is_whole = output.exists()
     PartialState().wait_for_everyone()
     return is_whole

@@ -134,6 +134,21 @@ def test_an_error_in_one_process_is_said_once(project):
     assert len(said) == 1 and "The reward run_rewards:broken failed: ZeroDivisionError: division by zero" in said[0]
 
 
+def test_a_slow_process_is_waited_for(tmp_path):
+    script, port = Path(__file__).with_name("slow_process.py"), str(free_port())
+    both = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path],
+            stdout=subprocess.PIPE,
+            text=True,
+            **in_processes(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert said == ["8 sampled, 8 rewarded\n", "0 sampled, 0 rewarded\n"]
+
+
 def test_two_machines_train_and_watch_as_one_process_does(project):
     # Two machines on one host: each starts its own process, and they find each other by address and rank
     node = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1"

@@ -23,6 +23,7 @@ from ..prompts import Prompt
 from ..set_aside import SetAside
 from ..shares import share_of
 from ..storage import GrowingFile
+from ..waiting import wait_for_all
 from .in_process import generate_completions
 from .model_servers import ModelServers
 from .options import GenerationOptions
@@ -107,7 +108,7 @@ class PolicySampler:
         """
         state = PartialState()
         file = GrowingFile(path, share=state.process_index, key="prompt_id")
-        state.wait_for_everyone()  # all have read what is there before any process adds to it
+        wait_for_all()  # all have read what is there before any process adds to it
         done = set(file.rows.keys)
         size = len(task.kinds)
         with tqdm(
@@ -123,7 +124,7 @@ class PolicySampler:
                 set_aside = SetAside(path, len(prompts), self.options.max_failed_share, "sampled")
                 work = ServerSampling(self._servers, self.options, self.seed, task, file, set_aside, progress, on_pools)
                 work.sample(prompts, done)
-        state.wait_for_everyone()
+        wait_for_all()
         if not state.is_main_process:
             return StoredPools.none()
         pools = _saved_pools(path, prompts)

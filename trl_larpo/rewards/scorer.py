@@ -21,6 +21,7 @@ from ..prompts import Row, without_thoughts
 from ..set_aside import SetAside, set_aside_in
 from ..shares import share_of
 from ..storage import GrowingFile
+from ..waiting import wait_for_all
 from .asynchronous import CallsInFlight, is_asynchronous
 from .functions import Completions, Reward, load_rewards, reward_id, score_pools, start_calls
 from .options import RewardOptions
@@ -104,7 +105,7 @@ class RewardScorer:
         state = PartialState()
         file = GrowingFile(path, share=state.process_index, key="digest")
         set_aside = SetAside(path, len(pools), self.options.max_failed_share, "rewarded", state.process_index)
-        state.wait_for_everyone()
+        wait_for_all()
         ids = ids_of(pools)
         if len(set(ids)) < len(ids):
             raise DataError("A prompt occurs twice; put its candidates into one pool.")
@@ -118,7 +119,7 @@ class RewardScorer:
             mine = share_of([number for number, chunk in enumerate(chunks) if chunk])
             work.score_all([chunks[number] for number in mine], set_aside.limit, progress)
         problem = work.try_again(set_aside)
-        state.wait_for_everyone()
+        wait_for_all()
         if problem is not None:
             raise DataError(
                 f"{problem} Rewards of {len(work.done & set(ids))} of {len(pools)} prompts are kept. Fix the reward "

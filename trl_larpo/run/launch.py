@@ -18,7 +18,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 
-from ..errors import ConfigError, DataError, LarPOError
+from ..errors import ConfigError, DataError, LarPOError, LostProcessError
 from ..lifetime import end_now, ended_by, exit_status, launch_workers
 from ..storage import write_text
 
@@ -70,7 +70,7 @@ def describe(error: ChildFailedError, num_processes: int, log: Path) -> tuple[st
         for other, each in _failures(error):
             file.write(f"Process {other}, exit status {each.exitcode}:\n{_text(each.message, whole=True)}\n\n")
     message = _text(failure.message)
-    for kind in (ConfigError, DataError, LarPOError):
+    for kind in (ConfigError, DataError, LarPOError, LostProcessError):
         if message.startswith(f"{kind.__name__}: "):  # already says what to do
             return message.removeprefix(f"{kind.__name__}: "), kind.exit_status
     return f"{who}: {message} (all of it: {log})", status
@@ -105,6 +105,9 @@ def run_as_worker(function) -> int:
         function()
     except (Exception, SystemExit) as error:  # `sys.exit(0)` in somebody's code is no end of the work
         handler.record_exception(error)
+        from ..waiting import tell_others  # here, as the launcher has no use for accelerate
+
+        tell_others(error)  # those on other machines; after the record, from which the launcher has the cause
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
         sys.stdout.flush()

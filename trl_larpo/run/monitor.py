@@ -25,6 +25,7 @@ from ..candidates import CandidatePool
 from ..prompts import Prompt
 from ..report.numbers import with_error
 from ..storage import read_json, write_json
+from ..waiting import wait_for_all
 from .evaluation import MIN_PROMPTS_TO_JUDGE, evaluate, fell, mean_and_error, means_by_prompt
 
 logger = get_logger(__name__)
@@ -244,6 +245,7 @@ class TrainingMonitor(TrainerCallback):
         with _random_states_kept():
             share = [pool.prompt for pool in start[process.process_index :: process.num_processes]]
             sampled, problem = _attempt(self.sample, share)
+        wait_for_all()
         gathered = gather_object([(sampled, problem)])  # also where one process failed: none may wait for it
         problem = next((problem for _, problem in gathered if problem), None)
         if process.is_main_process and problem is None:
@@ -251,6 +253,7 @@ class TrainingMonitor(TrainerCallback):
                 scored, problem = _attempt(self.score, [pool for of_process, _ in gathered for pool in of_process])
             if problem is None:
                 point = MonitorPoint.of(step, scored, start, time.monotonic() - began)
+        wait_for_all()  # a judge may be slow
         point, problem = self._from_main([point, problem])
         self.seconds_spent += time.monotonic() - began
         if problem is not None:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from ..errors import LarPOError
 from ..preparation import seconds_of_preparation
 from ..storage import write_json
+from ..waiting import wait_for_all
 from .candidate_stages import generate, reward, select
 from .context import RunContext
 from .evaluation_stages import evaluate, held_out, held_out_samples
@@ -102,7 +103,7 @@ def run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
     """
     path = stage.path(context.folder, iteration)
     missing = not path.exists()
-    PartialState().wait_for_everyone()  # all have looked before anyone begins, and agree
+    wait_for_all()  # all have looked before anyone begins, and agree
     if missing:
         for name in stage.inputs:
             if not (needed := STAGES[name].path(context.folder, iteration)).exists():
@@ -110,7 +111,7 @@ def run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
         context.leave_devices_to(stage.uses)
         started, prepared = time.monotonic(), seconds_of_preparation()
         stage.function(context, iteration, path)
-        PartialState().wait_for_everyone()
+        wait_for_all()
         if PartialState().is_main_process:
             seconds = time.monotonic() - started - (seconds_of_preparation() - prepared)
             write_json(context.folder.path / WORK, {"iteration": iteration, "stage": stage.name, "seconds": seconds})

@@ -31,6 +31,7 @@ from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
 from ..training.trainer import LarPOTrainer
 from ..training.trl_compat import unset_hf_deepspeed_config, whole_model, without_deepspeed_config
+from ..waiting import wait_for_all
 from .context import RunContext
 from .folder import seconds_of_stages
 from .loading import model_init_kwargs, quantization_of
@@ -172,7 +173,7 @@ class TrainingStage:
             write_jsonl(self.path.with_name("training_log.jsonl"), log)
             replace_folder(partial_path(self.path), self.path)
             shutil.rmtree(self.scratch, ignore_errors=True)  # checkpoints: of no use any more
-        PartialState().wait_for_everyone()
+        wait_for_all()
 
     # Held-out prompts during the training
 
@@ -230,7 +231,7 @@ class TrainingStage:
             older = {int(x.name.removeprefix("best-")): x for x in self.scratch.glob("best-*[0-9]")}
             for number in sorted(older)[:-2]:  # the last but one is still the best if this step is killed now
                 shutil.rmtree(older[number])
-        PartialState().wait_for_everyone()
+        wait_for_all()
 
     # The model that is kept
 

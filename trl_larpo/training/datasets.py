@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..errors import ConfigError, DataError
+from ..waiting import wait_for_all
 
 _ROWS_IN_MEMORY = 500
 
@@ -120,7 +121,7 @@ def dataset_on_disk(rows: Callable[[], Iterable[dict[str, Any]]], folder: Path) 
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in _batches(rows()):
                 writer.write_table(pa.Table.from_pylist(batch, schema))
-    PartialState().wait_for_everyone()
+    wait_for_all()
     return Dataset.from_file(str(path))
 
 

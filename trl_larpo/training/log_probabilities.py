@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..preparation import preparing
+from ..waiting import main_process_first
 from .collator import DataCollatorForCandidateLists
 from .config import LarPOConfig
 from .scorer import CandidateScorer
@@ -25,7 +26,6 @@ from .trl_compat import (
     accelerator_of,
     create_model_from_path,
     disable_dropout_in_model,
-    global_then_local_main_first,
     prepare_deepspeed,
     prepare_fsdp,
 )
@@ -122,7 +122,7 @@ def log_probabilities_under(
         `max_length` have none.
     """
     tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    with global_then_local_main_first():
+    with main_process_first():
         dataset = tokenize_dataset(
             dataset,
             tokenizer,

@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from ..errors import ConfigError
 from ..losses import RankingLoss
 from ..version import __version__
+from ..waiting import main_process_first, wait_for_all
 from .candidate_scoring import CandidateScoring
 from .collator import DataCollatorForCandidateLists
 from .config import LarPOConfig, trains_lists
@@ -30,7 +31,6 @@ from .tokenization import is_tokenized, tokenize_dataset
 from .trl_compat import (
     DataCollatorForPreference,
     get_config_model_id,
-    global_then_local_main_first,
     hash_module,
     prepare_deepspeed,
     restore_forward_of_copy,
@@ -231,7 +231,7 @@ class LarPOTrainer(CandidateScoring, ReferenceCheckpoints, DPOTrainer):
                 raise ConfigError(f"{where} holds lists, but this trainer was built for pairs. Evaluate it on pairs.")
         if not self._list_mode:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        with global_then_local_main_first():
+        with main_process_first():
             return tokenize_dataset(
                 dataset,
                 processing_class,
@@ -293,7 +293,7 @@ class LarPOTrainer(CandidateScoring, ReferenceCheckpoints, DPOTrainer):
                     cache_file_name=cache_file,
                     desc=f"Caching reference log probs for {name} dataset",
                 )
-            self.accelerator.wait_for_everyone()
+            wait_for_all()
         return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
 
     def _compute_all_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> list[list[float]]:

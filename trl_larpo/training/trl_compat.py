@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import trl
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.hooks import add_hook_to_module
 from accelerate.utils import is_peft_model
 from packaging.version import Version
@@ -63,7 +63,6 @@ __all__ = [
     "gather_head",
     "gathered_for_writing",
     "get_config_model_id",
-    "global_then_local_main_first",
     "hash_module",
     "prepare_deepspeed",
     "prepare_fsdp",
@@ -148,16 +147,6 @@ def _find_triton_log_probs():
 
 triton_log_probs = _find_triton_log_probs()
 """Arguments as [`TiledLogProbs`] has them; returns `None` on a device without Triton. `None` where TRL has no such."""
-
-
-@contextlib.contextmanager
-def _main_process_first() -> Iterator[None]:
-    with PartialState().main_process_first():
-        yield
-
-
-global_then_local_main_first = getattr(trl_utils, "global_then_local_main_first", _main_process_first)
-"""From TRL 1.14: the main process of all, then that of each machine, prepares a dataset before the others."""
 
 
 def forget_order_of_modules(engine: nn.Module) -> None:
