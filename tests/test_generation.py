@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trl_larpo import ConfigError, LarPOError
 from trl_larpo.generation.continuous_batching import Job, _draw
@@ -14,9 +15,9 @@ from trl_larpo.generation.in_process import (
     Sample,
     encode_prompt,
     generate_completions,
-    tokens_beyond_text,
     with_half_character,
 )
+from trl_larpo.generation.sampled_tokens import _stands_alone, tokens_beyond_text
 
 PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
 
@@ -138,6 +139,85 @@ def test_tokens_are_kept_where_the_text_does_not_give_them_back(prompt):
         Sample("blue", 5, True),
     ]
     assert tokens_beyond_text(tokenizer, prompt, samples) == [None, [*half, end], [*usual, usual[0]], usual, None]
+
+
+def word_tokenizer(prepend_scheme):
+    """As those of SentencePiece: a word has another token where a space is before it, or the text begins."""
+    letters = [(letter, -9.0) for letter in "▁abcdefghijklmnopqrstuvwxyz<>/|_\n:"]
+    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<|im_start|>", 0.0), ("<|im_end|>", 0.0), *letters]
+    words = [(word, -2.0) for word in ("why", "▁why", "blue", "▁blue", "user", "▁user", "assistant", "assistant\nblue")]
+    tokenizer = Tokenizer(models.Unigram(vocabulary + words, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=tiny.tiny_tokenizer().chat_template
+    )
+
+
+def kept_the_long_way(tokenizer, prompt, samples):
+    """What [`tokens_beyond_text`] returns, from the tokens of the whole text of each sample."""
+    kept = []
+    for sample in samples:
+        if isinstance(prompt, str):
+            whole = tokenizer(prompt + sample.text + tokenizer.eos_token)["input_ids"]
+        else:
+            messages = [*prompt, {"role": "assistant", "content": sample.text}]
+            whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        sampled = encode_prompt(tokenizer, prompt) + sample.token_ids
+        kept.append(None if sample.finished and whole[: len(sampled)] == sampled else sample.token_ids)
+    return kept
+
+
+TOKENIZERS = {
+    "bytes": tiny.tiny_tokenizer,
+    "space in front of the text": lambda: word_tokenizer("first"),
+    "space in front of each part": lambda: word_tokenizer("always"),
+}
+
+
+@pytest.mark.parametrize("kind", ["conversation", "text", "text with special tokens"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_long_prompts_are_not_tokenised_with_each_of_their_completions(name, kind, monkeypatch):
+    tokenizer, texts, lengths = TOKENIZERS[name](), ["blue", " blue", "why blue", "", "<|im_end|>blue", "bl"], []
+    call = type(tokenizer).__call__
+
+    def counted(self, text, *arguments, **named):
+        lengths.append(sum(map(len, [text] if isinstance(text, str) else text)))
+        return call(self, text, *arguments, **named)
+
+    num_given_back = 0
+    for number in range(3):
+        content = "user why blue " * (400 + number)
+        prompt = [{"role": "user", "content": content}]
+        if kind != "conversation":
+            prompt = content if kind == "text" else f"<|im_start|>{content}<|im_end|>assistant\n"
+        start, end = encode_prompt(tokenizer, prompt), [tokenizer.eos_token_id]
+        samples = []
+        for text in texts:
+            whole = tokenizer.apply_chat_template(
+                [*prompt, {"role": "assistant", "content": text}], tokenize=True, return_dict=True
+            )["input_ids"] if kind == "conversation" else tokenizer(prompt + text)["input_ids"] + end  # fmt: skip
+            alone = tokenizer(text, add_special_tokens=False)["input_ids"] + end
+            samples += [Sample(text, 1, True, whole[len(start) :]), Sample(text, 1, True, alone)]
+            samples += [Sample(text, 1, False, alone)]
+        expected = kept_the_long_way(tokenizer, prompt, samples)
+        num_given_back += expected.count(None)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(tokenizer), "__call__", counted)
+            lengths.clear()
+            assert tokens_beyond_text(tokenizer, prompt, samples) == expected
+        if number and kind != "text":
+            assert sum(lengths) < 1000, "the prompt is tokenised"
+    assert 0 < num_given_back < 3 * len(samples)
+
+
+def test_a_token_that_another_one_may_take_a_part_of_is_no_border():
+    others = ["<|im_start|>", "<|im_end|>", "\n\n"]
+    assert _stands_alone("<|im_start|>", others)
+    for other in ("<|im_start|>assistant", "x<|im_start|>", "x<", "blue<|im"):
+        assert not _stands_alone("<|im_start|>", [*others, other])
+    assert not _stands_alone("\n\n", others) and not _stands_alone("<|<", ["<|<"])
 
 
 def test_half_a_character_at_the_end_is_part_of_the_text():

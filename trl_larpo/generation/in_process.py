@@ -1,8 +1,9 @@
 """Samples several completions per prompt from a model, in this process."""
 
+import contextlib
 import hashlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,49 +172,35 @@ def encode_prompt(
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     rendered = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    try:
+    with _explain_refusal(prompt):
         return tokenizer.apply_chat_template(prompt, **(chat_template_kwargs or {}), **rendered)["input_ids"]
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Content, chat_template_kwargs: dict[str, Any] | None = None
+) -> str:
+    """
+    The text whose tokens [`encode_prompt`] gives.
+
+    Raises:
+        DataError: If the chat template refuses the conversation.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    rendered = {"add_generation_prompt": True, "tokenize": False}
+    with _explain_refusal(prompt):
+        return tokenizer.apply_chat_template(prompt, **(chat_template_kwargs or {}), **rendered)
+
+
+@contextlib.contextmanager
+def _explain_refusal(prompt: Content) -> Iterator[None]:
+    try:
+        yield
     except TemplateError as error:
         text = textwrap.shorten(prompt_text(prompt), 60)
         raise DataError(
             f"The chat template refuses the prompt {text!r}: {str(error).rstrip('.')}. Change the prompt or remove it."
         ) from error
-
-
-def tokens_beyond_text(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Content,
-    samples: Sequence[Sample],
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[list[int] | None]:
-    """
-    Tokens of those samples whose text alone does not give them back, `None` for the others.
-
-    The text of a completion may be tokenised in another way than it was sampled, and one that was cut off may end
-    within a word or a character.
-
-    Args:
-        tokenizer: The model's.
-        prompt: Their prompt.
-        samples: All of one prompt.
-        chat_template_kwargs: Arguments of the chat template.
-    """
-    kwargs = chat_template_kwargs or {}
-    prompt_ids = encode_prompt(tokenizer, prompt, kwargs)
-    kept: list[list[int] | None] = []
-    for each in samples:
-        ids = each.token_ids
-        if ids and each.finished:
-            if isinstance(prompt, str):
-                whole = tokenizer(prompt + each.text + (tokenizer.eos_token or ""))["input_ids"]
-            else:
-                messages = [*prompt, {"role": "assistant", "content": each.text}]
-                whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
-            sampled = prompt_ids + ids
-            if whole[: len(sampled)] == sampled:  # a chat template may put a line break behind
-                ids = None
-        kept.append(ids)
-    return kept
 
 
 def with_half_character(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Sample:

@@ -7,7 +7,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..candidates import Candidate, CandidatePool
 from ..prompts import Prompt, completion_for
-from .in_process import Sample, end_token_ids, tokens_beyond_text
+from .in_process import Sample, end_token_ids
+from .sampled_tokens import tokens_beyond_text
 
 
 @dataclass(frozen=True)
