@@ -32,6 +32,7 @@ FAULTS = (
     "drips",  # answers the first request with a byte in each tenth of a second, for ten seconds
     "no_model",  # offers no model
     "turns_bad",  # returns no choice from the eleventh request on
+    "certain",  # gives the same answer again and again to prompts with the word "same"
     "strict",  # refuses settings that OpenAI's protocol does not have; answers prompts with the word "same" greedily
     "wild",  # answers one request in three badly, each time in another of the ways below
     "no_reload",  # as vLLM, refuses new weights
@@ -224,7 +225,7 @@ class _Handler(JsonHandler):
         count = {"ignores_n": 1, "empty": 0}.get(fault, asked.get("n", 1))
         count = 0 if fault == "turns_bad" and number > 10 else count
         samples = asked.get("temperature", 1.0) > 0 and fault != "always_greedy"
-        samples &= fault != "strict" or "same" not in prompt
+        samples &= fault not in ("strict", "certain") or "same" not in prompt
         if fault == "greedy":
             samples = json.loads(asked.get("generation_config", "{}")).get("do_sample", False)
         chat = "messages" in asked

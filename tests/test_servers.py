@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,24 @@ def test_identical_samples_are_reported_once(fake, caplog):
     assert len(warnings) == 1 and "at temperature 1.0 a server returned the same completion 4 times" in warnings[0]
 
 
+def test_a_server_that_is_known_to_sample_is_not_asked_to_when_it_is_certain(fake, caplog):
+    server = fake("certain")
+    prompts = ["same 1", "a", "same 2", "same 3", "b", "same 4"]
+    with caplog.at_level(logging.INFO, logger="trl_larpo.generation"):
+        results = sample([server], prompts=prompts, requests_in_flight=1)
+    assert [len({x.text for x in results[str(i)]}) == 1 for i in range(6)] == ["same" in x for x in prompts]
+    counts = Counter(asked["messages"][0]["content"] for asked in server.requests)
+    assert counts == {"same 1": 4, "a": 1, "same 2": 1, "same 3": 1, "b": 1, "same 4": 1}
+    assert caplog.text.count("asking it to sample") == 1
+
+
+def test_that_a_server_is_asked_to_sample_is_told_once(fake, caplog):
+    servers = [fake("greedy"), fake("greedy")]
+    with caplog.at_level(logging.INFO, logger="trl_larpo.generation"):
+        sample(servers, num_requests=40, requests_in_flight=8)
+    assert [caplog.text.count(f"{server.url} returns the same completion") for server in servers] == [1, 1]
+
+
 def test_another_prompt_than_in_training_is_reported(fake, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_larpo.generation"):
         sample([fake(prompt_tokens=3)])
@@ -266,9 +285,9 @@ def test_a_server_that_hangs_is_asked_once_whether_it_answers_others(fake, monke
 
 def test_a_server_that_refuses_words_of_others_is_not_asked_with_them_again(fake, caplog):
     server = fake("strict")
-    results = sample([server], num_requests=3, prompts=["a", "same", "b"], requests_in_flight=1)
+    results = sample([server], num_requests=4, prompts=["same", "same", "a", "b"], requests_in_flight=1)
     texts = {key: len({x.text for x in samples}) for key, samples in results.items()}
-    assert texts["1"] == 1 and texts["0"] > 1 and texts["2"] > 1 and "Identical samples" in caplog.text
+    assert texts["0"] == texts["1"] == 1 < min(texts["2"], texts["3"]) and "Identical samples" in caplog.text
     assert sample([server], num_requests=1, prompts=["same"]).keys() == {"0"}
 
 

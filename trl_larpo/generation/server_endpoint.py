@@ -135,6 +135,8 @@ class Endpoint:
             max_retries=0,
             http_client=DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None,  # no proxy
         )
+        self.samples_at: set[float] = set()  # temperatures at which a prompt got different completions
+        self.was_told = False  # that it returns the same completion again and again
         self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
         self.known: Request | None = None  # one that it has answered
         self.doubtful: list[Doubt] = []
@@ -160,8 +162,12 @@ class Endpoint:
                 if not more:
                     raise UnusableAnswerError("it returned no completion")
                 found += more
-            if len(places) > 1 and temperature > 0 and len({sample.text for sample in found}) == 1:
-                found = await self._ask_to_sample(request, temperature, places, found)
+            if len(places) > 1 and temperature > 0:
+                # One that is known to sample is certain of its answer
+                if len({sample.text for sample in found}) == 1 and temperature not in self.samples_at:
+                    found = await self._ask_to_sample(request, temperature, places, found)
+                if len({sample.text for sample in found}) > 1:
+                    self.samples_at.add(temperature)
             for place, sample in zip(places, found, strict=True):
                 samples[place] = sample
         return [samples[place] for place in range(len(request.temperatures))]
@@ -199,7 +205,8 @@ class Endpoint:
         """A sample with further words, which stay if the server knows them; `None` if it refuses them."""
         import openai
 
-        if extra != self.extra:
+        if extra != self.extra and not self.was_told:  # all who ask it find that at the same time
+            self.was_told = True
             logger.info(f"{self.url} returns the same completion again and again; asking it to sample.")
         try:
             found = await self.complete(request, temperature, 1, seed, extra)
