@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from trl_larpo import DataError, LarPOError
+from trl_larpo import DataError, LarPOError, storage
 from trl_larpo.storage import (
     GrowingFile,
     StoredRows,
@@ -67,6 +69,44 @@ def test_an_unfinished_line_longer_than_a_block_is_cut_off(tmp_path):
         opened.write(b'{"i": "' + b"x" * 200_000)
     GrowingFile(tmp_path / "rows.jsonl").add([{"i": 2}])
     assert [row["i"] for row in GrowingFile(tmp_path / "rows.jsonl").rows] == [1, 2]
+
+
+def test_rows_are_there_at_once_and_synced_together(tmp_path, monkeypatch):
+    """To sync takes milliseconds, and tenths of a second on some network disks, in which no request would be sent."""
+    path, clock, synced = tmp_path / "rows.jsonl", [100.0], []
+    time_to_sync = [0.001]
+
+    def fsync(descriptor):
+        synced.append(len(path.with_name("rows.jsonl.partial-0").read_text().splitlines()))
+        clock[0] += time_to_sync[0]
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
+    file = GrowingFile(path)
+    for number in range(100):
+        file.add([{"i": number}])
+        assert len(GrowingFile(path).rows) == number + 1
+        clock[0] += 0.01
+    assert synced == [1, 51]
+    file.sync()
+    assert synced == [1, 51, 100]
+    time_to_sync[0] = 0.2  # a slow disk takes a twentieth of the time
+    clock[0] += 1
+    for number in range(100, 1000):
+        file.add([{"i": number}])
+        clock[0] += 0.01
+    assert synced[3:] == [101, 501, 901]
+
+
+def test_what_was_added_survives_a_kill(tmp_path):
+    code = (
+        "import os, pathlib, signal, sys; from trl_larpo.storage import GrowingFile\n"
+        "file = GrowingFile(pathlib.Path(sys.argv[1]))\n"
+        "for i in range(20): file.add([{'i': i}])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "rows.jsonl"], check=False)
+    assert list(GrowingFile(tmp_path / "rows.jsonl").rows) == [{"i": i} for i in range(20)]
 
 
 def test_shares_of_several_processes_are_read_together(tmp_path):

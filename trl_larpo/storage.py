@@ -12,10 +12,12 @@ import logging
 import os
 import re
 import shutil
+import time
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -33,6 +35,8 @@ _LITTLE_SPACE = 2**18  # bytes
 _FULL = ("No space left", "Disk quota exceeded")  # as systems say it
 
 _BLOCK = 2**16  # bytes
+
+_TIME_TO_SYNC = 0.5  # seconds from one sync of a growing file to the next; more where it takes longer than a twentieth
 
 _LONE_SURROGATES = "backslashreplace"  # makes of them the escapes that JSON has for them
 
@@ -213,7 +217,7 @@ def _write(path: Path, texts: Iterable[str]) -> None:
 def append_jsonl(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows to a file; they are safe when this returns."""
     with saving_to(path), open(path, "ab") as file:
-        file.write("".join(map(_as_line, rows)).encode("utf-8", _LONE_SURROGATES))
+        file.write(_as_lines(rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -261,16 +265,43 @@ class GrowingFile:
         if self.partial.exists():
             _cut_unfinished_line(self.partial)
         self.rows = StoredRows(partial_files(path), key, growing=True)
+        self._opened: IO[bytes] | None = None  # stays open: to close it takes as long as a sync on network disks
+        self._next_sync = 0.0
 
     def add(self, rows: list[Row]) -> None:
-        """Appends rows; they are safe when this returns."""
-        append_jsonl(self.partial, rows)
+        """
+        Appends rows. When this returns, other processes on this machine find them, and they survive a kill. A loss of
+        power may cost what was added after the last sync.
+        """
+        with saving_to(self.partial):
+            if self._opened is None:
+                self._opened = open(self.partial, "ab")  # noqa: SIM115
+                weakref.finalize(self, _close, self._opened)
+            self._opened.write(_as_lines(rows))
+            self._opened.flush()
+        if time.monotonic() >= self._next_sync:
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes what was added safe from a loss of power, and visible to other machines."""
+        if self._opened is None:
+            return
+        began = time.monotonic()
+        with saving_to(self.partial):
+            os.fsync(self._opened.fileno())
+        now = time.monotonic()
+        self._next_sync = now + max(_TIME_TO_SYNC, 20 * (now - began))
 
     def finish(self, rows: Iterable[Row]) -> None:
         """Writes the whole file: all rows in their final order and form."""
         write_jsonl(self.path, rows)
         for partial in partial_files(self.path):
             partial.unlink()
+
+
+def _close(file: IO[bytes]) -> None:
+    with contextlib.suppress(OSError):  # the disk is full, which was said
+        file.close()
 
 
 def partial_files(path: Path) -> list[Path]:
@@ -373,6 +404,10 @@ def open_file(path: str | Path, mode: str = "r"):
         raise DataError(f"There is no file {str(path)!r}.") from None
     except IsADirectoryError:
         raise DataError(f"{str(path)!r} is a folder, not a file.") from None
+
+
+def _as_lines(rows: Iterable[Row]) -> bytes:
+    return "".join(map(_as_line, rows)).encode("utf-8", _LONE_SURROGATES)
 
 
 def _as_line(row: Row) -> str:

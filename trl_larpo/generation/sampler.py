@@ -124,6 +124,7 @@ class PolicySampler:
                 set_aside = SetAside(path, len(prompts), self.options.max_failed_share, "sampled")
                 work = ServerSampling(self._servers, self.options, self.seed, task, file, set_aside, progress, on_pools)
                 work.sample(prompts, done)
+        file.sync()
         wait_for_all()
         if not state.is_main_process:
             return StoredPools.none()

@@ -119,6 +119,7 @@ class RewardScorer:
             mine = share_of([number for number, chunk in enumerate(chunks) if chunk])
             work.score_all([chunks[number] for number in mine], set_aside.limit, progress)
         problem = work.try_again(set_aside)
+        file.sync()
         wait_for_all()
         if problem is not None:
             raise DataError(
