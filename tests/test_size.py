@@ -1,10 +1,12 @@
 """Memory does not grow with the number of prompts, and neither does the page."""
 
 import json
+import shutil
 import tracemalloc
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from trl_larpo import DataError, cli
 from trl_larpo.candidates import Candidate, CandidatePool, Selection, build_list
@@ -81,6 +83,39 @@ def test_tokens_of_all_prompts_take_little_memory(tmp_path, tiny_model, monkeypa
     run(prompts[:1], "first")  # imports
     peak_of(run, prompts, "samples")
     assert num_tokens[1] > 200_000 and most[1] < 6 * num_tokens[1]
+
+
+def test_servers_do_not_wait_until_all_prompts_are_tokenised(tmp_path, tiny_model, monkeypatch):
+    pytest.importorskip("openai")
+    tokenised, asked, encode = [], [], server_sampling.encode_prompt
+
+    def counted(tokenizer, prompt, kwargs):
+        tokenised.append(prompt)
+        return encode(tokenizer, prompt, kwargs)
+
+    def sample(self, requests, on_samples, on_failure, **about_failures):
+        asked.append(len(tokenised))
+        for request in [*requests, requests[0].for_one_sample(), requests[0]]:
+            assert request.prompt_ids == encode(AutoTokenizer.from_pretrained(tiny_model), request.prompt)
+
+    monkeypatch.setattr(server_sampling, "encode_prompt", counted)
+    monkeypatch.setattr(server_sampling.Sampler, "sample", sample)
+    sampler = PolicySampler(GenerationOptions(server_urls=["http://127.0.0.1:1/v1"]), seed=0, log_folder=tmp_path)
+    prompts = [Prompt.of([{"role": "user", "content": f"why {i}"}]) for i in range(4)]
+    task = SamplingTask([SampleKind("policy", 1.0)], tiny_model, 1, key="1")
+    sampler.sample(prompts, task, tmp_path / "samples.jsonl")
+    assert asked == [0] and tokenised == [prompt.content for prompt in prompts]
+    # What the chat template refuses is refused before servers are asked, or started
+    template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' else 'x' }}"
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    bad = Prompt.of([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}])
+    with pytest.raises(DataError, match="The chat template refuses the prompt 'hi'"):
+        sampler.sample([*prompts, bad], SamplingTask(task.kinds, str(model), 1, key="1"), tmp_path / "again.jsonl")
+    assert asked == [0]
 
 
 def test_lists_are_made_one_at_a_time(run, capsys):

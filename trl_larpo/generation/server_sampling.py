@@ -5,6 +5,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from ..preparation import preparing
 from ..prompts import Prompt
 from ..set_aside import SetAside
 from ..storage import GrowingFile
-from .in_process import Sample, encode_prompt, with_half_character
+from .in_process import Sample, encode_prompt, render_prompt, with_half_character
 from .model_servers import ModelServers
 from .options import GenerationOptions
 from .sampling_task import SamplingTask, as_pool, end_ids_of
@@ -27,11 +28,18 @@ _MAX_RESTARTS = 5  # in a row that each bring few prompts; those that bring none
 _FEW = 100
 
 
-class _PackedRequest(Request):
-    """A request whose tokens take 4 bytes each: those of all prompts wait in memory."""
+class _LazyRequest(Request):
+    """
+    A request whose prompt is tokenized when its tokens are asked for: to tokenize all prompts takes minutes, in which
+    servers would wait. The tokens take 4 bytes each.
+    """
+
+    tokenize: Callable[[], list[int]] | None = None  # until it has been
 
     @property
     def prompt_ids(self) -> list[int]:
+        if self.tokenize is not None:
+            self.prompt_ids, self.tokenize = self.tokenize(), None
         return self._tokens.tolist()
 
     @prompt_ids.setter
@@ -77,6 +85,7 @@ class ServerSampling:
 
         Raises:
             LarPOError: If no server answers any more, or too many prompts fail.
+            DataError: If the chat template refuses a prompt, before servers start.
         """
         options, wasted = self.options, 0
         tokenizer = AutoTokenizer.from_pretrained(self.task.model_path, revision=self.task.revision)
@@ -154,10 +163,14 @@ class ServerSampling:
         return self._waiting.pop(request.key)
 
     def _request(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Request:
-        return _PackedRequest(
+        kwargs = self.options.template_kwargs
+        render_prompt(tokenizer, prompt.content, kwargs)  # an error here, before servers start
+        request = _LazyRequest(
             key=prompt.id,
             prompt=prompt.content,
             temperatures=self.task.temperatures,
-            prompt_ids=encode_prompt(tokenizer, prompt.content, self.options.template_kwargs),
+            prompt_ids=[],
             seed=request_seed(self.seed, self.task.key, prompt.id),
         )
+        request.tokenize = partial(encode_prompt, tokenizer, prompt.content, kwargs)
+        return request
