@@ -81,7 +81,7 @@ def workers(process, stage):
 
 
 def test_a_process_that_is_killed_ends_the_run_with_one_message(project, capfd):
-    change_options(project, num_iterations=1, num_train_epochs=200, save_steps=5, train_processes=2, logging_steps=50)
+    change_options(project, num_iterations=1, num_train_epochs=60, save_steps=5, train_processes=2, logging_steps=50)
     change_options(project, per_device_train_batch_size=1, reference_free=True)  # nothing before it has processes
     process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **in_processes())
     scratch, deadline = project / "out/iteration_1/trainer", time.monotonic() + 200
