@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import trl_larpo
+from trl_larpo.run.stages import STAGES
 
 PACKAGE = Path(trl_larpo.__file__).parent
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -27,11 +28,12 @@ MAX_LINES, MAX_CLASS_LINES = 450, 250
 LARGE = {"training/trainer": "LarPOTrainer"}  # one class to read from top to bottom
 
 
-def imported(name: str) -> set[str]:
-    """Modules of the package that a module imports, anywhere in it, as paths below the package."""
+def imported(name: str, at_once: bool = False) -> set[str]:
+    """Modules of the package that a module imports, anywhere in it or `at_once`, as paths below the package."""
     found = set()
     parts = name.split("/")
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = parts[: len(parts) - node.level]
             path = "/".join([*base, *(node.module.split(".") if node.module else [])])
@@ -57,6 +59,22 @@ def test_layers(name):
         elif name not in COMMANDS | {"__init__"}:  # what all packages stand on
             assert other_package is None and other not in COMMANDS, f"{name} imports {other}"
         assert other != "cli" or name == "__main__", f"{name} imports cli"
+
+
+@pytest.mark.parametrize("stages", ["candidate_stages", "evaluation_stages"])
+def test_processes_that_sample_and_reward_import_no_trainer(stages):
+    reached, new = set(), {"run/stage_process", f"run/{stages}"}
+    while new:
+        reached |= new
+        new = set().union(*(imported(name, at_once=True) for name in new)) - reached
+    assert reached >= {"generation/sampler", "rewards/scorer", "run/stages", "run/folder"}
+    assert not reached & {"training/trainer", "run/training_stages", "run/loop", "report/charts"}
+
+
+def test_all_stages_have_a_function():
+    for name, stage in STAGES.items():
+        module, function = (cell.cell_contents for cell in stage.function.__closure__)
+        assert function == name and f"def {name}(" in MODULES[f"run/{module}"].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -9,7 +9,7 @@ import pytest
 
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
-from trl_larpo.run import evaluation_stages
+from trl_larpo.run import evaluation_stages, training_stages
 from trl_larpo.run.evaluation import best_of_n, evaluate, fell, mean_and_error, student_quantile
 
 
@@ -66,7 +66,7 @@ def test_the_divergence_takes_two_completions_of_each_prompt(monkeypatch):
         asked.append([[candidate.text for candidate in made.selected] for made in lists()])
         return {made.prompt.id: [value[candidate.text] for candidate in made.selected] for made in lists()}
 
-    monkeypatch.setattr(evaluation_stages, "log_probabilities", log_probabilities)
+    monkeypatch.setattr(training_stages, "log_probabilities", log_probabilities)
     context = SimpleNamespace(folder=SimpleNamespace(iteration=lambda number: None))
     found = evaluation_stages.kl_from_initial(context, pools, 1)
     assert asked == 2 * [[["x"], ["y", "x"], ["z"]]]  # equal ones are computed once

@@ -14,9 +14,10 @@ from trl import ModelConfig
 from trl_larpo import DataError, LarPOTrainer, cli
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool
 from trl_larpo.prompts import Prompt
-from trl_larpo.run.folder import TIMINGS, RunFolder, seconds_of_stages
+from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
+from trl_larpo.run.timings import TIMINGS, seconds_of_stages
 from trl_larpo.storage import partial_files, write_json, write_jsonl
 from trl_larpo.training.checkpoints import last_whole_checkpoint, set_batch_size
 

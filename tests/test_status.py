@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -42,6 +44,20 @@ def run(tmp_path):
         [CandidatePool(prompt, [Candidate("a")]).to_row() for prompt in prompts[:10]]
     )
     return folder
+
+
+@pytest.mark.parametrize("words", [["status", "RUN"], ["status", "RUN", "--json"], ["--help"], ["status", "--help"]])
+def test_light_commands_import_no_library_of_models(run, words):
+    """People run `larpo status` in `watch`: torch, TRL and transformers took 12 seconds of the processor each time."""
+    heavy = {"torch", "trl", "transformers", "accelerate", "datasets", "pandas", "peft", "numpy", "matplotlib"}
+    words = [str(run) if word == "RUN" else word for word in words]
+    code = (
+        "import contextlib, sys\nfrom trl_larpo import cli\n"
+        f"with contextlib.suppress(SystemExit): assert cli.main({words!r}) == 0\n"
+        f"print(*sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n" and done.stdout
 
 
 def test_a_run_at_work(run, capsys):

@@ -146,7 +146,7 @@ def _quick_collections() -> Iterator[None]:
 def stage(argv: list[str]) -> int:
     """One stage of a run, in one of several processes. `larpo run` starts it through [`launch`]."""
     from .run.launch import run_as_worker
-    from .run.loop import run_stage_of
+    from .run.stage_process import run_stage_of
 
     parser = argparse.ArgumentParser(prog="larpo stage")
     parser.add_argument("--folder", required=True)

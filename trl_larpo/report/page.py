@@ -14,7 +14,6 @@ from ..iterations import iteration_folder, iteration_folders
 from ..prompts import Content, Row
 from ..set_aside import set_aside_in
 from ..storage import read_json, read_jsonl, read_yaml, write_text
-from .charts import draw
 from .numbers import with_error
 from .statistics import lists_of_prompt, shown_lists, statistics_of
 
@@ -42,6 +41,8 @@ def write_report(run: str | Path, with_plots: bool = True) -> Path:
     Raises:
         DataError: If the folder holds no run.
     """
+    from .charts import draw  # here: `larpo report --prompt` needs no matplotlib
+
     run = _checked(run)
     settings = read_yaml(run / "run.yaml")
     iterations = _read_iterations(run)

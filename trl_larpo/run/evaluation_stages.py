@@ -12,7 +12,6 @@ from ..pools import read_pools
 from ..storage import GrowingFile, write_json
 from .context import RunContext
 from .evaluation import evaluate as evaluate_pools
-from .training_stages import log_probabilities
 
 # Prompts differ more than completions of one prompt do, so more of them would tell more than more completions of each
 MAX_KL_PROMPTS = 128
@@ -71,6 +70,8 @@ def kl_from_initial(
             counts.append([Counter(map(_key, sampled))[key] for key in distinct])
     if not lists:
         return None
+    from .training_stages import log_probabilities  # here, as to sample and reward held-out prompts needs no trainer
+
     policy, initial = (
         log_probabilities(context, lambda: lists, number, context.folder.iteration(iteration))
         for number in (iteration, 0)

@@ -12,7 +12,6 @@ The folder of a run: which file is where, the configuration it belongs to, and i
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError, DataError
 from ..iterations import iteration_folder
-from ..prompts import Prompt, Row
+from ..prompts import Prompt
 from ..redaction import hide_secrets
 from ..rewards.functions import check_columns, load_rewards
 from ..settings import changed_settings, describe_change, fingerprints
@@ -72,11 +71,6 @@ CHANGES = "changes.jsonl"
 
 TRIAL = "trial.json"
 """What the trial of `--try` says, for scripts; it also tells the folder of a trial from others."""
-
-TIMINGS = "timings.jsonl"
-
-WORK = "work.json"
-"""Seconds of the latest stage without loading models and starting processes; `timings.jsonl` has them of all stages."""
 
 _NUM_SAVED = "saved"  # in prompts.json: how many prompts of training and evaluation the other files have
 
@@ -126,24 +120,6 @@ class RunFolder:
         training = self.training
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return batch * (self.options.train_processes or self.options.num_processes)
-
-    def note_timing(self, iteration: int, stage: str, seconds: float, resumed_at: int = 0) -> None:
-        """
-        Notes what a stage took until it ended or was stopped, and what of it was work that grows with the number of
-        prompts.
-
-        Args:
-            iteration: Its iteration.
-            stage: Its name.
-            seconds: What it took since it was begun or resumed.
-            resumed_at: How many prompts or steps earlier calls had done.
-        """
-        row: Row = {"iteration": iteration, "stage": stage, "seconds": round(seconds, 2), "resumed_at": resumed_at}
-        work = read_json(self.path / WORK) if (self.path / WORK).exists() else {}
-        if (work.get("iteration"), work.get("stage")) == (iteration, stage):
-            row["work"] = round(work["seconds"], 2)
-        with open(self.path / TIMINGS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
     # Configuration
 
@@ -295,22 +271,6 @@ class RunFolder:
         slices = self.prompt_counts["slices"]
         start = sum(slices[: iteration - 1])
         return self.prompts[start : start + slices[iteration - 1]]
-
-
-def seconds_of_stages(run: Path) -> dict[tuple[int, str], float]:
-    """
-    What each stage of a run took, by iteration and name, in all calls that worked on it.
-
-    Stages that were killed are left out if they were resumed, as nobody could note what the killed call took.
-    """
-    found: dict[tuple[int, str], float] = {}
-    for row in whole_rows(run / TIMINGS, []) if (run / TIMINGS).exists() else ():
-        stage = row["iteration"], row["stage"]
-        if not row.get("resumed_at"):  # the first call, or nothing of earlier ones was kept
-            found[stage] = row["seconds"]
-        elif stage in found:
-            found[stage] += row["seconds"]
-    return found
 
 
 def _plain(value: Any) -> Any:

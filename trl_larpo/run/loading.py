@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
 from ..training.config import LarPOConfig
@@ -27,3 +27,8 @@ def quantization_of(model: ModelConfig, args: LarPOConfig) -> BitsAndBytesConfig
     if config is not None and model.load_in_4bit and model.dtype is None:
         config.bnb_4bit_compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     return config
+
+
+def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """That of the initial model."""
+    return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 from accelerate.logging import get_logger
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from ..errors import ConfigError, LarPOError, ProcessError
@@ -26,20 +25,22 @@ from ..pools import read_pools
 from ..report.numbers import with_error
 from ..report.page import write_report
 from ..set_aside import set_aside_in
-from ..storage import explain_full_disk, read_json, read_jsonl, read_yaml, write_json
+from ..storage import explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
 from .context import RunContext
 from .folder import RunFolder
 from .health import Check, check_iteration
-from .hidden import environment_of_stages, with_hidden_options
+from .hidden import environment_of_stages
+from .loading import tokenizer_of
 from .mirror import Mirror
 from .notify import Notifier
-from .options import RunConfig, RunModelConfig, RunTrainingConfig
+from .options import RunConfig
 from .plan import plan
 from .repair import repair
 from .stages import STAGES, Stage, run_stage
 from .status import forget_warnings, keep_warnings, note_stage
+from .timings import note_timing
 from .tracking import Tracking
 
 logger = get_logger(__name__)
@@ -95,11 +96,6 @@ def _run_in(folder: RunFolder, notifier: Notifier) -> Path:
             context.close()
         notifier.tell("finished", f"The report is {page}.")
         return page
-
-
-def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """That of the initial model."""
-    return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
 
 
 def _run_all(context: RunContext, mirror: Mirror | None) -> Path:
@@ -204,7 +200,7 @@ def _run_stage(context: RunContext, stage: Stage, iteration: int) -> bool:
         else:
             run_stage(context, stage, iteration)
     finally:  # also when it is stopped: the call that resumes it does the rest alone
-        folder.note_timing(iteration, stage.name, time.monotonic() - started, resumed_at)
+        note_timing(folder.path, iteration, stage.name, time.monotonic() - started, resumed_at)
     return True
 
 
@@ -322,29 +318,3 @@ def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:
         tracking.log(iteration, checks)
     except Exception as error:  # of any tracker's, the network's
         print(f"  WARNING tracking: {type(error).__name__}: {error} The same numbers are in {tracking.folder.path}.")
-
-
-def run_stage_of(path: str, stage: str, iteration: int) -> None:
-    """
-    Does one stage of a run, as one of several processes.
-
-    Args:
-        path: Folder of the run.
-        stage: One of [`STAGES`].
-        iteration: From 0 on.
-    """
-    values = with_hidden_options(read_yaml(Path(path) / "run.yaml"))
-
-    def restore(options_class):
-        names = {option.name for option in dataclasses.fields(options_class) if option.init}
-        return options_class(**{name: value for name, value in values.items() if name in names})
-
-    folder = RunFolder(restore(RunConfig), restore(RunTrainingConfig), restore(RunModelConfig))
-    folder.path = Path(path)
-    folder.prepare_prompts(tokenizer_of(folder.model))
-    context = RunContext(folder)
-    try:
-        with explain_full_disk(folder.path):
-            run_stage(context, STAGES[stage], iteration)
-    finally:
-        context.close()

@@ -19,8 +19,9 @@ from ..rewards.scorer import saved_scores_of_row
 from ..set_aside import set_aside_in
 from ..storage import read_json, reopen, whole_rows, write_jsonl
 from ..training.checkpoints import checkpoints, damage_of
-from .folder import TIMINGS, WORK, RunFolder
+from .folder import RunFolder
 from .stages import STAGES
+from .timings import TIMINGS, WORK
 
 logger = get_logger(__name__)
 

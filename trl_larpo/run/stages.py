@@ -4,25 +4,27 @@ The stages of an iteration, in one table.
 Each reads what earlier ones left in the run folder and leaves one file or folder that is whole. Run again after a kill,
 a stage resumes from what it has saved, and its output is identical. With several processes (`accelerate launch`) each
 does its share, and the first one puts the shares together.
+
+The table is light: the function of a stage is imported when the stage is run. `larpo status` reads the table every few
+seconds, and a process that samples has no use for a trainer.
 """
 
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from accelerate import PartialState
+from typing import TYPE_CHECKING
 
 from ..errors import LarPOError
-from ..preparation import seconds_of_preparation
+from ..preparation import preparing, seconds_of_preparation
 from ..storage import write_json
-from ..waiting import wait_for_all
-from .candidate_stages import generate, reward, select
-from .context import RunContext
-from .evaluation_stages import evaluate, held_out, held_out_samples
-from .folder import WORK, RunFolder
-from .options import RunConfig
-from .training_stages import reference, train
+from .timings import WORK
+
+if TYPE_CHECKING:
+    from .context import RunContext
+    from .folder import RunFolder
+    from .options import RunConfig
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class Stage:
 
     name: str
     output: str
-    function: Callable[[RunContext, int, Path], None]
+    function: Callable[["RunContext", int, Path], None]
     inputs: tuple[str, ...] = ()
     processes: str | None = None
     sharded: bool = False
     at_start: bool = False
     uses: str | None = None
 
-    def path(self, folder: RunFolder, iteration: int) -> Path:
+    def path(self, folder: "RunFolder", iteration: int) -> Path:
         """Where the output is."""
         return folder.iteration(iteration) / self.output
 
-    def num_processes(self, options: RunConfig) -> int:
+    def num_processes(self, options: "RunConfig") -> int:
         """How many processes it runs in."""
         if self.processes is None or (self.processes == "generation" and options.uses_servers):
             return 1
@@ -63,18 +65,45 @@ class Stage:
         return options.num_processes if own is None else own
 
 
+def _of(module: str, name: str) -> Callable[["RunContext", int, Path], None]:
+    """A function of a module beside this one, which is imported when the function is called."""
+
+    def function(context: "RunContext", iteration: int, path: Path) -> None:
+        with preparing():
+            imported = importlib.import_module(f".{module}", __package__)
+        getattr(imported, name)(context, iteration, path)
+
+    return function
+
+
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("generate", "samples.jsonl", generate, processes="generation", uses="sampler"),
-        Stage("reward", "rewarded.jsonl", reward, ("generate",), processes="reward", uses="scorer"),
-        Stage("select", "selection.json", select, ("reward",)),
-        Stage("reference", "ref_logps.jsonl", reference, ("select",), processes="train", sharded=True),
-        Stage("train", "model", train, ("select", "reference"), processes="train", sharded=True),
+        Stage("generate", "samples.jsonl", _of("candidate_stages", "generate"), processes="generation", uses="sampler"),
+        Stage(
+            "reward",
+            "rewarded.jsonl",
+            _of("candidate_stages", "reward"),
+            ("generate",),
+            processes="reward",
+            uses="scorer",
+        ),
+        Stage("select", "selection.json", _of("candidate_stages", "select"), ("reward",)),
+        Stage(
+            "reference",
+            "ref_logps.jsonl",
+            _of("training_stages", "reference"),
+            ("select",),
+            processes="train",
+            sharded=True,
+        ),
+        Stage(
+            "train", "model", _of("training_stages", "train"), ("select", "reference"), processes="train", sharded=True
+        ),
         Stage(
             "held_out_samples",
             "held_out_samples.jsonl",
-            held_out_samples,
+            _of("evaluation_stages", "held_out_samples"),
             processes="generation",
             at_start=True,
             uses="sampler",
@@ -82,25 +111,37 @@ STAGES = {
         Stage(
             "held_out",
             "held_out.jsonl",
-            held_out,
+            _of("evaluation_stages", "held_out"),
             ("held_out_samples",),
             processes="reward",
             at_start=True,
             uses="scorer",
         ),
-        Stage("evaluate", "evaluation.json", evaluate, ("held_out",), processes="train", sharded=True, at_start=True),
+        Stage(
+            "evaluate",
+            "evaluation.json",
+            _of("evaluation_stages", "evaluate"),
+            ("held_out",),
+            processes="train",
+            sharded=True,
+            at_start=True,
+        ),
     )
 }
 """All stages by name, in the order of an iteration."""
 
 
-def run_stage(context: RunContext, stage: Stage, iteration: int) -> None:
+def run_stage(context: "RunContext", stage: Stage, iteration: int) -> None:
     """
     Does what is left of a stage, in this process or as one of several.
 
     Raises:
         LarPOError: If an input is missing.
     """
+    from accelerate import PartialState
+
+    from ..waiting import wait_for_all
+
     path = stage.path(context.folder, iteration)
     missing = not path.exists()
     wait_for_all()  # all have looked before anyone begins, and agree

@@ -23,9 +23,9 @@ from ..prompts import Row
 from ..set_aside import set_aside_in
 from ..storage import StoredRows, partial_files, read_json, read_yaml, write_json
 from ..training.checkpoints import checkpoints
-from .folder import seconds_of_stages
 from .memory import earlier_iterations
 from .stages import STAGES, Stage
+from .timings import seconds_of_stages
 
 PROGRESS, WARNINGS = "progress.json", "warnings.log"
 

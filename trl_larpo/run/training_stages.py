@@ -33,9 +33,9 @@ from ..training.trainer import LarPOTrainer
 from ..training.trl_compat import unset_hf_deepspeed_config, whole_model, without_deepspeed_config
 from ..waiting import wait_for_all
 from .context import RunContext
-from .folder import seconds_of_stages
 from .loading import model_init_kwargs, quantization_of
 from .monitor import TrainingMonitor
+from .timings import seconds_of_stages
 
 logger = get_logger(__name__)
 

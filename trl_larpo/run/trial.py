@@ -26,12 +26,14 @@ from ..storage import read_json, read_jsonl, write_json, write_jsonl
 from ..training.config import LarPOConfig
 from .checks import bytes_of_models, check_run, existing_folder, size_text
 from .evaluation_stages import MAX_KL_PROMPTS
-from .folder import TIMINGS, TRIAL, RunFolder
-from .loop import run, tokenizer_of
+from .folder import TRIAL, RunFolder
+from .loading import tokenizer_of
+from .loop import run
 from .options import RunConfig
 from .plan import list_size, num_steps, plan, times_of_prompts
 from .stages import STAGES
 from .status import duration
+from .timings import TIMINGS
 
 _NUM_STEPS = 4  # of the optimizer
 

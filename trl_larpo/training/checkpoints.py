@@ -6,12 +6,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 
 from ..storage import read_json, write_json
-
-logger = get_logger(__name__)
 
 _STATE = "trainer_state.json"  # which the trainer writes last
 
@@ -27,7 +24,11 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
         problem = damage_of(path, _STATE)
         if problem is None:
             return str(path)
-        logger.warning(f"{path} is not whole ({problem}); an earlier checkpoint is taken, if there is one.")
+        from accelerate.logging import get_logger  # here: `larpo status` does without torch
+
+        get_logger(__name__).warning(
+            f"{path} is not whole ({problem}); an earlier checkpoint is taken, if there is one."
+        )
     return None
 
 
