@@ -18,7 +18,7 @@ from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.locks import exclusive_lock
-from trl_larpo.run import loop
+from trl_larpo.run import disk, loop
 
 RESULTS = (
     "run.yaml", "prompts.jsonl", "held_out_prompts.jsonl", "iteration_0/held_out.jsonl", "iteration_0/evaluation.json",
@@ -485,6 +485,14 @@ def test_a_disk_too_small_is_found_before_the_start(project, capsys, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert larpo_run() == 2
     assert "the disk has 0.0 MiB free, and the run may need" in capsys.readouterr().err
+
+
+def test_a_disk_that_may_be_too_small_for_samples_is_told(project, capsys, monkeypatch):
+    assert larpo_run("--dry_run") == 0
+    assert "samples and lists may need" not in capsys.readouterr().err
+    monkeypatch.setattr(disk, "bytes_of_candidates", lambda folder: 2**70)
+    assert larpo_run("--dry_run") == 0
+    assert "samples and lists may need 1099511627776.0 GiB beside" in capsys.readouterr().err
 
 
 def test_a_model_in_the_home_folder(project, monkeypatch, talkative_model):

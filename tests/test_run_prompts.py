@@ -10,13 +10,15 @@ from datasets import Dataset
 from transformers import LlamaConfig
 
 from trl_larpo import ConfigError, DataError
+from trl_larpo.candidates import Candidate, CandidatePool, build_lists
 from trl_larpo.prompts import Prompt, prompt_problem
-from trl_larpo.run import checks
+from trl_larpo.run import disk
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.loading import model_init_kwargs
 from trl_larpo.run.negatives import unrelated_prompts
 from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
 from trl_larpo.run.prompts import choose_prompts, load_prompts, load_random_prompts
+from trl_larpo.storage import write_jsonl
 
 
 @pytest.fixture
@@ -212,12 +214,12 @@ def test_the_disk_a_run_needs_is_known_from_the_config_alone(tmp_path, monkeypat
         options=RunConfig(num_iterations=2, **{x: options[x] for x in options if x not in training_names}),
     )
     for free, fits in ((expected, True), (expected - 1, False)):
-        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         if fits:
-            checks._check_disk(folder, config)
+            disk.check_disk(folder, config)
         else:
             with pytest.raises(ConfigError, match=r"the disk has .* free, and the run may need"):
-                checks._check_disk(folder, config)
+                disk.check_disk(folder, config)
 
 
 def test_what_a_stopped_training_has_left_is_not_needed_again(tmp_path):
@@ -230,15 +232,58 @@ def test_what_a_stopped_training_has_left_is_not_needed_again(tmp_path):
         RunModelConfig(model_name_or_path="ORG/MODEL"),
     )
     (tmp_path / "iteration_1/model").mkdir(parents=True)
-    before = checks.bytes_of_models(folder, config)
+    before = disk.bytes_of_models(folder, config)
     found = {"trainer/checkpoint-2/optimizer.pt": 500, "trainer/best-1/model.safetensors": 70, "model.partial/a": 3}
     for name, size in found.items():
         path = tmp_path / "iteration_2" / name
         path.parent.mkdir(parents=True)
         path.write_bytes(b"0" * size)
-    assert checks.bytes_of_models(folder, config) == before - 573
+    assert disk.bytes_of_models(folder, config) == before - 573
     (tmp_path / "iteration_2/trainer/checkpoint-2/optimizer.pt").write_bytes(b"0" * 2 * before)
-    assert 0 < checks.bytes_of_models(folder, config) < before - 573, "models are still to be written"
+    assert 0 < disk.bytes_of_models(folder, config) < before - 573, "models are still to be written"
+
+
+@pytest.mark.parametrize("memory", ["none", "all"])
+def test_samples_and_lists_need_the_disk_that_is_estimated(tmp_path, memory, monkeypatch, caplog):
+    """The check counted models alone: 60,000 prompts × 10 samples are 2.3 GB more in each iteration."""
+    options = RunConfig(
+        num_iterations=2, num_samples=8, num_eval_samples=2, max_new_tokens=200, memory=memory, num_best=2, num_worst=2
+    )
+    training = RunTrainingConfig(str(tmp_path / "run"), report_to="none", use_cpu=True, bf16=False)
+    folder = RunFolder(options, training, RunModelConfig(model_name_or_path="ORG/MODEL"))
+    folder.prompts = [Prompt.of(f"{number} why is it so " * 10) for number in range(20)]
+    folder.held_out = [Prompt.of(f"held out {number}") for number in range(5)]
+    expected = disk.bytes_of_candidates(folder)
+
+    def pools(prompts, counts, reward=None):
+        for prompt in prompts:
+            texts = [(f"{i} {number} " + "some words of it " * 60)[:900] for i, n in counts for number in range(n)]
+            about = {"num_tokens": 200, "temperature": 1.0, "reward_parts": {"it": reward}, "scored_by": "a" * 16}
+            about = about if reward is not None else {"num_tokens": 200, "temperature": 1.0}
+            yield CandidatePool(prompt, [Candidate(text, n and reward, **about) for n, text in enumerate(texts)])
+
+    used = 0
+    for iteration in range(3):
+        path = folder.iteration(iteration)
+        path.mkdir(parents=True)
+        counts = [(i, 8) for i in range(1, iteration + 1) if memory == "all" or i == iteration]
+        made = {"held_out_samples": pools(folder.held_out, [(0, 2)]), "held_out": pools(folder.held_out, [(0, 2)], 0.5)}
+        if iteration:
+            rewarded = list(pools(folder.prompts, counts, 0.5))
+            lists = build_lists(rewarded, options.selection())[0]
+            made |= {"samples": pools(folder.prompts, [(iteration, 8)]), "rewarded": rewarded, "lists": lists}
+        for name, rows in made.items():
+            write_jsonl(path / f"{name}.jsonl", (row.to_row() for row in rows))
+            used += (path / f"{name}.jsonl").stat().st_size
+    most_twice = (folder.iteration(2) / "samples.jsonl").stat().st_size
+    assert used + most_twice < expected < 1.35 * (used + most_twice)
+    left = disk.bytes_of_candidates(folder)
+    assert left < 0.3 * expected, "what is there already is not needed again"
+    for free, of_models, warns in ((left + 9, 9, False), (left + 8, 9, True), (left, None, False), (10, None, True)):
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        caplog.clear()
+        disk.warn_of_little_space(folder, of_models)
+        assert ("samples and lists may need" in caplog.text) == warns, (free, caplog.text)
 
 
 @pytest.mark.slow
@@ -248,5 +293,5 @@ def test_a_model_whose_size_is_not_known_may_run(tmp_path, caplog):
 
     folder = SimpleNamespace(training=RunTrainingConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False))
     with caplog.at_level("WARNING", logger="trl_larpo"):
-        checks._check_disk(folder, NoLanguageModel())
+        disk.check_disk(folder, NoLanguageModel())
     assert "The disk space that the run needs is not known and was not checked" in caplog.text

@@ -6,11 +6,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-import torch
 import yaml
-from accelerate.logging import get_logger
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.configuration_utils import PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from ..errors import ConfigError
 from ..generation.server_process import check_servers, server_command
@@ -18,12 +15,10 @@ from ..generation.server_routes import check_command
 from ..rewards.functions import PAIRWISE, load_rewards
 from ..storage import check_folder
 from .candidate_files import read_candidate_pools
+from .disk import check_disk
 from .folder import RunFolder
 from .health import CHECKS
-from .loading import model_init_kwargs
 from .prompts import load_random_prompts
-
-logger = get_logger(__name__)
 
 _REFUSED = {  # option of the trainer: (what it must be, why)
     "resume_from_checkpoint": (None, "`larpo run` resumes on its own: run the same command again."),
@@ -38,9 +33,12 @@ _REFUSED = {  # option of the trainer: (what it must be, why)
 }
 
 
-def check_run(folder: RunFolder) -> None:
+def check_run(folder: RunFolder) -> int | None:
     """
     Checks every option, path, reward and server, before any time is spent.
+
+    Returns:
+        As [`check_disk`].
 
     Raises:
         LarPOError: Names what is invalid and how to fix it.
@@ -110,7 +108,7 @@ def check_run(folder: RunFolder) -> None:
                 raise ConfigError(
                     f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}"
                 ) from None
-    _check_disk(folder, config)
+    return check_disk(folder, config)
 
 
 def _check_adapter(folder: RunFolder) -> None:
@@ -159,77 +157,3 @@ def _check_accelerate_config(path: str, folder: RunFolder) -> None:
         raise ConfigError(
             f"`accelerate_config`: set `fsdp_state_dict_type: FULL_STATE_DICT` in {path!r}, to save whole models."
         )
-
-
-def _check_disk(folder: RunFolder, config: PretrainedConfig) -> None:
-    """Whether the disk has room for models and checkpoints."""
-    needed = bytes_of_models(folder, config)
-    if needed is None:
-        return
-    free = shutil.disk_usage(existing_folder(folder.path)).free
-    if free < needed:
-        raise ConfigError(
-            f"`output_dir`: the disk has {size_text(free)} free, and the run may need {size_text(needed)} for models "
-            "and checkpoints. Free some space, take a folder on another disk, or keep fewer checkpoints: "
-            "`save_total_limit: 1`, or `save_strategy: 'no'`."
-        )
-
-
-def existing_folder(path: Path) -> Path:
-    """The folder, or the closest one around it that is there."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-
-
-def bytes_of_models(folder: RunFolder, config: PretrainedConfig) -> int | None:
-    """
-    What the run still needs for the model of each iteration and, in a training, for its best weights and its
-    checkpoints, beside what a stopped training has left; `None` where that is not known.
-    """
-    num_parameters, training = _num_parameters(config), folder.training
-    if num_parameters is None:
-        return None
-    dtype = model_init_kwargs(folder.model, training)["dtype"]
-    own = getattr(config, "dtype", None) or torch.float32
-    weights = num_parameters * (own if dtype == "auto" else getattr(torch, dtype)).itemsize
-    iterations = map(folder.iteration, range(1, folder.options.num_iterations + 1))
-    missing = [path for path in iterations if not (path / "model").exists()]
-
-    def left(num_bytes: int, pattern: str) -> int:
-        return max(0, num_bytes - sum(_bytes_in(found) for path in missing for found in path.glob(pattern)))
-
-    needed = 0 if folder.keeps_adapter else left(weights * len(missing), "model.partial")
-    if missing and not folder.model.use_peft:  # of an adapter, both are small
-        needed += left(2 * weights, "trainer/best-*") if folder.options.monitor_evals else 0
-        if training.save_strategy != "no":
-            num_checkpoints = (training.save_total_limit or 2) + 1  # one is written before the oldest is deleted
-            of_all = num_checkpoints * num_parameters * _bytes_of_checkpoint(folder.options.accelerate_config)
-            needed += left(of_all, "trainer/checkpoint-*")
-    return needed
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _num_parameters(config: PretrainedConfig) -> int | None:
-    """Those of a model that need not be there: as of a hub id. `None` where the configuration alone does not tell."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).num_parameters()
-    except Exception as error:  # some architectures compute with weights when they are made: no reason not to run
-        logger.warning(f"The disk space that the run needs is not known and was not checked: {error}")
-        return None
-
-
-def _bytes_of_checkpoint(accelerate_config: str | None) -> int:
-    """
-    Bytes of a parameter in a checkpoint: of the weights in float32 and AdamW's two moments 12. DeepSpeed keeps, beside
-    those, weights in 16 bits for the forward pass twice.
-    """
-    settings = yaml.safe_load(Path(accelerate_config).read_text(encoding="utf-8")) if accelerate_config else {}
-    return 16 if settings.get("distributed_type") == "DEEPSPEED" else 12
-
-
-def size_text(num_bytes: float) -> str:
-    """A number of bytes for a person."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -29,6 +29,7 @@ from ..storage import explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from .checks import check_run
 from .context import RunContext
+from .disk import warn_of_little_space
 from .folder import RunFolder
 from .health import Check, check_iteration
 from .hidden import environment_of_stages
@@ -77,16 +78,18 @@ def _run_in(folder: RunFolder, notifier: Notifier) -> Path:
         if not options.dry_run:
             with exclusive_lock(folder.path), explain_full_disk(folder.path):
                 _fetch(mirror)
-    check_run(folder)
+    of_models = check_run(folder)
     tokenizer = tokenizer_of(folder.model)
     if options.dry_run:
         folder.prepare_prompts(tokenizer, save=False)
+        warn_of_little_space(folder, of_models)
         print(plan(folder, tokenizer))
         return folder.path / "report.html"
     with exclusive_lock(folder.path), explain_full_disk(folder.path):
         folder.prepare_prompts(tokenizer)
         folder.save_configuration()
         repair(folder)
+        warn_of_little_space(folder, of_models)
         print(plan(folder, tokenizer))
         context = RunContext(folder)
         try:

@@ -24,7 +24,8 @@ from ..prompts import Prompt, Row
 from ..set_aside import allowed_failures, set_aside_in
 from ..storage import read_json, read_jsonl, write_json, write_jsonl
 from ..training.config import LarPOConfig
-from .checks import bytes_of_models, check_run, existing_folder, size_text
+from .checks import check_run
+from .disk import bytes_of_models, existing_folder, size_text
 from .evaluation_stages import MAX_KL_PROMPTS
 from .folder import TRIAL, RunFolder
 from .loading import tokenizer_of
@@ -218,18 +219,19 @@ def _amount(folder: RunFolder, number: int, stage: str, list_share: float) -> fl
 
 
 def _disk(whole: RunFolder, trial: RunFolder) -> dict[str, float | None]:
-    """Bytes that the run will need."""
+    """Bytes that the run will need; `files` with what is there twice for a while, as in [`bytes_of_candidates`]."""
     sizes = {path.name: path.stat().st_size for path in trial.iteration(1).glob("*.jsonl")}
     sizes.pop("training_log.jsonl")
     held_out = sum(size for name, size in sizes.items() if name.startswith("held_out"))
     samples = sum(size for name, size in sizes.items() if "samples" in name and not name.startswith("held_out"))
     joined = sum(sizes.values()) - held_out - samples  # with memory, candidates of several iterations
     numbers = range(1, whole.options.num_iterations + 1)
-    num_prompts = sum(len(whole.prompts_of(number)) for number in numbers)
-    num_joined = sum(times_of_prompts(whole, number).total() for number in numbers)
+    counts = [len(whole.prompts_of(number)) for number in numbers]
+    times = [times_of_prompts(whole, number).total() for number in numbers]
+    twice = max(samples * max(counts), sizes.get("lists.jsonl", 0) * max(times))
     config = AutoConfig.from_pretrained(whole.model.model_name_or_path, revision=whole.model.model_revision)
     return {
-        "files": (samples * num_prompts + joined * num_joined) / len(trial.prompts)
+        "files": (samples * sum(counts) + joined * sum(times) + twice) / len(trial.prompts)
         + held_out / len(trial.held_out) * len(whole.held_out) * (len(numbers) + 1),
         "models": bytes_of_models(whole, config),
         "free": shutil.disk_usage(existing_folder(whole.path)).free,
