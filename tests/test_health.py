@@ -4,6 +4,7 @@ import pytest
 
 from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
+from trl_larpo.report.statistics import SampleCounts
 from trl_larpo.run.health import CHECKS, check_iteration
 
 
@@ -16,7 +17,9 @@ def evaluation(tokens=40.0, finished=0.95, change=0.1, kl=5.0):
 
 def samples(tokens=40, finished=True, texts=("a", "b", "c", "d")):
     candidates = [Candidate(text, num_tokens=tokens, finished=finished) for text in texts]
-    return [CandidatePool(Prompt.of("p"), candidates)]
+    counts = SampleCounts()
+    list(counts.counted([CandidatePool(Prompt.of("p"), candidates)]))
+    return counts.statistics()
 
 
 SELECTION = {"lists": 10, "prompts_too_few": 0, "prompts_tied": 0, "prompts_small_gap": 0}

@@ -40,7 +40,7 @@ def test_growing_file_drops_a_line_that_was_not_finished(tmp_path):
     assert list(again.rows) == [{"i": 1}, {"i": 2}] and not path.exists()
     again.add([{"i": 4}])
     assert [row["i"] for row in GrowingFile(path).rows] == [1, 2, 4]
-    again.finish(GrowingFile(path).rows)
+    GrowingFile.finish(path, GrowingFile(path).rows)
     assert [row["i"] for row in read_jsonl(path)] == [1, 2, 4]
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 

@@ -16,7 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, SelectionCounts, each_list
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
-from .generation.sampler import PolicySampler, generation_dtype
+from .generation.sampler import PolicySampler, finish_samples, generation_dtype
 from .generation.sampling_task import SampleKind, SamplingTask
 from .generation.server_process import check_servers
 from .options import option
@@ -180,7 +180,7 @@ def sample_file(
         sampler.close()
     if not pools:
         return pools
-    GrowingFile(output).finish(pool.to_row() for pool in pools)
+    finish_samples(output, pools)
     return read_pools(output)
 
 
@@ -228,7 +228,7 @@ def reward_file(
     scored = scorer.score(unscored, output, description)
     if not scored:
         return scored
-    GrowingFile(output).finish(pool.to_row() for pool in scored)
+    GrowingFile.finish(output, (pool.to_row() for pool in scored))
     return read_pools(output)
 
 

@@ -292,10 +292,11 @@ class GrowingFile:
         now = time.monotonic()
         self._next_sync = now + max(_TIME_TO_SYNC, 20 * (now - began))
 
-    def finish(self, rows: Iterable[Row]) -> None:
-        """Writes the whole file: all rows in their final order and form."""
-        write_jsonl(self.path, rows)
-        for partial in partial_files(self.path):
+    @staticmethod
+    def finish(path: Path, rows: Iterable[Row]) -> None:
+        """Writes the whole file: all rows in their final order and form. It is not opened for that, which reads it."""
+        write_jsonl(path, rows)
+        for partial in partial_files(path):
             partial.unlink()
 
 

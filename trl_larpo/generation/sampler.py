@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from transformers import (
 from ..candidates import CandidatePool
 from ..pools import StoredPools
 from ..preparation import preparing
-from ..prompts import Prompt
+from ..prompts import Prompt, Row
 from ..set_aside import SetAside
 from ..shares import share_of
 from ..storage import GrowingFile
@@ -100,8 +100,8 @@ class PolicySampler:
             on_pools: Called with what this process has sampled and saved, a few prompts at a time.
 
         Returns:
-            The prompts with their candidates, in their order, without those that were set aside ([`SetAside`]). In
-            processes but the first nothing.
+            The prompts with their candidates, in their order, without those that were set aside ([`SetAside`]), for
+            [`finish_samples`]. In processes but the first nothing.
 
         Raises:
             LarPOError: If no server answers any more, or too many prompts fail.
@@ -128,9 +128,7 @@ class PolicySampler:
         wait_for_all()
         if not state.is_main_process:
             return StoredPools.none()
-        pools = _saved_pools(path, prompts)
-        _report_tokens(pools)
-        return pools
+        return _saved_pools(path, prompts)
 
     def _sample_in_process(
         self,
@@ -229,12 +227,27 @@ def _saved_pools(path: Path, prompts: list[Prompt]) -> StoredPools:
     return StoredPools([prompt.id for prompt in sampled], pool)
 
 
-def _report_tokens(pools: StoredPools) -> None:
-    """Counts the completions that ended and whose text alone would be tokenised in another way."""
+def finish_samples(path: Path, pools: Iterable[CandidatePool]) -> None:
+    """
+    Writes the whole file of what was sampled. On the way it counts the completions that ended and whose text alone
+    would be tokenised in another way, each once: without responses to other prompts of the file.
+
+    Args:
+        path: Of the file.
+        pools: The prompts with their candidates, each of which is read once.
+    """
     num_ended = num_kept = 0
-    for candidate in (candidate for pool in pools for candidate in pool.candidates):
-        num_ended += candidate.finished
-        num_kept += candidate.finished and candidate.token_ids is not None
+
+    def rows() -> Iterator[Row]:
+        nonlocal num_ended, num_kept
+        for pool in pools:
+            for candidate in pool.candidates:
+                if candidate.finished and candidate.of_prompt is None:
+                    num_ended += 1
+                    num_kept += candidate.token_ids is not None
+            yield pool.to_row()
+
+    GrowingFile.finish(path, rows())
     if num_kept:
         logger.info(
             f"{num_kept} of {num_ended} completions that ended would be tokenised in another way than they were "

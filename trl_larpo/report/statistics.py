@@ -1,22 +1,28 @@
 """
-What the page says of the samples and lists of an iteration: statistics over all of them, and where some of them are.
+What the page and the health checks say of the samples and lists of an iteration: statistics over all of them, and where
+some of them are.
 
 Files of an iteration are read once, line by line. What was found is kept beside them in `statistics.json`, so that the
 page of a long run does not read all of its iterations again.
 """
 
 import contextlib
+import dataclasses
 import os
+import statistics
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..candidates import CandidatePool
 from ..errors import DataError
 from ..iterations import iteration_folder, iteration_folders
+from ..pools import read_pools
 from ..prompts import Row
 from ..storage import StoredRows, iter_jsonl, read_json, write_json
 
@@ -26,6 +32,8 @@ MAX_LISTS = 3000
 _NAME = "statistics.json"
 
 _SOURCES = ("samples.jsonl", "rewarded.jsonl", "lists.jsonl")
+
+_SAMPLED = "sampled"  # in it: what the health checks look at, beside what the page shows
 
 _NUM_BINS = 1000  # of the histogram of rewards; the picture has fewer
 
@@ -50,20 +58,105 @@ def statistics_of(folder: Path, number: int) -> Row:
     """
     made_of = {name: _state(folder / name) for name in _SOURCES if (folder / name).exists()}
     made_of["version"] = [_VERSION]
-    cached = folder / _NAME
-    with contextlib.suppress(FileNotFoundError, DataError):  # damaged: made again
-        known = read_json(cached)
-        if known.get("made_of") == made_of:
-            return known
-    found: Row = {"made_of": made_of}
+    known = _kept(folder)
+    if known.get("made_of") == made_of:
+        return known
+    found: Row = {"made_of": made_of} | {name: known[name] for name in (_SAMPLED,) if name in known}
     if "rewarded.jsonl" in made_of:
         found |= _of_samples(folder / "rewarded.jsonl", number)
     elif "samples.jsonl" in made_of:
         found |= _of_samples(folder / "samples.jsonl", number)
     if "lists.jsonl" in made_of:
         found |= _of_lists(folder / "lists.jsonl")
-    write_json(cached, found)
+    write_json(folder / _NAME, found)
     return found
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """
+    What the health checks look at in the samples of an iteration that the policy made.
+
+    Attributes:
+        tokens: Their mean number of tokens; `None` where unknown.
+        finished: Share of them that ended on their own.
+        duplicates: Mean share of a prompt's samples that repeat another one.
+    """
+
+    tokens: float | None
+    finished: float
+    duplicates: float
+
+
+@dataclass
+class SampleCounts:
+    """
+    What [`SampleStatistics`] are made of. A pool is counted when it passes.
+
+    Attributes:
+        lengths: Tokens of the policy's samples, where they are known.
+        finished: Whether each of them ended on its own.
+        distinct: Share of the samples of each prompt that differ.
+    """
+
+    lengths: array = field(default_factory=lambda: array("q"))
+    finished: array = field(default_factory=lambda: array("b"))
+    distinct: array = field(default_factory=lambda: array("d"))
+
+    def counted(self, pools: Iterable[CandidatePool]) -> Iterator[CandidatePool]:
+        """Passes on the pools."""
+        for pool in pools:
+            own = [candidate for candidate in pool.candidates if candidate.source == "policy"]
+            self.lengths.extend(candidate.num_tokens for candidate in own if candidate.num_tokens is not None)
+            self.finished.extend(candidate.finished for candidate in own)
+            if own:
+                self.distinct.append(len({str(candidate.completion) for candidate in own}) / len(own))
+            yield pool
+
+    def statistics(self) -> SampleStatistics:
+        """Those of all pools that have passed."""
+        mean_length = statistics.fmean(self.lengths) if self.lengths else None
+        return SampleStatistics(mean_length, statistics.fmean(self.finished), 1 - statistics.fmean(self.distinct))
+
+
+def sample_statistics(folder: Path) -> SampleStatistics:
+    """
+    Statistics of `samples.jsonl`: as they were kept, or counted where they are missing or the file has changed.
+
+    Args:
+        folder: That of the iteration.
+    """
+    known = _kept(folder).get(_SAMPLED, {})
+    if known.get("made_of") == _state_of_samples(folder):
+        return SampleStatistics(**{each.name: known[each.name] for each in dataclasses.fields(SampleStatistics)})
+    counts = SampleCounts()
+    for _ in counts.counted(read_pools(folder / "samples.jsonl", skip_damaged=True)):
+        pass
+    keep_sample_statistics(folder, counts)
+    return counts.statistics()
+
+
+def keep_sample_statistics(folder: Path, counts: SampleCounts) -> None:
+    """
+    Keeps the statistics of `samples.jsonl` for [`sample_statistics`].
+
+    Args:
+        folder: That of the iteration.
+        counts: Of all pools in the file.
+    """
+    if counts.finished:
+        found = {"made_of": _state_of_samples(folder)} | dataclasses.asdict(counts.statistics())
+        write_json(folder / _NAME, _kept(folder) | {_SAMPLED: found})
+
+
+def _kept(folder: Path) -> Row:
+    with contextlib.suppress(FileNotFoundError, DataError):  # damaged: made again
+        return read_json(folder / _NAME)
+    return {}
+
+
+def _state_of_samples(folder: Path) -> Row:
+    return {"samples.jsonl": _state(folder / "samples.jsonl"), "version": [_VERSION]}
 
 
 def _state(path: Path) -> list[int]:

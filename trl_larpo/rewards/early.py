@@ -136,12 +136,15 @@ def with_early_rewards(pools: Sequence[CandidatePool], output: Path, scorer: Rew
     """
     rows = StoredRows(partial_files(_path(output)), key="digest", growing=True)
     place_of = {digest: place for place, digest in enumerate(rows.keys)}
+    found_at: dict[int, int | None] = {}  # by place of the pool: the stage reads each pool several times
 
     def rewarded(place: int) -> CandidatePool:
         pool = pools[place]
         # Responses to other prompts were added when all was sampled
         own = pool.with_candidates([candidate for candidate in pool.candidates if candidate.of_prompt is None])
-        found = place_of.get(pool_digest(own))
+        if place not in found_at:
+            found_at[place] = place_of.get(pool_digest(own))
+        found = found_at[place]
         if found is None:
             return pool
         scored = iter(with_scores(own, rows[found], scorer.id).candidates)

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 
 from ..candidates import CandidateList, CandidatePool, SelectionCounts, each_list
 from ..errors import LarPOError
+from ..generation.sampler import finish_samples
 from ..generation.sampling_task import SampleKind, SamplingTask
 from ..pools import StoredPools, chain_pools, read_pools
 from ..prompts import Prompt
+from ..report.statistics import SampleCounts, keep_sample_statistics
 from ..rewards.early import EarlyRewards, can_reward_early, forget_early_rewards, with_early_rewards
 from ..storage import GrowingFile, write_json, write_jsonl
 from .candidate_files import read_candidate_pools
@@ -51,7 +53,9 @@ def generate(context: RunContext, iteration: int, path: Path) -> None:
         pools = add_responses_to_other_prompts(
             pools, options.negatives, options.num_negatives, seed, iteration, unrelated
         )
-        GrowingFile(path).finish(pool.to_row() for pool in pools)
+        counts = SampleCounts()
+        finish_samples(path, counts.counted(pools))
+        keep_sample_statistics(path.parent, counts)
 
 
 @contextlib.contextmanager
@@ -85,7 +89,7 @@ def _responses_to_unrelated_prompts(
         distinct = list({prompt.id: prompt for prompt in drawn.values()}.values())
         pools = context.sampler.sample(distinct, task, path)
         if PartialState().is_main_process:
-            GrowingFile(path).finish(pool.to_row() for pool in pools)
+            finish_samples(path, pools)
             pools = read_pools(path)
     place_of = {name: place for place, name in enumerate(pools.ids)}
 
@@ -113,7 +117,7 @@ def reward(context: RunContext, iteration: int, path: Path) -> None:
     pools = chain_pools([pools, earlier_rows(pools, remembered, options.memory, scorer.is_relative)])
     scored = scorer.score(pools, path, f"Iteration {iteration}: rewarding")
     if PartialState().is_main_process:
-        GrowingFile(path).finish(pool.to_row() for pool in scored)
+        GrowingFile.finish(path, (pool.to_row() for pool in scored))
 
 
 def _candidates_of_other_runs(context: RunContext, iteration: int, path: str) -> StoredPools:

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..candidates import Candidate, CandidateList, CandidatePool
+from ..generation.sampler import finish_samples
 from ..pools import read_pools
 from ..storage import GrowingFile, write_json
 from .context import RunContext
@@ -23,7 +24,7 @@ def held_out_samples(context: RunContext, iteration: int, path: Path) -> None:
     """Samples on held-out prompts."""
     pools = context.sampler.sample(context.folder.held_out, context.held_out_task(iteration), path)
     if PartialState().is_main_process:
-        GrowingFile(path).finish(pool.to_row() for pool in pools)
+        finish_samples(path, pools)
 
 
 def held_out(context: RunContext, iteration: int, path: Path) -> None:
@@ -32,7 +33,7 @@ def held_out(context: RunContext, iteration: int, path: Path) -> None:
     description, against = f"Iteration {iteration}: rewarding held-out", context.initial_completions()
     scored = context.scorer.score(read_pools(samples), path, description, against=against)
     if PartialState().is_main_process:
-        GrowingFile(path).finish(pool.to_row() for pool in scored)
+        GrowingFile.finish(path, (pool.to_row() for pool in scored))
 
 
 def evaluate(context: RunContext, iteration: int, path: Path) -> None:

@@ -1,12 +1,9 @@
 """Signs that a run goes wrong: numbers of each iteration, compared with limits."""
 
-import statistics
-from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..candidates import CandidatePool
+from ..report.statistics import SampleStatistics
 from .evaluation import fell
 
 Row = dict[str, Any]
@@ -55,8 +52,8 @@ MAX_KL = 50.0
 
 
 def check_iteration(
-    samples: Iterable[CandidatePool],
-    first_samples: Iterable[CandidatePool],
+    samples: SampleStatistics,
+    first_samples: SampleStatistics,
     selection: Row,
     training_log: list[Row],
     start: Row,
@@ -69,13 +66,13 @@ def check_iteration(
     Checks one iteration.
 
     Args:
-        samples: What was sampled for training.
-        first_samples: The same of iteration 1, which the initial model sampled.
+        samples: Of what was sampled for training.
+        first_samples: The same of iteration 1, which the initial model samples.
         selection: Counts of the selection.
         training_log: What the trainer logged.
         start: Evaluation of the initial model.
         evaluations: Those after each iteration so far, this one last.
-        monitor: What was found on held-out prompts during the training, if they were sampled.
+        monitor: What was found on held-out prompts during the training, if they were samples.
         beta: That of the training; the rewards in the trainer's log are log-ratios times beta.
         reference_free: Whether the training has no reference. Margins are then mostly differences in length, and are
             not checked.
@@ -83,15 +80,15 @@ def check_iteration(
     Returns:
         One result for each of [`CHECKS`].
     """
-    now, sampled = evaluations[-1], SampleStatistics.of(samples)
+    now = evaluations[-1]
     # Collapse shows in what training starts from and in what it ends with. Each is compared on prompts of its own kind
-    lengths = [(sampled.tokens, SampleStatistics.of(first_samples).tokens), (now["tokens"], start["tokens"])]
+    lengths = [(samples.tokens, first_samples.tokens), (now["tokens"], start["tokens"])]
     ratios = [length / before for length, before in lengths if length is not None and before]
     ratio = max(ratios, key=lambda x: max(x, 1 / x if x else float("inf")), default=None)
     prompts = selection["lists"] + sum(selection[x] for x in ("prompts_too_few", "prompts_tied", "prompts_small_gap"))
     tied = selection["prompts_tied"] / prompts
     # Samples shrinking to nothing are no fewer for being finished
-    truncated = max(1 - now["finished"], 1 - sampled.finished)
+    truncated = max(1 - now["finished"], 1 - samples.finished)
     margins = [entry["rewards/margins"] / beta for entry in training_log if "rewards/margins" in entry and beta]
     margins = [] if reference_free else margins
     stopped = monitor if monitor is not None and monitor["stopped_at"] is not None else None
@@ -107,9 +104,9 @@ def check_iteration(
         ),
         Check(
             "duplicates",
-            sampled.duplicates,
+            samples.duplicates,
             f"at most {MAX_DUPLICATES:.0%} of the samples",
-            sampled.duplicates <= MAX_DUPLICATES,
+            samples.duplicates <= MAX_DUPLICATES,
             "The policy repeats itself. Raise `temperature`.",
         ),
         Check(
@@ -150,32 +147,3 @@ def check_iteration(
             "The policy is far from the initial model. Raise `beta`, or lower `learning_rate`.",
         ),
     ]
-
-
-@dataclass
-class SampleStatistics:
-    """
-    What there is to say of the policy's own samples.
-
-    Attributes:
-        tokens: Their mean number of tokens; `None` where unknown.
-        finished: Share of them that ended on their own.
-        duplicates: Mean share of a prompt's samples that repeat another one.
-    """
-
-    tokens: float | None
-    finished: float
-    duplicates: float
-
-    @classmethod
-    def of(cls, pools: Iterable[CandidatePool]) -> "SampleStatistics":
-        """Goes through the pools once."""
-        lengths, finished, distinct = array("q"), array("b"), array("d")
-        for pool in pools:
-            own = [candidate for candidate in pool.candidates if candidate.source == "policy"]
-            lengths.extend(candidate.num_tokens for candidate in own if candidate.num_tokens is not None)
-            finished.extend(candidate.finished for candidate in own)
-            if own:
-                distinct.append(len({str(candidate.completion) for candidate in own}) / len(own))
-        mean_length = statistics.fmean(lengths) if lengths else None
-        return cls(mean_length, statistics.fmean(finished), 1 - statistics.fmean(distinct))

@@ -21,9 +21,9 @@ from trl import ModelConfig
 from ..errors import ConfigError, LarPOError, ProcessError
 from ..lifetime import end_family, exit_status
 from ..locks import exclusive_lock
-from ..pools import read_pools
 from ..report.numbers import with_error
 from ..report.page import write_report
+from ..report.statistics import sample_statistics
 from ..set_aside import set_aside_in
 from ..storage import explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
@@ -265,8 +265,8 @@ def _check_health(folder: RunFolder, iteration: int, has_changed: bool) -> list[
     if not has_changed and (path / "health.json").exists():
         return [Check(**check) for check in read_json(path / "health.json")]
     checks = check_iteration(
-        samples=read_pools(path / "samples.jsonl", skip_damaged=True),
-        first_samples=read_pools(folder.iteration(1) / "samples.jsonl", skip_damaged=True),
+        samples=sample_statistics(path),
+        first_samples=sample_statistics(folder.iteration(1)),
         selection=read_json(path / "selection.json"),
         training_log=read_jsonl(path / "training_log.jsonl"),
         start=read_json(folder.iteration(0) / "evaluation.json"),
