@@ -7,15 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow.compute as pc
+import tokenizers
+import transformers
+import trl
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import ConfigError, DataError
-from . import validation
+from . import token_parts, validation
 from .datasets import column_names
-from .trl_compat import prepare_multimodal_messages, tokenize
+from .token_parts import PartsDiffer, Source, encode, forget_tokenizers
+from .trl_compat import prepare_multimodal_messages
 from .validation import canonical_row
 
 logger = get_logger(__name__)
@@ -27,7 +31,10 @@ _FEATURES = {
     "relevance": Sequence(Value("float64")),
 }
 
-_CODE = Hasher.hash([inspect.getsource(module) for module in (sys.modules[__name__], validation)])
+_CODE = Hasher.hash(
+    [inspect.getsource(module) for module in (sys.modules[__name__], token_parts, validation)]
+    + [library.__version__ for library in (tokenizers, transformers, trl)]
+)
 """Stands for what makes tokens of rows: what another version of it has left in the cache of datasets is not found."""
 
 _warned_of: set[tuple[str, str]] = set()  # data set and kind of trouble, of the data set that is being tokenised
@@ -54,6 +61,9 @@ def tokenize_dataset(
     and nothing of what the chat template puts after a message. Where a column `completion_ids` has the tokens that were
     sampled, those are taken, unless they are another tokenizer's.
 
+    The prompt of a list is tokenized once where that gives the same tokens (see `token_parts`), which is checked on
+    some of the rows; where it does not, and in streams, each completion is tokenized with its prompt.
+
     As in TRL, a list whose prompt alone fills `max_length` is dropped when the start is kept; how many were is logged.
 
     Args:
@@ -77,25 +87,31 @@ def tokenize_dataset(
         ConfigError: If completions are plain text, and the tokenizer has no end-of-sequence token.
     """
     _warned_of.clear()
+    forget_tokenizers()
     # Nothing but plain values is handed to `map` and `filter`, so that datasets can find their results in its cache
     map_kwargs: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
         features = Features({length_column: Value("int64")} | dataset.features | _FEATURES)
         map_kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {where}", "features": features}
-    dataset = dataset.map(
-        _tokenize_row,
-        with_indices=True,
-        fn_kwargs={
-            "processing_class": processing_class,
-            "eos_token": eos_token,
-            "where": where,
-            "length_column": length_column,
-            "truncated_completions": truncated_completions,
-            "min_candidates": min_candidates,
-            "code": _CODE,
-        },
-        **map_kwargs,
-    )
+    fn_kwargs = {
+        "processing_class": processing_class,
+        "eos_token": eos_token,
+        "where": where,
+        "length_column": length_column,
+        "truncated_completions": truncated_completions,
+        "min_candidates": min_candidates,
+        "by_parts": isinstance(dataset, Dataset),  # rows of a stream are gone when a later one shows a difference
+        "code": _CODE,
+    }
+    try:
+        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+    except PartsDiffer:
+        logger.warning(
+            f"{where}: this tokenizer treats parts of a text differently from the whole. So prompts are tokenized "
+            "again for each completion, which takes longer."
+        )
+        fn_kwargs["by_parts"] = False
+        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
     # The first row of a stream need not have all columns
     if truncated_completions == "drop" and (
         "finished" in column_names(dataset) or isinstance(dataset, IterableDataset)
@@ -177,6 +193,7 @@ def _tokenize_row(
     length_column: str,
     truncated_completions: str,
     min_candidates: int,
+    by_parts: bool,
     code: str,  # for the cache alone
 ) -> Row:
     ranked = canonical_row(row, index, where, truncated_completions, min_candidates)
@@ -199,6 +216,7 @@ def _tokenize_row(
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        prompt_source = Source(prompt, template_kwargs | {"add_generation_prompt": True})
         if continues:
             text = _render_up_to_end_of_content(processing_class, prompt, template_kwargs)
             if text is None:
@@ -206,19 +224,15 @@ def _tokenize_row(
                     f"{where} row {index}, column `prompt`: it ends with the beginning of an answer, whose end cannot "
                     "be found in the rendered chat template. Move it into the completions."
                 )
-            prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
+            prompt_source = Source(text, is_rendered=True)
     else:
         if eos_token is None:
             raise ConfigError(
                 f"{where}: plain-text completions get an end-of-sequence token, but the tokenizer has none. "
                 "Set `tokenizer.eos_token`."
             )
-        prompt_ids = tokenize(processing_class, prompt)["input_ids"]
-        if prompt_ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(eos_token):
-            prompt_ids = prompt_ids[:-1]  # added by the tokenizer
-    sequences = []
+        prompt_source = Source(prompt)
+    known_ids, sources = [], []  # the tokens of a completion, or what to make them of
     of_completions = (ranked[name] for name in ("completions", "finished", "completion_ids"))
     for position, (completion, finished, ids) in enumerate(zip(*of_completions, strict=True)):
         if ids is not None and not _are_tokens_of(completion, finished, ids, tokenizer):
@@ -229,6 +243,7 @@ def _tokenize_row(
                 "completion with this tokenizer, so its text is tokenised. Said once; other rows may be affected too.",
             )
             ids = None
+        known_ids.append(ids)
         if ids is not None:
             if finished and _end_within_text(completion, ids, tokenizer):
                 _warn_once(
@@ -239,15 +254,11 @@ def _tokenize_row(
                     "`finished` to false for it; if not, append its end token. Said once; other rows may be affected "
                     "too.",
                 )
-            sequence = prompt_ids + ids
         elif isinstance(prompt, str):
-            text = completion.removesuffix(eos_token)
-            sequence = tokenize(processing_class, prompt + text + eos_token * finished)["input_ids"]
-            if finished and sequence[-2:] == 2 * [tokenizer.eos_token_id] and not text.endswith(eos_token):
-                sequence = sequence[:-1]  # some tokenizers add one on their own
+            sources.append(Source(prompt + completion.removesuffix(eos_token) + eos_token * finished))
         elif finished:
             messages = _continued(prompt, completion) if continues else prompt + completion
-            sequence = tokenize(processing_class, messages, **template_kwargs)["input_ids"]
+            sources.append(Source(messages, template_kwargs))
         else:
             text = _render_up_to_end_of_content(processing_class, prompt + completion, template_kwargs)
             if text is None:
@@ -255,8 +266,20 @@ def _tokenize_row(
                     f"{where} row {index}, column `finished`: entry {position} is false, but its end cannot be found "
                     "in the rendered chat template. Give its tokens in a column `completion_ids`, or remove it."
                 )
-            sequence = tokenizer(text, add_special_tokens=False)["input_ids"]
-        while not finished and len(sequence) > len(prompt_ids) + 1 and sequence[-1] == tokenizer.eos_token_id:
+            sources.append(Source(text, is_rendered=True))
+
+    prompt_ids, *others = encode(processing_class, [prompt_source, *sources], by_parts, index)
+    eos_id = tokenizer.eos_token_id
+    if isinstance(prompt, str) and prompt_ids[-1:] == [eos_id] and not prompt.endswith(str(eos_token)):
+        prompt_ids = prompt_ids[:-1]  # added by the tokenizer
+    encoded = iter(others)
+    sequences = []
+    for completion, finished, ids in zip(ranked["completions"], ranked["finished"], known_ids, strict=True):
+        sequence = next(encoded) if ids is None else prompt_ids + ids
+        ends_twice = isinstance(prompt, str) and finished and sequence[-2:] == 2 * [eos_id]
+        if ids is None and ends_twice and not completion.removesuffix(eos_token).endswith(eos_token):
+            sequence = sequence[:-1]  # some tokenizers add one on their own
+        while not finished and len(sequence) > len(prompt_ids) + 1 and sequence[-1] == eos_id:
             sequence = sequence[:-1]  # some tokenizers add it on their own
         sequences.append(sequence)
 
@@ -290,6 +313,8 @@ def _warn_once(where: str, kind: str, message: str) -> None:
 
 
 def _common_prefix_length(ids: list[int], other_ids: list[int]) -> int:
+    if other_ids[: len(ids)] == ids:  # nearly always, and much faster
+        return len(ids)
     return next(
         (place for place, (a, b) in enumerate(zip(ids, other_ids, strict=False)) if a != b),
         min(len(ids), len(other_ids)),
