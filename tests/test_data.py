@@ -318,4 +318,61 @@ def test_rows_that_are_never_in_memory_together_are_the_same_dataset(tmp_path, m
     again = Dataset.from_file(dataset.cache_files[0]["filename"])
     assert dataset._fingerprint == again._fingerprint  # all processes find each other's results in the cache
     monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)  # NFS: a process holds a file open
-    assert dataset_on_disk(lambda: iter(rows), tmp_path / "data").to_list() == dataset.to_list()
+    other = [row | {"ids": [5]} for row in rows]
+    assert dataset_on_disk(lambda: iter(other), tmp_path / "data").to_list() == Dataset.from_list(other).to_list()
+
+
+def tokens_of(dataset, tokenizer, **options):
+    settings = {"where": "d", "max_length": None, "truncation_mode": "keep_start", "eos_token": tiny.EOS}
+    return tokenize_dataset(dataset, tokenizer, **(settings | options))
+
+
+def test_rows_of_a_killed_process_stay_with_their_tokens(tmp_path):
+    rows = [{"prompt": f"p{i}", "completions": [" a", " b"], "rewards": [1.0, 0.0]} for i in range(5)]
+    folder, tokenizer = tmp_path / "data", tiny.tiny_tokenizer()
+    before = tokens_of(dataset_on_disk(lambda: iter(rows), folder), tokenizer)
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "tmp123").write_text("what was being written")
+    again = tokens_of(dataset_on_disk(lambda: iter(rows), folder), tokenizer)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    assert again.cache_files == before.cache_files and again.to_list() == before.to_list()
+
+
+@pytest.mark.parametrize("change", ["rows", "order", "a column", "tokenizer", "options", "code"])
+def test_tokens_of_something_else_are_not_taken(change, tmp_path, monkeypatch):
+    rows = [{"prompt": f"p{i}", "completions": [" a", " b"], "rewards": [1.0, 0.0]} for i in range(5)]
+    folder, tokenizer, options = tmp_path / "data", tiny.tiny_tokenizer(), {}
+    before = tokens_of(dataset_on_disk(lambda: iter(rows), folder), tokenizer)
+    before_files, before = {path.name for path in folder.glob("cache-*")}, before.to_list()
+    if change == "rows":
+        rows[4] = rows[4] | {"completions": [" a", " c"]}
+    elif change == "order":
+        rows.reverse()
+    elif change == "a column":
+        rows = [row | {"finished": [True, False]} for row in rows]
+    elif change == "tokenizer":
+        tokenizer.add_tokens(["p4"])
+    elif change == "options":
+        options = {"truncated_completions": "by_reward"}
+    else:
+        monkeypatch.setattr(tokenization, "_CODE", "of a later version")
+    found = tokens_of(dataset_on_disk(lambda: iter(rows), folder), tokenizer, **options)
+    assert {path.name for path in folder.glob("cache-*")} - before_files
+    expected = tokens_of(Dataset.from_list(rows), tokenizer, **options).to_list()
+    assert found.to_list() == expected
+    assert (expected == before) == (change in ("options", "code"))
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "rows.hash", "cache-*.arrow"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "zeros"])
+def test_damaged_rows_and_tokens_are_made_again(name, damage, tmp_path):
+    rows = [{"prompt": f"p{i}", "completions": [" a", " b"], "rewards": [1.0, 0.0]} for i in range(5)]
+    folder, tokenizer = tmp_path / "data", tiny.tiny_tokenizer()
+    before = tokens_of(dataset_on_disk(lambda: iter(rows), folder), tokenizer).to_list()
+    [path] = folder.glob(name)
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        kept = whole[: {"empty": 0}.get(damage, len(whole) // 2)]
+        path.write_bytes(kept + bytes(len(whole) - len(kept)) if damage == "zeros" else kept)
+    assert tokens_of(dataset_on_disk(lambda: iter(rows), folder), tokenizer).to_list() == before

@@ -1,5 +1,6 @@
 """`larpo run` on a tiny model: from prompts to models and page, stopped and resumed, and every mistake in one line."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.locks import exclusive_lock
 from trl_larpo.run import disk, loop
+from trl_larpo.training.trainer import LarPOTrainer
 
 RESULTS = (
     "run.yaml", "prompts.jsonl", "held_out_prompts.jsonl", "iteration_0/held_out.jsonl", "iteration_0/evaluation.json",
@@ -107,6 +109,25 @@ def test_the_plan_alone(project, capsys):
     assert larpo_run("--dry_run") == 0
     assert "in all     72 samples" in capsys.readouterr().out
     assert not (project / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_training_that_resumes_does_not_tokenize_again(project, monkeypatch):
+    change_options(project, num_iterations=1, monitor_evals=0)
+    data, files, train = project / "out" / "iteration_1" / "trainer" / "data", [], LarPOTrainer.train
+
+    def killed_first(self, **options):
+        files.append({path.name: path.stat().st_mtime_ns for path in data.iterdir()})
+        if len(files) == 1:
+            raise KeyboardInterrupt
+        return train(self, **options)
+
+    monkeypatch.setattr(LarPOTrainer, "train", killed_first)
+    with contextlib.suppress(KeyboardInterrupt):
+        assert larpo_run() != 0
+    assert larpo_run() == 0
+    assert files[0] == files[1] and any(name.startswith("cache-") for name in files[0])
+    assert not data.exists()
 
 
 @pytest.mark.slow

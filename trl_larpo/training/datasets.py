@@ -1,6 +1,7 @@
 """Loads datasets from files, folders, URLs and the hub."""
 
 import glob
+import hashlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..errors import ConfigError, DataError
+from ..storage import write_text
 from ..waiting import wait_for_all
 
 _ROWS_IN_MEMORY = 500
@@ -106,23 +108,53 @@ def dataset_on_disk(rows: Callable[[], Iterable[dict[str, Any]]], folder: Path) 
     """
     A dataset of rows that are never in memory together, the same for all processes, with one cache.
 
+    Where an earlier process was killed and has left the same rows, they stay, and with them what datasets keeps in its
+    cache beside them, such as their tokens. Other rows delete both.
+
     Args:
-        rows: Gives the rows, which have the same columns; called twice, in the main process.
+        rows: Gives the rows, which have the same columns; called up to twice, in the main process.
         folder: Where the dataset is kept.
     """
-    path = folder / "rows.arrow"
+    path, name = folder / "rows.arrow", folder / "rows.hash"
     if PartialState().is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)  # on NFS, files that a process holds open cannot be deleted
         # Of a column that is empty in the first rows Arrow does not know the type, and messages may have further keys
-        schema = pa.schema([])
+        schema, content = pa.schema([]), hashlib.blake2b()
         for batch in _batches(rows()):
-            schema = pa.unify_schemas([schema, pa.Table.from_pylist(batch).schema], promote_options="permissive")
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in _batches(rows()):
-                writer.write_table(pa.Table.from_pylist(batch, schema))
+            table = pa.Table.from_pylist(batch)
+            schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
+            content.update(table.schema.serialize())
+            for part in table.to_batches():
+                content.update(part.serialize())
+        if not _has_kept(folder, content.hexdigest()):
+            name.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)  # on NFS, files that a process holds open cannot be deleted
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                for batch in _batches(rows()):
+                    writer.write_table(pa.Table.from_pylist(batch, schema))
+            write_text(name, content.hexdigest())
     wait_for_all()
     return Dataset.from_file(str(path))
+
+
+def _has_kept(folder: Path, content: str) -> bool:
+    """Whether a folder holds rows with this hash, and all files in it are whole; deletes those of a killed process."""
+    name = folder / "rows.hash"
+    if not name.is_file() or name.read_text(encoding="utf-8") != content:
+        return False
+    try:
+        for path in folder.iterdir():
+            if path.suffix == ".arrow":
+                with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+                    for _ in reader:
+                        pass
+                    if file.tell() != file.size():  # zeros, which are all that a loss of power has left of it
+                        return False
+            elif path != name:
+                path.unlink()
+    except (pa.ArrowInvalid, OSError):
+        return False
+    return (folder / "rows.arrow").exists()
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
