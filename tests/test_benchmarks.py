@@ -91,6 +91,13 @@ def test_a_large_run_folder_in_small(tmp_path, monkeypatch, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+def test_tokenizing_by_turns(tiny_model, capsys):
+    options = ["--prompts", "5", "50", "--completions", "2", "3", "--words", "4", "--lists", "2", "--repeats", "1"]
+    results = load("tokenization").main(["--model", tiny_model, *options])
+    assert set(results) == {(5, 2), (5, 3), (50, 2), (50, 3)}
+    assert "ratio" in capsys.readouterr().out
+
+
 def test_the_estimate_equals_that_of_deepspeed():
     estimate = load("memory_estimate")
     stage2 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2").estimate_zero2_model_states_mem_needs
