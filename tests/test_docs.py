@@ -258,6 +258,7 @@ IN_FILES = {  # further commands in the heads of examples: why they are not run 
     "accelerate launch --config_file examples/accelerate_configs/zero3.yaml": "gpu.py starts it",
     "python examples/benchmarks/gpu_training.py": "gpu.py starts it",
     "python examples/benchmarks/generation.py": "examples/benchmarks/README.md has it, and it is run from there",
+    "python examples/benchmarks/tokenization.py": "the same",
     "python examples/benchmarks/whole_run.py": "the same",
     "python examples/quickstart/get_model.py": "the same",
     "larpo run --config examples/quickstart/quickstart.yaml": "the same",

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, int], tuple[float, fl
     parser.add_argument("--prompts", type=int, nargs="+", default=[60, 1170], help="words of a prompt")
     parser.add_argument("--completions", type=int, nargs="+", default=[4, 10], help="completions of a list")
     parser.add_argument("--words", type=int, default=75, help="words of a completion")
-    parser.add_argument("--lists", type=int, default=100)
+    parser.add_argument("--lists", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
     PartialState()  # which logging needs
