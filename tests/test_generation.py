@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trl_larpo import ConfigError, LarPOError
+from trl_larpo.generation import sampled_tokens
 from trl_larpo.generation.continuous_batching import Job, _draw
 from trl_larpo.generation.in_process import (
     Sample,
@@ -17,7 +18,7 @@ from trl_larpo.generation.in_process import (
     generate_completions,
     with_half_character,
 )
-from trl_larpo.generation.sampled_tokens import _stands_alone, tokens_beyond_text
+from trl_larpo.generation.sampled_tokens import tokens_beyond_text
 
 PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
 
@@ -179,6 +180,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("kind", ["conversation", "text", "text with special tokens"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_long_prompts_are_not_tokenised_with_each_of_their_completions(name, kind, monkeypatch):
+    monkeypatch.setattr(sampled_tokens, "_NUM_CHECKED", 1)  # prompts
     tokenizer, texts, lengths = TOKENIZERS[name](), ["blue", " blue", "why blue", "", "<|im_end|>blue", "bl"], []
     call = type(tokenizer).__call__
 
@@ -212,12 +214,15 @@ def test_long_prompts_are_not_tokenised_with_each_of_their_completions(name, kin
     assert 0 < num_given_back < 3 * len(samples)
 
 
-def test_a_token_that_another_one_may_take_a_part_of_is_no_border():
-    others = ["<|im_start|>", "<|im_end|>", "\n\n"]
-    assert _stands_alone("<|im_start|>", others)
-    for other in ("<|im_start|>assistant", "x<|im_start|>", "x<", "blue<|im"):
-        assert not _stands_alone("<|im_start|>", [*others, other])
-    assert not _stands_alone("\n\n", others) and not _stands_alone("<|<", ["<|<"])
+def test_sampled_tokens_are_compared_with_whole_texts_where_parts_differ(monkeypatch):
+    tokenizer, prompt = tiny.tiny_tokenizer(), [{"role": "user", "content": "why"}]
+    answered = [*prompt, {"role": "assistant", "content": "blue"}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=True, return_dict=True)["input_ids"]
+    sampled = whole[len(encode_prompt(tokenizer, prompt)) :]
+    samples = [Sample("blue", 3, True, sampled), Sample("x", 1, True, [1])]
+    monkeypatch.setattr(sampled_tokens, "encode_texts", lambda *arguments, **options: [[1], [2], [3]])  # nonsense
+    for _ in range(3):
+        assert tokens_beyond_text(tokenizer, prompt, samples) == [None, [1]]
 
 
 def test_half_a_character_at_the_end_is_part_of_the_text():

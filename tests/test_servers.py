@@ -614,8 +614,11 @@ def test_a_server_that_dies_hands_its_requests_to_the_others(fake, monkeypatch):
     assert len(results) == 20 and len(dying.requests) > 3 and len(healthy.requests) >= 14
 
 
-def test_a_signal_while_requests_are_in_flight_is_no_error_of_theirs(fake, caplog, monkeypatch):
-    signals = [Stopped(signal.SIGTERM)]
+@pytest.mark.parametrize("in_group", [False, True], ids=["alone", "in a group"])
+def test_a_signal_while_requests_are_in_flight_is_no_error_of_theirs(fake, caplog, monkeypatch, in_group):
+    signals: list[BaseException] = [Stopped(signal.SIGTERM)]
+    if in_group:  # of tasks, by which a library connects to a server
+        signals = [BaseExceptionGroup("", [OSError(), BaseExceptionGroup("", signals)])]
 
     def stop(*_):
         if signals:

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from trl_larpo.training import token_parts, tokenization
+from trl_larpo import token_parts
+from trl_larpo.training import sequences, tokenization
 from trl_larpo.training.tokenization import tokenize_dataset
 
 PartialState()  # which logging needs
@@ -188,7 +189,7 @@ def row_tokens(rows, tokenizer, by_parts):
     settings = {"processing_class": tokenizer, "eos_token": tokenizer.eos_token, "where": "d", "length_column": "n"}
     settings |= {"truncated_completions": "rank_last", "min_candidates": 2, "by_parts": by_parts, "code": ""}
     token_parts.forget_tokenizers()
-    between_checks = range(token_parts._FIRST_ROWS, token_parts._EVERY)
+    between_checks = range(sequences._FIRST_ROWS, sequences._EVERY)
     return [tokenization._tokenize_row(row, i, **settings) for i, row in zip(between_checks, rows, strict=False)]
 
 
@@ -204,10 +205,8 @@ def test_tokens_of_parts_are_those_of_the_whole(name, conversational):
 def test_a_prompt_is_tokenized_once(name, monkeypatch):
     make, is_once = TOKENIZERS[name]
     tokenizer, texts = wrapped(make()), []
-    encode = token_parts._encode_texts
-    monkeypatch.setattr(
-        token_parts, "_encode_texts", lambda x, y, **options: texts.extend(y) or encode(x, y, **options)
-    )
+    encode = token_parts.encode_texts
+    monkeypatch.setattr(token_parts, "encode_texts", lambda x, y, **options: texts.extend(y) or encode(x, y, **options))
     prompt = [{"role": "user", "content": "Why is the lazy dog blue?"}]
     row_tokens(
         [{"prompt": prompt, "completions": [[{"role": "assistant", "content": x}] for x in "abcd"]}], tokenizer, True
@@ -240,15 +239,15 @@ def test_a_tokenizer_whose_parts_differ_gets_whole_texts(row, caplog, monkeypatc
     tokenizer = wrapped(byte_level(add_prefix_space=False))
     dataset = Dataset.from_list(some_rows(True, 16))
     settings = {"where": "d", "eos_token": tokenizer.eos_token, "max_length": None, "truncation_mode": "keep_start"}
-    monkeypatch.setattr(token_parts, "_EVERY", 4)
+    monkeypatch.setattr(sequences, "_EVERY", 4)
     right = tokenize_dataset(dataset, tokenizer, **settings)
-    by_parts, asked = token_parts._encode_by_parts, []
+    by_parts, asked = token_parts.encode_by_parts, []
 
     def wrong_from_a_row_on(*args):
         asked.append(args)
         return [[*ids, 5] for ids in by_parts(*args)] if len(asked) > row else by_parts(*args)
 
-    monkeypatch.setattr(token_parts, "_encode_by_parts", wrong_from_a_row_on)
+    monkeypatch.setattr(sequences, "encode_by_parts", wrong_from_a_row_on)
     monkeypatch.setattr(tokenization, "_CODE", f"wrong from {row} on")  # not what is in the cache
     with caplog.at_level("WARNING", logger="trl_larpo"):
         found = tokenize_dataset(dataset, tokenizer, **settings)

@@ -60,6 +60,14 @@ class Stopped(KeyboardInterrupt):
         return type(self), (self.number,), vars(self)
 
 
+def stop_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The stop that an exception is, or that a group of exceptions holds: tasks that wait for others make groups."""
+    while isinstance(error, BaseExceptionGroup):
+        stops = error.subgroup(KeyboardInterrupt)
+        error = None if stops is None else stops.exceptions[0]
+    return error if isinstance(error, KeyboardInterrupt) else None
+
+
 def guard(how_to_resume: str = "") -> None:
     """
     Puts this process, which must not have any threads yet, under a keeper, and makes signals raise [`Stopped`].

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import LarPOError
+from ..lifetime import stop_in
 from .in_process import Sample
 from .server_endpoint import BAD_SERVER, Doubt, Endpoint, Request, SamplerSettings
 from .server_errors import kind_of, was_sent
@@ -92,7 +93,12 @@ class Sampler(SamplerSettings):
             LarPOError: If none answers any request, or one has another model. In each case what was handed to
                 `on_samples` before stays there.
         """
-        asyncio.run(_Run(self, requests, on_samples, on_failure, known, num_tolerated).run())
+        try:
+            asyncio.run(_Run(self, requests, on_samples, on_failure, known, num_tolerated).run())
+        except BaseExceptionGroup as group:
+            if (stop := stop_in(group)) is None:
+                raise
+            raise stop from None
 
 
 class _Over(Exception):
@@ -339,5 +345,5 @@ class _Run:
 
 def _log_unless_stopped(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A signal is raised in whatever task is at work, which is no error of that task."""
-    if not isinstance(context.get("exception"), KeyboardInterrupt):
+    if stop_in(context.get("exception")) is None:
         loop.default_exception_handler(context)

@@ -15,10 +15,11 @@ from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .. import token_parts
 from ..errors import ConfigError, DataError
-from . import token_parts, validation
+from . import sequences, validation
 from .datasets import column_names
-from .token_parts import PartsDiffer, Source, encode, forget_tokenizers
+from .sequences import PartsDiffer, Source, encode
 from .trl_compat import prepare_multimodal_messages
 from .validation import canonical_row
 
@@ -32,7 +33,7 @@ _FEATURES = {
 }
 
 _CODE = Hasher.hash(
-    [inspect.getsource(module) for module in (sys.modules[__name__], token_parts, validation)]
+    [inspect.getsource(module) for module in (sys.modules[__name__], sequences, token_parts, validation)]
     + [library.__version__ for library in (tokenizers, transformers, trl)]
 )
 """Stands for what makes tokens of rows: what another version of it has left in the cache of datasets is not found."""
@@ -87,7 +88,7 @@ def tokenize_dataset(
         ConfigError: If completions are plain text, and the tokenizer has no end-of-sequence token.
     """
     _warned_of.clear()
-    forget_tokenizers()
+    token_parts.forget_tokenizers()
     # Nothing but plain values is handed to `map` and `filter`, so that datasets can find their results in its cache
     map_kwargs: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
