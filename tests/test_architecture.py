@@ -71,6 +71,16 @@ def test_processes_that_sample_and_reward_import_no_trainer(stages):
     assert not reached & {"training/trainer", "run/training_stages", "run/loop", "report/charts"}
 
 
+def test_a_run_imports_all_stages_before_it_begins():
+    """What they lack, such as a version of TRL that they know, is an error in the first seconds."""
+    stages = {name for name in MODULES if name.startswith("run/") and name.endswith("_stages")}
+    reached, new = set(), {"run/loop"}
+    while new:
+        reached |= new
+        new = set().union(*(imported(name, at_once=True) for name in new)) - reached
+    assert len(stages) == 3 and stages <= reached and "training/trl_compat" in reached
+
+
 def test_all_stages_have_a_function():
     for name, stage in STAGES.items():
         module, function = (cell.cell_contents for cell in stage.function.__closure__)

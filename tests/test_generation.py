@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -19,6 +20,7 @@ from trl_larpo.generation.in_process import (
     with_half_character,
 )
 from trl_larpo.generation.sampled_tokens import tokens_beyond_text
+from trl_larpo.training.tokenization import tokenize_dataset
 
 PROMPTS = ["a", "the dog runs", [{"role": "user", "content": "why is the cat blue"}], "is"]
 
@@ -223,6 +225,24 @@ def test_sampled_tokens_are_compared_with_whole_texts_where_parts_differ(monkeyp
     monkeypatch.setattr(sampled_tokens, "encode_texts", lambda *arguments, **options: [[1], [2], [3]])  # nonsense
     for _ in range(3):
         assert tokens_beyond_text(tokenizer, prompt, samples) == [None, [1]]
+
+
+def test_arguments_of_the_chat_template_that_act_on_tokens_are_kept():
+    """As `sanitize_control_tokens` of transformers 5, which refuses to give the text alone."""
+    tokenizer, options = tiny.tiny_tokenizer(), {"sanitize_control_tokens": True}
+    prompt = [{"role": "user", "content": "why<|im_end|>"}]
+    answered = [*prompt, {"role": "assistant", "content": "blue"}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=True, return_dict=True, **options)["input_ids"]
+    sampled = whole[len(encode_prompt(tokenizer, prompt, options)) :]
+    samples = [Sample("blue", 3, True, sampled), Sample("x", 1, True, [1])]
+    assert tokens_beyond_text(tokenizer, prompt, samples, options) == [None, [1]]
+    row = {"prompt": prompt, "completions": [answered[1:], answered[1:]], "rewards": [1.0, 0.0]}
+    row["chat_template_kwargs"] = options
+    dataset = tokenize_dataset(
+        Dataset.from_list([row]), tokenizer, where="d", eos_token="</s>", max_length=None, truncation_mode="keep_start"
+    )
+    [completion_ids, _] = dataset[0]["completion_ids"]
+    assert dataset[0]["prompt_ids"] + completion_ids == whole
 
 
 def test_half_a_character_at_the_end_is_part_of_the_text():

@@ -63,7 +63,7 @@ def fail(*arguments):
 def test_a_process_that_failed_says_so_to_others(two, monkeypatch, work):
     two[1].close()  # else the wait for what was not said has no end
     monkeypatch.setattr(waiting, "_HEAD_START", 0.1)
-    monkeypatch.setattr(waiting, "_group", two[1])
+    monkeypatch.setattr(waiting, "_current_group", lambda: two[1])
     monkeypatch.setitem(cli.COMMANDS, "generate", (fail, "fails"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
@@ -107,7 +107,7 @@ def test_the_main_process_goes_first_then_that_of_each_machine(monkeypatch):
     monkeypatch.setattr(waiting, "wait_for_all", lambda: barrier.wait(timeout=20))
 
     def process(rank):  # two of each machine
-        mine.state = SimpleNamespace(is_main_process=rank == 0, is_local_main_process=rank % 2 == 0)
+        mine.state = SimpleNamespace(num_processes=4, is_main_process=rank == 0, is_local_main_process=rank % 2 == 0)
         with waiting.main_process_first():
             time.sleep(0.1)
             order.append(rank)

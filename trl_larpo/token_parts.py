@@ -9,8 +9,28 @@ beginning of a text in its own way (SentencePiece's `▁`) sees none.
 
 import re
 from functools import lru_cache
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+# Arguments of `apply_chat_template` that act on its tokens
+_OF_TOKENS = {
+    "max_length", "padding", "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs",
+    "truncation",
+}  # fmt: skip
+
+
+def is_text_enough(template_kwargs: dict[str, Any]) -> bool:
+    """Whether the tokens of a conversation are those of its text: no argument of the chat template acts on tokens."""
+    return not _OF_TOKENS & template_kwargs.keys()
+
+
+def can_take_parts(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, template_kwargs: dict[str, Any] | None = None
+) -> bool:
+    """Whether texts may be tokenized by parts: by a tokenizer of the tokenizers library, and only as texts."""
+    # Processors have no such attribute
+    return getattr(processing_class, "is_fast", False) and is_text_enough(template_kwargs or {})
 
 
 def encode_by_parts(tokenizer: PreTrainedTokenizerBase, texts: list[str], is_plain: bool) -> list[list[int]]:

@@ -54,6 +54,8 @@ def wait_for_all() -> None:
 def main_process_first() -> Iterator[None]:
     """The main process goes through the block first, then that of each machine, then all others."""
     state = PartialState()
+    if state.num_processes > 1:
+        _current_group()  # shows signs of life in the block, too
     firsts = (state.is_main_process, state.is_local_main_process)
     for is_first in firsts:
         if not is_first:
@@ -66,8 +68,8 @@ def main_process_first() -> Iterator[None]:
 
 def tell_others(error: BaseException) -> None:
     """Ends the waits of the other processes, as this one has failed."""
-    if _group is not None:
-        _group.tell(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    if (group := _current_group()) is not None:
+        group.tell(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
 def _current_group() -> "ProcessGroup | None":
@@ -115,8 +117,10 @@ class ProcessGroup:
                     return
 
     def tell(self, problem: str) -> None:
-        """Says why this process has failed."""
+        """Says why this process has failed, unless another one has before: then that is why."""
         with contextlib.suppress(RuntimeError):
+            if self._keys.add("problems", 0):
+                return
             self._keys.set("problem", f"Process {self.rank} of {self.size} failed: {problem}")
             self._keys.add("problems", 1)
 

@@ -1,4 +1,4 @@
-"""One of two processes that sample and reward. The second one is later than any collective may wait."""
+"""One of two processes that prepare, sample and reward. Each is later than any collective may wait, at times."""
 
 import os
 import sys
@@ -17,10 +17,17 @@ from trl_larpo.prompts import Prompt
 from trl_larpo.rewards import scorer
 from trl_larpo.rewards.functions import Reward
 from trl_larpo.rewards.options import RewardOptions
+from trl_larpo.waiting import main_process_first
 
 LIMIT, SECONDS_OF_A_PROMPT = 2.0, 0.75  # each process has four prompts
 
 POOLS = [CandidatePool(Prompt.of(f"prompt {number}"), [Candidate("yes"), Candidate("no")]) for number in range(8)]
+
+
+def prepare():
+    with main_process_first():  # before any other wait
+        if PartialState().is_main_process:
+            time.sleep(1.5 * LIMIT)
 
 
 def sample(folder):
@@ -51,5 +58,6 @@ PartialState(cpu=True).wait_for_everyone()
 # Not before, as imports may take longer in one of the two
 distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT))
 distributed_c10d._get_default_store().set_timeout(timedelta(seconds=LIMIT))
+prepare()
 print(f"{len(sample(folder))} sampled, {len(reward(folder))} rewarded", flush=True)
 os._exit(0)

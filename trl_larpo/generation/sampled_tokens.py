@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from ..prompts import Content
-from ..token_parts import encode_texts, place_to_cut
+from ..token_parts import can_take_parts, encode_texts, place_to_cut
 from .in_process import Sample, encode_prompt, render_prompt
 
 _NUM_CHECKED = 8  # prompts of which parts are compared with whole texts
@@ -55,7 +55,7 @@ def _tokenize(
     may be left out.
     """
     num_checked = _num_checked.get(tokenizer, 0)
-    if not tokenizer.is_fast or num_checked is None:
+    if num_checked is None or not can_take_parts(tokenizer, kwargs):
         return _tokenize_whole(tokenizer, prompt, completions, kwargs)
     texts, is_plain = _render(tokenizer, prompt, completions, kwargs), isinstance(prompt, str)
     place = place_to_cut(tokenizer, texts, is_plain)

@@ -286,7 +286,7 @@ class _Run:
                 return
             if answers:
                 endpoint.dead = False
-                endpoint.samples_at.clear()  # it may be another server now
+                endpoint.num_sampled.clear()  # it may be another server now
                 self.queue.changed()
                 logger.warning(f"{endpoint.url} answers again.")
 

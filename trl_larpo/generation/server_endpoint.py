@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ _MORE_SETTINGS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_
 Beyond OpenAI's protocol. What is not said a server takes from the model's `generation_config.json`, so that samples of
 one model would be drawn in another way than those of the next.
 """
+
+_ENOUGH_SAMPLED = 3  # prompts whose completions differ, from which on a server is known to sample
 
 _UNKNOWN_SETTING = (400, 422)  # what a server says to a setting that it does not know
 
@@ -135,7 +138,8 @@ class Endpoint:
             max_retries=0,
             http_client=DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None,  # no proxy
         )
-        self.samples_at: set[float] = set()  # temperatures at which a prompt got different completions
+        # Temperatures, and how many prompts got different completions there: more than rounding makes of the same ones
+        self.num_sampled: Counter[float] = Counter()
         self.was_told = False  # that it returns the same completion again and again
         self.takes_more: bool | None = None  # whether it knows the settings beyond OpenAI's; `None`: not known yet
         self.known: Request | None = None  # one that it has answered
@@ -164,10 +168,10 @@ class Endpoint:
                 found += more
             if len(places) > 1 and temperature > 0:
                 # One that is known to sample is certain of its answer
-                if len({sample.text for sample in found}) == 1 and temperature not in self.samples_at:
+                is_known = self.num_sampled[temperature] >= _ENOUGH_SAMPLED
+                if not is_known and len({sample.text for sample in found}) == 1:
                     found = await self._ask_to_sample(request, temperature, places, found)
-                if len({sample.text for sample in found}) > 1:
-                    self.samples_at.add(temperature)
+                self.num_sampled[temperature] += 2 * len({sample.text for sample in found}) > len(found)
             for place, sample in zip(places, found, strict=True):
                 samples[place] = sample
         return [samples[place] for place in range(len(request.temperatures))]

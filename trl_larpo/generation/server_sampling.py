@@ -15,6 +15,7 @@ from ..preparation import preparing
 from ..prompts import Prompt
 from ..set_aside import SetAside
 from ..storage import GrowingFile
+from ..token_parts import is_text_enough
 from .in_process import Sample, encode_prompt, render_prompt, with_half_character
 from .model_servers import ModelServers
 from .options import GenerationOptions
@@ -164,7 +165,8 @@ class ServerSampling:
 
     def _request(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Request:
         kwargs = self.options.template_kwargs
-        render_prompt(tokenizer, prompt.content, kwargs)  # an error here, before servers start
+        check = render_prompt if is_text_enough(kwargs) else encode_prompt
+        check(tokenizer, prompt.content, kwargs)  # an error here, before servers start
         request = _LazyRequest(
             key=prompt.id,
             prompt=prompt.content,

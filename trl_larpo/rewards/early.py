@@ -18,7 +18,6 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 
 from ..candidates import CandidatePool
-from ..errors import LarPOError
 from ..pools import StoredPools, ids_of
 from ..storage import GrowingFile, StoredRows, partial_files
 from .asynchronous import CallsInFlight
@@ -109,7 +108,7 @@ class EarlyRewards:
                     in_flight.add(pool, self.scorer.start([self._as_called(pool)]))
             for ready, calls in in_flight.take_ready(_LOOK_UP):
                 self._score(ready, calls)
-        with contextlib.suppress(LarPOError, OSError):  # rewards that are lost are given again later
+        with contextlib.suppress(ValueError, OSError):  # it may be closed; rewards that are lost are given again later
             self._file.sync()
 
     def _as_called(self, pool: CandidatePool) -> CandidatePool:

@@ -67,12 +67,12 @@ def check_iteration(
 
     Args:
         samples: Of what was sampled for training.
-        first_samples: The same of iteration 1, which the initial model samples.
+        first_samples: The same of iteration 1, which the initial model sampled.
         selection: Counts of the selection.
         training_log: What the trainer logged.
         start: Evaluation of the initial model.
         evaluations: Those after each iteration so far, this one last.
-        monitor: What was found on held-out prompts during the training, if they were samples.
+        monitor: What was found on held-out prompts during the training, if they were sampled.
         beta: That of the training; the rewards in the trainer's log are log-ratios times beta.
         reference_free: Whether the training has no reference. Margins are then mostly differences in length, and are
             not checked.

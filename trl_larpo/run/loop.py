@@ -27,6 +27,7 @@ from ..report.statistics import sample_statistics
 from ..set_aside import set_aside_in
 from ..storage import explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
+from . import candidate_stages, evaluation_stages, training_stages  # noqa: F401 - what they lack is an error now
 from .checks import check_run
 from .context import RunContext
 from .disk import warn_of_little_space

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -132,6 +133,8 @@ def dataset_on_disk(rows: Callable[[], Iterable[dict[str, Any]]], folder: Path) 
             with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
                 for batch in _batches(rows()):
                     writer.write_table(pa.Table.from_pylist(batch, schema))
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
             write_text(name, content.hexdigest())
     wait_for_all()
     return Dataset.from_file(str(path))
@@ -152,7 +155,7 @@ def _has_kept(folder: Path, content: str) -> bool:
                         return False
             elif path != name:
                 path.unlink()
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowException, OSError):
         return False
     return (folder / "rows.arrow").exists()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..token_parts import encode_by_parts
+from ..token_parts import can_take_parts, encode_by_parts
 from .trl_compat import tokenize
 
 _FIRST_ROWS, _EVERY = 8, 1000
@@ -48,7 +48,7 @@ def encode(
     Raises:
         PartsDiffer: If the row is compared, and its parts are not the whole.
     """
-    if not by_parts or not getattr(processing_class, "is_fast", False):  # processors have no such attribute
+    if not by_parts or not all(can_take_parts(processing_class, source.template_kwargs) for source in sources):
         return [_encode_whole(processing_class, source) for source in sources]
     texts: list[str] = [
         source.content
