@@ -104,7 +104,7 @@ def test_rewards_get_columns_as_they_are_in_the_file(tmp_path, name, form):
     "text, message",
     [
         ("", "is empty"),
-        ('{"prompt": "a"}\n{"prompt": "b"\n', "cannot be read: .*in row 1"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "cannot be read: "),  # in words of datasets
         ('{"question": "a"}\n{"answer": "b"}\n', "Its columns: question, answer"),
         ('{"prompt": "a"}\n{"question": "b"}\n', "row 1, column `prompt`: is None"),
     ],
