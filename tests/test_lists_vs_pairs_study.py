@@ -307,7 +307,8 @@ def setup(modules, tmp_path):
 
 
 def write_result(results, each, setup, reward=0.5):
-    result = {"settings": each.settings, "basis": setup.basis(each.task), "end": {"reward": reward}}
+    rewards = {"start": {"reward": 0.0}, "end": {"reward": reward}}
+    result = {"settings": each.settings, "basis": setup.basis(each.task)} | rewards
     results.path(each).write_text(json.dumps(result | {"rewards": [reward]}))
 
 
@@ -326,7 +327,7 @@ def plan(modules, tmp_path, setup):
             return [(each.arm, each.learning_rate if each.tuning else each.seed) for each in found]
 
         def write(
-            self, arm, seeds=None, rates=(3e-5, 1e-4, 3e-4), reward_of=lambda rate: -abs(rate - 1e-4), setup=setup
+            self, arm, seeds=None, rates=(3e-5, 1e-4, 3e-4), reward_of=lambda rate: 1 - abs(rate - 1e-4), setup=setup
         ):
             for each in self.each(arm, seeds, rates):
                 write_result(results, each, setup, reward_of(each.learning_rate))
@@ -351,10 +352,12 @@ def test_the_best_learning_rate_is_never_at_the_edge_of_those_tried(plan):
         return tried
 
     first, study = [3e-5, 1e-4, 3e-4], plan(["lambdarank", "approx_ndcg"])
-    assert try_all("lambdarank", lambda rate: -abs(rate - 1e-4)) == first
+    assert try_all("lambdarank", lambda rate: 1 - abs(rate - 1e-4)) == first
     assert study.rate("four_rules", "lambdarank") == 1e-4
-    assert try_all("listmle", lambda rate: -abs(rate - 1e-3)) == [*first, 1e-3, 3e-3]
-    assert try_all("listnet", lambda rate: -abs(rate - 1e-5)) == [*first, 1e-5, 3e-6]
+    assert try_all("listmle", lambda rate: 1 - abs(rate - 1e-3)) == [*first, 1e-3, 3e-3]
+    assert try_all("listnet", lambda rate: 1 - abs(rate - 1e-5)) == [*first, 1e-5, 3e-6]
+    # Chance is best where all of them are too high: a lower one follows as long as the lowest makes the model worse
+    assert try_all("random_pair", lambda rate: {3e-6: 0.5, 1e-4: 0.1}.get(rate, -0.1)) == [*first, 1e-5, 3e-6, 1e-6]
     assert try_all("approx_ndcg", lambda rate: rate) == [*first, 1e-3, 3e-3]
     assert study.rate("four_rules", "approx_ndcg") is None
     assert (

@@ -97,6 +97,7 @@ ARMS = {
     "listmle_top_2": Arm("ListMLE, top 2 places", "lists", whole_list, _loss("listmle", listmle_top_k=2)),
     "listmle_2_2": Arm("ListMLE, best 2 and worst 2", "lists", top_and_bottom(2, 2), _loss("listmle")),
     "lambdarank": Arm("LambdaRank", "lists", whole_list, _loss("lambdarank")),
+    "lambdarank_3_epochs": Arm("LambdaRank, 3 epochs", "lists", whole_list, _loss("lambdarank", num_train_epochs=3)),
     "lambdarank_normalized": Arm(
         "LambdaRank, normalised", "lists", whole_list, _loss("lambdarank", normalize_comparisons=True)
     ),

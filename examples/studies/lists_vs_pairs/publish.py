@@ -102,6 +102,19 @@ def effects_table(results: Results, task: str) -> list[str]:
     return [*head, *lines] if lines else []
 
 
+def more_steps_table(results: Results, task: str) -> list[str]:
+    """What lists earn over the arms of pairs that train on about as many tokens, in three times the steps."""
+    others = [arm for arm in ("nested_pairs", "best_worst_3_epochs") if arm in results.arms(task)]
+    lines = []
+    for arm in results.arms(task):
+        effects = [results.effect(task, arm, other) for other in others]
+        if ARMS[arm].group == "lists" and any(found and found.num_seeds >= MIN_SEEDS for found in effects):
+            cells = [f"{found} | {found.verdict}" if found else " | " for found in effects]
+            lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+    head = f"| | {' | '.join(f'over {ARMS[arm].label} |' for arm in others)} |"
+    return [head, "|---" * (2 * len(others) + 1) + "|", *lines] if lines else []
+
+
 def pilots_table(results: Results, task: str) -> list[str]:
     """The best mean reward of each arm on the prompts for tuning, over rates that were tried with all seeds."""
     lines = []
@@ -128,6 +141,7 @@ TABLES: dict[str, Callable[[Results, str], list[str]]] = {
     "seeds": seeds_table,
     "pilots": pilots_table,
     "effects": effects_table,
+    "more_steps": more_steps_table,
     "claim": claim_table,
 }
 

@@ -28,7 +28,10 @@ STAGES = ("tune", "screen", "confirm")
 
 LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 FIRST_RATES = slice(3, 6)
-"""Those of them that every arm is tried with; further ones as long as the best one is the lowest or highest tried."""
+"""
+Those of them that every arm is tried with; further ones as long as the best one is the lowest or highest tried, or the
+lowest one makes the model worse.
+"""
 
 TUNING_SEED = 100
 
@@ -200,8 +203,11 @@ class Study:
         best = self._best_tried(task, arm)
         if missing or self.is_small or best is None:
             return missing
+        lowest, result = next(iter(self._tried(task, arm).items()))
+        is_worse = result["end"]["reward"] < result["start"]["reward"]
         place = LEARNING_RATES.index(best)
-        return self._untried(task, arm, LEARNING_RATES[max(0, place - 1) : place + 2])
+        first = min(place - 1, LEARNING_RATES.index(lowest) - is_worse)
+        return self._untried(task, arm, LEARNING_RATES[max(0, first) : place + 2])
 
     def remarks(self) -> list[str]:
         """What a reader of the tables should know."""
@@ -220,9 +226,13 @@ class Study:
 
     def _best_tried(self, task: str, arm: str) -> float | None:
         """The one with the highest reward on the prompts for tuning; of equal ones the lowest."""
-        tried = {rate: self.results.found(_tuning(task, arm, rate), self.setup) for rate in LEARNING_RATES}
-        rewards = {rate: result["end"]["reward"] for rate, result in tried.items() if result is not None}
+        rewards = {rate: result["end"]["reward"] for rate, result in self._tried(task, arm).items()}
         return max(rewards, key=rewards.__getitem__, default=None)
+
+    def _tried(self, task: str, arm: str) -> dict[float, dict]:
+        """Results of the learning rates that were tried, the lowest first."""
+        tried = {rate: self.results.found(_tuning(task, arm, rate), self.setup) for rate in LEARNING_RATES}
+        return {rate: result for rate, result in tried.items() if result is not None}
 
 
 def _tuning(task: str, arm: str, rate: float) -> Experiment:
