@@ -228,6 +228,9 @@ def test_tables_and_pictures_show_the_differences(modules, tmp_path, capsys):
     assert "| LambdaRank | +0.10, +0.10, +0.10 | +0.100 [+0.100, +0.100] | better | 2 |\n" in once
     assert "Not run yet." in once and "old" not in once and once.count("<!--") == page.count("<!--")
     assert publish.filled(once, results) == once
+    assert publish.more_steps_table(results, "four_rules") == []
+    write_results(tmp_path, {"nested_pairs": 0.2})
+    assert "| LambdaRank | -0.100 [-0.100, -0.100] | worse |" in publish.more_steps_table(results, "four_rules")
 
 
 def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path):
@@ -244,6 +247,7 @@ def test_seeds_that_chose_an_arm_do_not_count_for_it(modules, tmp_path):
     assert results.effect("four_rules", "listnet").mean == pytest.approx(0.1)
     assert results.effect("four_rules", "listnet").num_seeds == len(promising)
     assert results.effect("four_rules", "lambdarank").mean == results.effect("four_rules", "approx_ndcg").mean == 0.5
+    assert results.effect("four_rules", "lambdarank", other="listnet") is None  # nor where others are compared with it
 
 
 def test_results_of_several_kinds_are_not_averaged(modules, tmp_path):

@@ -127,4 +127,4 @@ PROMISING_SEEDS = (12, 13, 14, 15, 16)
 """Seeds of the best others of the screening, and of the baseline beside them. The seeds that they were chosen by would
 flatter them, and do not count."""
 
-ALWAYS_CONFIRMED = (BASELINE, "contrastive", "listmle", "lambdarank", "lambdarank_sums")
+ALWAYS_CONFIRMED = (BASELINE, "contrastive", "listmle", "lambdarank", "lambdarank_3_epochs", "lambdarank_sums")

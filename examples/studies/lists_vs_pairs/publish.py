@@ -15,7 +15,7 @@ from statistics import fmean
 
 import claims
 import figures
-from arms import ALWAYS_CONFIRMED, ARMS, BASELINE
+from arms import ARMS, BASELINE
 from effects import GOAL, MIN_SEEDS
 from results import Results
 from study import HERE
@@ -31,6 +31,8 @@ PILOTS = {
     "cosine_2_epochs": "cosine after warm-up, 2 epochs",
 }
 """Schedules that were tried before the study, by the folder of their results in `results/pilots/`."""
+
+PILOT_ARMS = (BASELINE, "contrastive", "listmle", "lambdarank", "lambdarank_sums")
 
 PILOT_SEEDS = 2
 """How many seeds the pilots tried learning rates with, where they tried them with all."""
@@ -120,15 +122,15 @@ def pilots_table(results: Results, task: str) -> list[str]:
     lines = []
     for folder, label in PILOTS.items():
         cells = []
-        for arm in ALWAYS_CONFIRMED:
+        for arm in PILOT_ARMS:
             found = Results(results.folder / "pilots" / folder).tuning(task, arm)
             means = {rate: fmean(of_seeds) for rate, of_seeds in found.items() if len(of_seeds) == PILOT_SEEDS}
             best = max(means, key=means.__getitem__, default=None)
             shown = best and f"{means[best]:.3f} ({', '.join(f'{reward:.2f}' for reward in found[best])}; {best:g})"
             cells.append(shown or "–")
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    head = f"| | {' | '.join(ARMS[arm].label for arm in ALWAYS_CONFIRMED)} |"
-    return [head, "|---" * (len(ALWAYS_CONFIRMED) + 1) + "|", *lines]
+    head = f"| | {' | '.join(ARMS[arm].label for arm in PILOT_ARMS)} |"
+    return [head, "|---" * (len(PILOT_ARMS) + 1) + "|", *lines]
 
 
 def claim_table(results: Results, claim: str) -> list[str]:

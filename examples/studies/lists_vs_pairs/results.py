@@ -118,7 +118,7 @@ class Results:
         Returns:
             `(seeds, groups)`, for the seeds that both have and that count; `None` if there are none.
         """
-        seeds = [seed for seed in self.counted_seeds(task, arm) if seed in self.seeds(task, other)]
+        seeds = [seed for seed in self.counted_seeds(task, arm) if seed in self.counted_seeds(task, other)]
         if not seeds or arm == other:
             return None
         return self.rewards(task, arm, seeds) - self.rewards(task, other, seeds)
