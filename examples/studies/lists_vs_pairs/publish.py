@@ -93,15 +93,30 @@ def effects_table(results: Results, task: str) -> list[str]:
     """What each arm earns over best against worst, by seed and on average, and how many seeds would tell it exactly."""
     lines = []
     for arm in results.arms(task):
-        if (found := results.effect(task, arm)) is not None:
-            of_seeds = ", ".join(f"{value:+.2f}" for value in results.differences(task, arm).mean(axis=1))
+        found = results.effect(task, arm)
+        if found is not None and found.num_seeds >= MIN_SEEDS:
             needed = results.seeds_needed(task, arm) or "–"
-            lines.append(f"| {ARMS[arm].label} | {of_seeds} | {found} | {found.verdict} | {needed} |")
+            lines.append(f"{_by_seed(results, task, arm)} | {found} | {found.verdict} | {needed} |")
     head = [
         f"| | over {ARMS[BASELINE].label}, by seed | mean and interval | | seeds for ± {GOAL} |",
         "|---|---|---|---|---|",
     ]
     return [*head, *lines] if lines else []
+
+
+def screened_table(results: Results, task: str) -> list[str]:
+    """The same of the arms with too few seeds for an interval."""
+    lines = []
+    for arm in results.arms(task):
+        found = results.effect(task, arm)
+        if found is not None and found.num_seeds < MIN_SEEDS:
+            lines.append(f"{_by_seed(results, task, arm)} | {found} |")
+    return [f"| | over {ARMS[BASELINE].label}, by seed | mean |", "|---|---|---|", *lines] if lines else []
+
+
+def _by_seed(results: Results, task: str, arm: str) -> str:
+    of_seeds = ", ".join(f"{value:+.2f}" for value in results.differences(task, arm).mean(axis=1))
+    return f"| {ARMS[arm].label} | {of_seeds}"
 
 
 def more_steps_table(results: Results, task: str) -> list[str]:
@@ -143,6 +158,7 @@ TABLES: dict[str, Callable[[Results, str], list[str]]] = {
     "seeds": seeds_table,
     "pilots": pilots_table,
     "effects": effects_table,
+    "screened": screened_table,
     "more_steps": more_steps_table,
     "claim": claim_table,
 }

@@ -182,10 +182,15 @@ class Results:
         return lines
 
     def seeds_table(self, task: str) -> list[str]:
-        """Lines of a table in Markdown: what each arm earned with each seed. On the prompts for tuning that is with the
-        rate that was chosen by them."""
+        """
+        Lines of a table in Markdown: what arms with enough seeds earned with each of them.
+
+        On the prompts for tuning that is with the rate that was chosen by them.
+        """
         lines = ["| | learning rate | on the seeds for tuning | on the reported seeds |", "|---|---|---|---|"]
         for arm in self.arms(task):
+            if len(self.seeds(task, arm)) < MIN_SEEDS:
+                continue
             rate = self.best_learning_rate(task, arm)
             tuning = [] if rate is None else self.tuning(task, arm)[rate]
             reported = [self.read(task, arm, seed)["end"]["reward"] for seed in self.seeds(task, arm)]
