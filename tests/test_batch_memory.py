@@ -144,10 +144,10 @@ def test_rows_enter_and_leave_one_layer_at_a_time(leaving):
     # Keys and values of 8 layers: with all copied at once, twice as many bytes as they take
     layers, rows, length = 8, 12, 4000
 
-    class Model:
+    class Model(torch.nn.Module):
         device = torch.device("cpu")
 
-        def __call__(self, input_ids, past_key_values, **arguments):
+        def forward(self, input_ids, past_key_values, **arguments):
             states = torch.zeros(len(input_ids), 1, input_ids.size(1), 2)
             for number in range(layers):
                 past_key_values.update(states.clone(), states.clone(), number)

@@ -64,6 +64,7 @@ def test_greedy_equals_generate_prompt_by_prompt(tmp_path, architecture):
     assert [sample.text for [sample] in samples] == expected
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # such as a new name of an argument of the model
 def test_samples_are_distinct_reproducible_and_leave_the_global_seed_alone(model):
     tokenizer = tiny.tiny_tokenizer()
     options = {"num_samples": 5, "max_new_tokens": 12, "batch_size": 7}
