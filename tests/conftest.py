@@ -134,7 +134,7 @@ def generate(project, talkative_model):
 
     small_run.write_prompts(project, [f"{i} why is the dog blue" for i in range(4)])
     flags = ["--model_name_or_path", talkative_model, "--prompts", "prompts.jsonl", "--use_cpu", "--num_samples", 2]
-    flags += ["--max_new_tokens", 4, "--output", "samples.jsonl"]
+    flags += ["--max_new_tokens", 4, "--output", "samples.jsonl", "--generation_dtype", "float32"]
     return lambda *more: cli.main(["generate", *map(str, (*flags, *more))])
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 import yaml
@@ -37,6 +38,7 @@ CONFIG = {
     "num_eval_samples": 2,
     "max_new_tokens": 24,
     "generation_batch_size": 8,
+    "generation_dtype": "float32",  # by itself it is bfloat16 on some CPUs
     "reward_funcs": "run_rewards:vowels",
     "memory": "all",
     "learning_rate": 1e-3,
@@ -75,6 +77,12 @@ def write_prompts(folder: Path, texts: list[str]) -> None:
 def change_options(folder: Path, **options) -> None:
     config = yaml.safe_load((folder / "it.yaml").read_text())
     (folder / "it.yaml").write_text(yaml.safe_dump(config | options))
+
+
+def without_kernels_of_bfloat16(monkeypatch) -> None:
+    """bitsandbytes, or a skipped test, without its kernels for some CPUs, which take no matrices as small as here."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 def larpo_run(*flags):

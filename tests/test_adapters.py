@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import larpo_run, log_probability, rows_of
+from small_run import larpo_run, log_probability, rows_of, without_kernels_of_bfloat16
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_larpo.generation.in_process import generate_completions
@@ -26,9 +26,9 @@ def quantization(flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--load_in_4bit"]], ids=["LoRA", "QLoRA"])
-def test_one_adapter_goes_through_all_iterations(project, talkative_model, flags):
+def test_one_adapter_goes_through_all_iterations(project, talkative_model, flags, monkeypatch):
     if flags:
-        pytest.importorskip("bitsandbytes")
+        without_kernels_of_bfloat16(monkeypatch)
     before = {path.name: path.read_bytes() for path in Path(talkative_model).iterdir()}
     assert larpo_run(*ADAPTER, *flags, "--monitor_evals", 0) == 0
     assert {path.name: path.read_bytes() for path in Path(talkative_model).iterdir()} == before

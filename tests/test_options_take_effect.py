@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_server import FakeServer
-from small_run import change_options, larpo_run, rows_of
+from small_run import change_options, larpo_run, rows_of, without_kernels_of_bfloat16
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -73,8 +73,8 @@ def calls(monkeypatch):
 
 
 @pytest.mark.slow
-def test_weights_are_quantized_where_they_are_sampled(generate, talkative_model):
-    pytest.importorskip("bitsandbytes")
+def test_weights_are_quantized_where_they_are_sampled(generate, talkative_model, monkeypatch):
+    without_kernels_of_bfloat16(monkeypatch)
     assert generate("--max_new_tokens", 24, "--load_in_4bit") == 0
     found = [row["completions"] for row in rows_of("samples.jsonl")]
     assert generate("--max_new_tokens", 24, "--output", "whole.jsonl") == 0

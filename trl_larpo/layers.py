@@ -3,6 +3,7 @@
 import inspect
 import sys
 
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -36,3 +37,9 @@ def layer_obstacle(model: PreTrainedModel) -> str | None:
     if not hasattr(sys.modules[type(model.base_model).__module__], "create_causal_mask"):
         return f"{type(model).__name__} does not take its mask the way transformers' own models do"
     return None
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the forward pass of a model calls keys and values of earlier tokens; versions of transformers differ."""
+    bare = model.get_base_model() if is_peft_model(model) else model
+    return "cache" if "cache" in inspect.signature(bare.forward).parameters else "past_key_values"

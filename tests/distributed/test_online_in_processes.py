@@ -44,7 +44,7 @@ def test_two_processes_equal_one(tiny_model, tmp_path):
         assert (ours["processes"], theirs["processes"]) == (1, 2)
         for key in ("loss", "grad_norm", "rewards/margins", "list_size"):
             values = [[step[key] for step in found["steps"]] for found in (ours, theirs)]
-            assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-6), (name, key)
+            assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-5), (name, key)
         weights = [load_file(folder / f"{name}.safetensors") for folder in (one, two)]
         for key, weight in weights[0].items():
             torch.testing.assert_close(weight, weights[1][key], rtol=1e-5, atol=1e-6, msg=key)

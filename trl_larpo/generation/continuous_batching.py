@@ -8,7 +8,6 @@ So the batch may be as large as memory allows: it is lowered to what fits into t
 memory runs out.
 """
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,13 +15,12 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import LarPOError
-from ..layers import layer_obstacle
+from ..layers import cache_argument, layer_obstacle
 from .batch_memory import fitting_batch_size, lower_batch_size
 
 _STRIDE = 8  # tokens after which completions that have ended leave
@@ -244,12 +242,6 @@ def _cache() -> DynamicCache:
     return cache
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
-    """What the forward pass calls keys and values of earlier tokens; versions of transformers differ."""
-    bare = model.get_base_model() if is_peft_model(model) else model
-    return "cache" if "cache" in inspect.signature(bare.forward).parameters else "past_key_values"
-
-
 class _Batch:
     """
     The completions being sampled. They end in the same column; shorter ones are padded in front.
@@ -262,7 +254,7 @@ class _Batch:
         self.model, self.settings = model, settings
         self.rows: list[tuple[Job, int, list[int]]] = []  # job, number of the completion, its tokens so far
         self.cache = _cache()
-        self.cache_argument = _cache_argument(model)
+        self.cache_argument = cache_argument(model)
         self.real = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (rows, length): 0 is padding
         self.last_ids = torch.zeros(0, dtype=torch.long, device=model.device)
         self.are_finite: list[Tensor] = []  # whether logits were, at each token since the last check
