@@ -74,6 +74,16 @@ _OF_MODEL: dict[str, dict[str, object]] = {
         )
     },
     "falcon": {"head_dim": _ABSENT},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": [48, 64],  # of each layer
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "num_kv_shared_layers": 0,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 4,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},

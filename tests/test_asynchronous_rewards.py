@@ -12,6 +12,7 @@ from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.functions import Reward, score_pools, start_calls
 from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.rewards.scorer import RewardScorer
+from trl_larpo.rewards.trl_convention import as_function
 from trl_larpo.set_aside import set_aside_in
 
 POOLS = [
@@ -154,6 +155,60 @@ def test_a_ranker_may_be_asynchronous():
 
     [pool] = score_pools([Reward("ranker", ranker, pairwise=True)], POOLS[4:5])
     assert [candidate.reward for candidate in pool.candidates] == [1.0, 0.0, 0.5]
+
+
+def longer(prompt, completions):
+    return [[float(len(a) > len(b)) for b in completions] for a in completions]
+
+
+@pytest.mark.parametrize("against", [None, {"elsewhere": ["x"], POOLS[2].prompt.id: ["bb", "<think>no</think>"]}])
+def test_calls_of_rankers_are_in_flight_too(tmp_path, monkeypatch, against):
+    barrier = asyncio.Barrier(4)
+
+    async def ranker(prompt, completions):
+        if against is None:
+            await asyncio.wait_for(barrier.wait(), timeout=60)  # up to when four are there
+        if prompt == "prompt 5":
+            raise TimeoutError("no answer")
+        return longer(prompt, completions)
+
+    def score(function, pools, output):
+        options = RewardOptions(reward_funcs=["x"], reward_calls_in_flight=4, strip_thinking="rewards")
+        scorer = RewardScorer(options, use_cpu=True)
+        monkeypatch.setattr(scorer, "_rewards", [Reward("x", function, pairwise=True)])
+        return [pool.to_row() for pool in scorer.score(pools, tmp_path / output, against=against)]
+
+    good = [pool for pool in POOLS if pool.prompt.text != "prompt 5"]
+    assert score(ranker, good[:8], "async.jsonl") == score(longer, good[:8], "sync.jsonl")
+    if against is not None:
+        assert len(score(ranker, POOLS, "some.jsonl")) == 12, "it is not asked about prompts without others"
+
+
+def test_a_ranker_that_fails_on_a_prompt_is_named_with_it():
+    async def ranker(prompt, completions):
+        if prompt == "prompt 3":
+            raise SystemExit(2)
+        return longer(prompt, completions)
+
+    rewards = [Reward("mine", ranker, pairwise=True)]
+    with pytest.raises(DataError, match=r"The ranker mine failed for the prompt 'prompt 3': .*SystemExit\(2\)"):
+        score_pools(rewards, POOLS)
+    assert len(score_pools(rewards, POOLS[4:])) == 8, "other calls are answered as before"
+
+
+def test_trainers_that_sample_await_rankers_and_objects():
+    class Client:
+        async def __call__(self, prompts, completions, **columns):
+            return [float(len(completion)) for completion in completions]
+
+    async def ranker(prompt, completions):
+        return longer(prompt, completions)
+
+    asked = {"prompts": ["p", "p", "q"], "completions": ["a", "aaa", "aa"], "trainer_state": None}
+    for function, pairwise, expected in ((Client(), False, [1.0, 3.0, 2.0]), (ranker, True, [0.0, 1.0, None])):
+        made = as_function(Reward("mine", function, pairwise=pairwise))
+        assert asyncio.iscoroutinefunction(made) and made.__name__ == "mine"
+        assert asyncio.run(made(**asked)) == expected
 
 
 def test_there_is_at_least_one_call():

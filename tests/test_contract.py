@@ -21,9 +21,10 @@ from trl.models.utils import add_hooks, disable_gradient_checkpointing, remove_h
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from trl_larpo import ConfigError
 from trl_larpo.training.config import DPO_LOSSES
 from trl_larpo.training.log_probabilities import log_probabilities_under
-from trl_larpo.training.trl_compat import triton_log_probs
+from trl_larpo.training.trl_compat import keep_forward_from_liger, triton_log_probs
 
 SIGNATURES = {
     DPOTrainer._prepare_dataset: ["self", "dataset", "processing_class", "args", "dataset_name"],
@@ -86,6 +87,15 @@ def test_attributes_of_a_dpo_trainer(tiny_model, config):
 def test_triton_function_is_found():
     assert triton_log_probs is not None, "TRL changed the arguments of `ChunkedLogProbFunction`"
     assert triton_log_probs(torch.zeros(1, 2), *[None] * 6) is None  # no Triton on a CPU
+
+
+def test_liger_keeps_its_kernels_and_leaves_the_forward():
+    """transformers hands these on to Liger, whose default replaces the model's forward by one with a fused loss."""
+    args = SimpleNamespace(liger_kernel_config={"rope": False})
+    keep_forward_from_liger(args)
+    assert args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+    with pytest.raises(ConfigError, match="asks for `fused_linear_cross_entropy`"):
+        keep_forward_from_liger(SimpleNamespace(liger_kernel_config={"fused_linear_cross_entropy": True}))
 
 
 def test_names_of_trl_losses(tiny_model, config):

@@ -210,6 +210,45 @@ def test_pairs_get_the_tokens_of_dpo_trainer(tiny_model, config, options):
     assert set(map(tuple, ours["relevance"])) == {(1.0, 0.0)}
 
 
+PAIR = {"prompt": "p", "chosen": " a", "rejected": " b"}
+TALK = USER + say("a")
+
+BAD_PAIRS = {
+    "a prompt beside whole conversations": (
+        {"chosen": TALK, "rejected": TALK}, "prompt", "from them: `dataset.remove_columns('prompt')`",
+    ),
+    "a prompt beside answers": ({"chosen": say("a"), "rejected": say("b")}, "prompt", "[{'role': 'user', 'content'"),
+    "messages and texts": ({"prompt": USER}, "prompt", "holds messages, and `chosen` a string"),
+    "two forms": ({"prompt": USER, "chosen": say("a")}, "rejected", "give both as strings or both as messages"),
+    "nothing": ({"chosen": None}, "chosen", "is None; give a string or a list of messages"),
+    "a single message": ({"rejected": say("b")[0]}, "rejected", "give a string or a list of messages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_a_bad_pair_is_named_before_the_model_is_loaded(config, tmp_path, name):
+    change, column, mend = BAD_PAIRS[name]
+    path = tmp_path / "rows.jsonl"
+    rows = [PAIR | change] if name != "nothing" else [PAIR, PAIR, PAIR | change]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_splits(str(path))["train"]
+    with pytest.raises(DataError) as error:
+        LarPOTrainer(model="/no/such/model", args=config(), train_dataset=dataset)
+    assert str(error.value).startswith(f"train_dataset row {len(rows) - 1}, column `{column}`: ")
+    assert mend in str(error.value)
+
+
+def test_the_tokenizer_is_that_of_a_processor_alone():
+    """mistral-common's has an attribute `tokenizer` that is none of transformers'."""
+    tokenizer = tiny.tiny_tokenizer()
+    expected = tokenize_dataset(Dataset.from_list([GOOD]), tokenizer, where="d", eos_token=tiny.EOS, max_length=None,
+                                truncation_mode="keep_start")  # fmt: skip
+    tokenizer.tokenizer = object()
+    found = tokenize_dataset(Dataset.from_list([GOOD]), tokenizer, where="d", eos_token=tiny.EOS, max_length=None,
+                             truncation_mode="keep_start")  # fmt: skip
+    assert found.to_list() == expected.to_list()
+
+
 def tokenize(rows, **options):
     settings = {"where": "d", "max_length": None, "truncation_mode": "keep_start", "eos_token": tiny.EOS}
     tokenizer = tiny.tiny_tokenizer()

@@ -1,13 +1,20 @@
-"""Stages that a command of the user's starts: it is not believed before their output is there."""
+"""Stages in other processes, also ones that a command of the user's starts: that is not believed without its output."""
+
+import logging
+import shutil
 
 import pytest
+from small_run import rows_of
 from trl import ModelConfig
 
 from trl_larpo import LarPOConfig, LarPOError
-from trl_larpo.run import loop
+from trl_larpo.run import evaluation_stages, loop
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig
+from trl_larpo.run.stage_process import run_stage_of
 from trl_larpo.run.stages import STAGES
+from trl_larpo.run.status import status_of
+from trl_larpo.storage import read_json, write_jsonl
 
 
 @pytest.fixture
@@ -39,3 +46,29 @@ def test_a_launcher_that_fails_is_named_by_its_exit_status(launch):
     with pytest.raises(LarPOError, match="The stage 'train' of iteration 1 failed") as error:
         launch("sh -c 'exit 7' {stage}")
     assert error.value.exit_status == 7
+
+
+def test_warnings_of_a_stage_in_other_processes_are_kept(finished_run, tmp_path, monkeypatch):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "iteration_2/evaluation.json").unlink()
+    monkeypatch.chdir(finished_run.parent)
+    monkeypatch.setattr(evaluation_stages, "kl_from_initial", lambda *_: logger.warning("a warning of the stage"))
+    logger = logging.getLogger("trl_larpo.run.evaluation_stages")
+    run_stage_of(str(run), "evaluate", 2)
+    logger.warning("later")
+    assert (run / "iteration_2/evaluation.json").exists()
+    assert status_of(run)["warnings"][-1].endswith(" a warning of the stage")
+
+
+def test_the_divergence_is_that_of_what_was_sampled(finished_run, tmp_path, monkeypatch):
+    """Also where rewards see, and the file of rewards keeps, answers without the thoughts in front of them."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "iteration_2/evaluation.json").unlink()
+    rows = rows_of(run / "iteration_2/held_out.jsonl")
+    for row in rows:
+        row["completions"] = [[{"role": "assistant", "content": "the answer alone"}] for _ in row["completions"]]
+    write_jsonl(run / "iteration_2/held_out.jsonl", rows)
+    monkeypatch.chdir(finished_run.parent)
+    run_stage_of(str(run), "evaluate", 2)
+    now, before = (read_json(folder / "iteration_2/evaluation.json") for folder in (run, finished_run))
+    assert now["kl_from_initial"]["mean"] == pytest.approx(before["kl_from_initial"]["mean"], rel=1e-4)

@@ -1,5 +1,7 @@
 """What layouts cost, by hand; which one a batch gets."""
 
+from types import SimpleNamespace
+
 import architectures
 import pytest
 import torch
@@ -32,6 +34,17 @@ def batch_of(lengths: Lengths):
         for n, xs in zip(lengths.prompts, lengths.completions, strict=True)
     ]
     return DataCollatorForCandidateLists(pad_token_id=0)(examples)
+
+
+def test_a_batch_without_candidates_has_no_work():
+    model, batch = architectures.tiny_model("llama"), batch_of(RAGGED)
+    batch["candidate_mask"][:] = False  # as where all samples of online training were cut off, and are left out
+    assert LayoutChoice(model, Layout.SPLIT, Prices())(batch) is Layout.SPLIT
+
+
+def test_widths_may_differ_from_layer_to_layer():
+    of_layers, of_all = (SimpleNamespace(hidden_size=8, intermediate_size=size) for size in ([16, 48], 32))
+    assert flops_of_token(of_layers) == flops_of_token(of_all)
 
 
 def test_work_by_hand():

@@ -10,6 +10,7 @@ from small_run import change_options, larpo_run, rows_of
 from trl_larpo import ConfigError, LarPOError
 from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.mirror import Mirror
+from trl_larpo.run.status import status_of
 from trl_larpo.training.datasets import load_splits
 
 
@@ -175,7 +176,7 @@ def test_a_store_out_of_reach_does_not_stop_the_run(project, capsys, monkeypatch
 
     monkeypatch.setattr(Mirror, "push", fails)
     assert larpo_run("--num_iterations", 1, "--mirror", "memory://out-of-reach") == 0
-    assert "WARNING mirror: ConnectionError: no route The run continues" in capsys.readouterr().out
+    assert "`mirror`: ConnectionError: no route The run continues" in status_of("out")["warnings"][-1]
     monkeypatch.setattr(Mirror, "fetch", fails)
     assert larpo_run("--mirror", "memory://out-of-reach") == 2  # at the start it is said before time is spent
     assert "memory://out-of-reach cannot be read: ConnectionError: no route" in capsys.readouterr().err

@@ -242,6 +242,19 @@ def test_samples_that_cannot_be_ranked_are_left_out():
     assert lambdarank_loss(scores, batch["relevance"], batch["candidate_mask"]).tolist() == [0.0, 0.0]
 
 
+def test_a_step_of_which_nothing_can_be_ranked_changes_nothing(online, tiny_model):
+    trainer = online({"truncated_completions": "drop", "max_completion_length": 1, "per_device_train_batch_size": 4},
+                     cls=OnlineLarPOTrainer)  # fmt: skip
+    before = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for weights, others in zip(trainer.model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(weights, others)
+
+
+def test_transformers_may_sample_in_continuous_batches(online):
+    trainer = online({"use_transformers_continuous_batching": True, "shared_prompt": "on"}, cls=OnlineLarPOTrainer)
+    assert trainer._policy_scorer.shares_prompt and trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_several_rewards(aggregation):
     values = torch.tensor([[1.0, 5.0], [2.0, torch.nan], [4.0, 9.0], [torch.nan, torch.nan]])

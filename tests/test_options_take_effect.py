@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from fake_server import FakeServer
@@ -19,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trl_larpo import cli
-from trl_larpo.generation.sampler import generation_dtype
+from trl_larpo import cli, commands
+from trl_larpo.generation.sampler import PolicySampler, device_of, generation_dtype
 from trl_larpo.run.small import save_small_reward_model
+from trl_larpo.storage import read_json
 
 FAKE_SERVER = f"{sys.executable} {Path(__file__).with_name('fake_server.py')} --port {{port}} {{model}}"
 
@@ -98,10 +100,27 @@ def test_generation_dtype(generate, calls, dtype):
     assert {kind for _, kind in calls} == {getattr(torch, dtype)}
 
 
+def test_a_cpu_samples_in_what_it_has_whatever_the_gpu_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert generation_dtype("auto", device_of(use_cpu=True)) == torch.float32
+
+
+@pytest.mark.parametrize("flags, said", [(["--dtype", "float32"], "generation_dtype"), (["--use_peft"], "its folder")])
+def test_options_of_a_training_are_not_taken_where_nothing_is_trained(generate, capsys, flags, said):
+    assert generate(*flags) == 2
+    error = capsys.readouterr().err
+    assert flags[0].removeprefix("--") in error and said in error
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help-all"])
+    listed = capsys.readouterr().out
+    assert "--generation_dtype" in listed and "--dtype" not in listed and "lora" not in listed
+
+
 def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert generation_dtype() == torch.float16
+    assert generation_dtype("auto", torch.device("cuda")) == torch.float16
 
 
 @pytest.fixture
@@ -179,6 +198,26 @@ def test_server_health_route(generate, at_most_a_minute):
     pytest.importorskip("openai")
     command = ["--server_command", f"{FAKE_SERVER} --fault slow_start", "--server_start_timeout", 30]
     assert generate(*command, "--server_health_route", "/v1/models") == 0  # /health is never ready
+
+
+@pytest.mark.slow
+def test_samples_of_two_files_in_a_folder_do_not_take_their_servers_from_each_other(generate, monkeypatch):
+    pytest.importorskip("openai")
+    statuses = []
+
+    class Sampler(PolicySampler):
+        def close(self):  # while its servers are there
+            if self.log_folder.name.startswith("samples"):
+                [[pid, _]] = read_json(self.log_folder / "servers.json")
+                assert generate("--server_command", FAKE_SERVER, "--output", "other.jsonl") == 0
+                statuses.append(psutil.Process(pid).status())
+            super().close()
+
+    monkeypatch.setattr(commands, "PolicySampler", Sampler)
+    assert generate("--server_command", FAKE_SERVER) == 0
+    [status] = statuses
+    assert status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    assert len(rows_of("samples.jsonl")) == len(rows_of("other.jsonl")) == 4
 
 
 @pytest.mark.slow

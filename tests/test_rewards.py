@@ -15,7 +15,6 @@ from trl_larpo.prompts import Prompt, without_thoughts
 from trl_larpo.rewards import verifiers
 from trl_larpo.rewards.functions import (
     Reward,
-    as_function,
     check_columns,
     load_rewards,
     mean_preferences,
@@ -24,6 +23,7 @@ from trl_larpo.rewards.functions import (
 )
 from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.rewards.scorer import RewardScorer
+from trl_larpo.rewards.trl_convention import as_function
 from trl_larpo.rewards.verifiers import (
     INSTRUCTIONS,
     boxed_answer,

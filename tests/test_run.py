@@ -389,7 +389,7 @@ def test_a_reward_for_emptiness_is_caught_by_the_second_iteration(project, capsy
     )
     assert larpo_run() == 2
     output = capsys.readouterr()
-    assert "WARNING length: " in output.out
+    assert "WARNING length in iteration 1: " in output.err
     assert "as `stop_on` asks: length. Response length changed by more than 50 %." in output.err
     assert not (project / "out/iteration_3").exists()
     lengths = [json.loads(path.read_text())["tokens"] for path in sorted((project / "out").glob("*/evaluation.json"))]

@@ -145,6 +145,13 @@ def sample_on_servers(project, talkative_model):
     return sample
 
 
+def test_what_servers_have_refused_is_no_longer_set_aside_once_it_is_sampled(sample_on_servers, project):
+    aside = project / "samples.set_aside.jsonl"
+    aside.write_text('{"prompt_id": "x", "prompt": "why is 1", "reason": "too long"}\n')
+    assert sample_on_servers(["why is 0", "why is 1"], "", server_command=None) == ["why is 0", "why is 1"]
+    assert not aside.exists()
+
+
 def test_servers_that_end_while_they_sample_are_started_again(sample_on_servers, caplog):
     texts = [f"why is {i}" for i in range(12)]
     assert sample_on_servers(texts, "exits", server_requests_in_flight=1) == texts

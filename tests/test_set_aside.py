@@ -9,7 +9,7 @@ from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.functions import Reward
 from trl_larpo.rewards.options import RewardOptions
 from trl_larpo.rewards.scorer import RewardScorer
-from trl_larpo.set_aside import SetAside, set_aside_in
+from trl_larpo.set_aside import SetAside, set_aside_files, set_aside_in, set_aside_path
 
 NUM_PROMPTS = 200
 
@@ -113,6 +113,15 @@ def test_the_share_is_that_of_all_processes_together(score, num_failing, is_too_
     message = r"11 of 200 prompts could not be rewarded, .*/rewarded\.\*set_aside\.jsonl names them"
     with pytest.raises(DataError, match=message):
         score(reward)
+
+
+def test_files_are_named_that_are_there(tmp_path):
+    output = tmp_path / "samples.jsonl"
+    SetAside(tmp_path / "samples.old.jsonl", 100, 0.5, "sampled").add(Prompt.of("of another output"), "why")
+    for process, name in ((2, "samples.process_2.set_aside.jsonl"), (0, "samples.*set_aside.jsonl")):
+        set_aside_path(output, process).write_text("")
+        assert set_aside_files(output).name == name
+        assert set(tmp_path.glob(name)) >= {path for path in tmp_path.iterdir() if "old" not in path.name}
 
 
 def test_each_prompt_is_added_to_the_file_and_a_kill_leaves_the_others(tmp_path):

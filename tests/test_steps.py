@@ -1,9 +1,12 @@
 """`larpo generate`, `reward`, `select`, `train`: from file to file, and with files made elsewhere."""
 
+import datetime
 import json
 import re
+import sys
 
 import pytest
+from datasets import Dataset
 from fake_server import FakeServer
 from small_run import rows_of
 from transformers import AutoModelForCausalLM
@@ -140,6 +143,36 @@ def test_unrewarded_files_cannot_be_selected_from(project, generate, capsys):
     assert generate() == 0
     assert larpo("select", "--candidates", "samples.jsonl", "--output", "x.jsonl") == 2
     assert "'samples.jsonl' has no rewards; score it first" in capsys.readouterr().err
+
+
+def test_prompts_without_a_reward_are_left_out_and_the_others_selected(project, capsys):
+    rows = [{"prompt": name, "completions": ["a", "b"], "rewards": rewards}
+            for name, rewards in (("why", [None, None]), ("how", [1.0, 0.0]))]  # fmt: skip
+    (project / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert larpo("select", "--candidates", "mixed.jsonl", "--output", "lists.jsonl") == 0
+    assert [row["prompt"] for row in rows_of("lists.jsonl")] == ["how"]
+
+
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_rewards_get_the_texts_of_a_json_file_as_they_are(project, form):
+    (project / "dates.py").write_text(
+        "def is_text(prompts, completions, day, **columns):\n    return [float(each == '2024-01-01') for each in day]\n"
+    )
+    row = json.dumps({"prompt": "when?", "completions": ["then", "now"], "day": "2024-01-01"})
+    (project / "dates.json").write_text(f"[{row}]" if form == "array" else row + "\n")
+    flags = ["--samples", "dates.json", "--reward_funcs", "dates:is_text", "--output", "out.jsonl", "--use_cpu"]
+    assert larpo("reward", *flags) == 0
+    assert [row["rewards"] for row in rows_of("out.jsonl")] == [[1.0, 1.0]]
+    sys.modules.pop("dates")
+
+
+def test_columns_of_times_are_refused_by_name(project, capsys):
+    times = [datetime.datetime(2024, 1, 1)]
+    table = Dataset.from_dict({"prompt": ["when?"], "completions": [["then", "now"]], "created_at": times})
+    table.to_parquet("times.parquet")
+    flags = ["--samples", "times.parquet", "--reward_funcs", "run_rewards:vowels", "--output", "out.jsonl"]
+    assert larpo("reward", *flags) == 2
+    assert "'times.parquet' row 0, column `created_at`: holds datetime;" in capsys.readouterr().err
 
 
 # Shapes of files

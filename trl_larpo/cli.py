@@ -192,16 +192,15 @@ def status(argv: list[str]) -> None:
 
 def generate(argv: list[str]) -> None:
     """`larpo generate`: samples completions."""
-    from trl import ModelConfig
-
-    from .commands import GenerateConfig, generate
+    from .commands import GenerateConfig, SampledModelConfig, generate
 
     options, model, _ = parse_options(
         argv,
-        (GenerateConfig, ModelConfig),
+        (GenerateConfig, SampledModelConfig),
         command="generate",
         description="Sample completions of prompts into a JSONL file.",
     )
+    model.check_nothing_is_trained()
     _show_log()
     generate(options, model)
 
@@ -233,17 +232,17 @@ def select(argv: list[str]) -> None:
 
 def recall(argv: list[str]) -> None:
     """`larpo recall`: Recall@N, best-of-N and majority vote."""
-    from trl import ModelConfig
-
+    from .commands import SampledModelConfig
     from .recall import RecallConfig, recall
 
     options, model, _ = parse_options(
         argv,
-        (RecallConfig, ModelConfig),
+        (RecallConfig, SampledModelConfig),
         command="recall",
         description="Sample completions, check them, and show how many prompts at least one of N solves (Recall@N), "
         "beside greedy decoding, best-of-N and majority vote. Reads the samples of `larpo run` too.",
     )
+    model.check_nothing_is_trained()
     _show_log()
     recall(options, model)
 

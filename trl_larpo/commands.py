@@ -16,20 +16,21 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, SelectionCounts, each_list
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
-from .generation.sampler import PolicySampler, finish_samples, generation_dtype
+from .generation.sampler import PolicySampler, device_of, finish_samples, generation_dtype
 from .generation.sampling_task import SampleKind, SamplingTask
 from .generation.server_process import check_servers
 from .options import option
 from .outputs import check_output, continue_output, resumable_output
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
 from .prompts import Prompt
-from .rewards.functions import as_function, load_rewards
+from .rewards.functions import load_rewards
 from .rewards.options import JudgeOptions, RewardOptions
 from .rewards.scorer import RewardScorer, saved_scores_of_row
+from .rewards.trl_convention import as_function
 from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts
-from .set_aside import set_aside_path
+from .set_aside import set_aside_files, set_aside_in
 from .storage import GrowingFile, write_jsonl
 
 if TYPE_CHECKING:
@@ -52,6 +53,25 @@ class GenerateConfig(PromptOptions, GenerationOptions):
     )
     seed: int = option(0, "Seed of the sampling.")
     use_cpu: bool = option(False, "Do not use a GPU.")
+
+
+@dataclass
+class SampledModelConfig(ModelConfig):
+    """TRL's `ModelConfig`, for commands that train nothing."""
+
+    dtype: str | None = option(None, "Not used: see `generation_dtype`.")
+
+    def check_nothing_is_trained(self) -> None:
+        """
+        Raises:
+            ConfigError: Names an option that is only of use in a training.
+        """
+        if self.dtype is not None:
+            raise ConfigError("`dtype` is the type of weights that are trained. Give `generation_dtype` instead.")
+        if self.use_peft:
+            raise ConfigError(
+                "`use_peft` is for a training. To sample with an adapter, give its folder as `model_name_or_path`."
+            )
 
 
 @dataclass
@@ -99,7 +119,7 @@ def generate(options: GenerateConfig, model: ModelConfig) -> None:
     if pools:
         print(f"{sum(len(pool.candidates) for pool in pools)} completions of {len(pools)} prompts in {output}")
         if len(pools) < len(prompts):
-            print(f"{len(prompts) - len(pools)} prompts were set aside; {set_aside_path(output)} says why")
+            print(f"{len(prompts) - len(pools)} prompts were set aside; {set_aside_files(output)} says why")
 
 
 PATHS_OF_SAMPLING = ("prompts", "model_name_or_path")
@@ -161,14 +181,14 @@ def sample_file(
                 "`load_in_4bit` and `load_in_8bit` are for sampling in this process. Leave them out; servers have "
                 "options of their own, e.g. `vllm serve --quantization bitsandbytes`."
             )
-        quantization.bnb_4bit_compute_dtype = generation_dtype(options.generation_dtype)
+        quantization.bnb_4bit_compute_dtype = generation_dtype(options.generation_dtype, device_of(use_cpu))
     if continue_output(output, [prompt.id for prompt in prompts], lambda place: prompts[place].text):
         return read_pools(output)
     AutoTokenizer.from_pretrained(path, revision=model.model_revision)  # an error here, before servers start
     sampler = PolicySampler(
         options,
         seed=seed,
-        log_folder=output.parent / "servers",
+        log_folder=output.with_name(f"{output.name}.servers"),  # others may sample into the same folder
         use_cpu=use_cpu,
         attn_implementation=model.attn_implementation,
         quantization_config=quantization,
@@ -195,8 +215,9 @@ def reward(options: RewardConfig) -> None:
         scored = reward_file(options, pools, output, use_cpu=options.use_cpu)
     if scored:
         print(f"Rewards of {len(scored)} prompts in {output}")
-        if set_aside_path(output).exists():
-            print(f"Prompts on which the reward failed were set aside; {set_aside_path(output)} says why")
+        if failed := set_aside_in(output.parent).get(output.stem):
+            files = set_aside_files(output)
+            print(f"{len(failed)} prompts on which the reward failed were set aside; {files} says why")
 
 
 def reward_file(
@@ -254,10 +275,12 @@ def select(options: SelectConfig) -> None:
     files = [read_candidate_pools(path, options.as_messages) for path in paths]
     judges: dict[str | None, str] = {}
     for path, pools in zip(paths, files, strict=True):
+        has_rewards = False
         for pool in pools:
             judges.setdefault(pool.candidates[0].scored_by, path)
-            if all(candidate.reward is None for candidate in pool.candidates):
-                raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
+            has_rewards |= any(candidate.reward is not None for candidate in pool.candidates)
+        if not has_rewards:
+            raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
     if len(judges) > 1:
         raise DataError(
             f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "

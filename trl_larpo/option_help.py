@@ -144,6 +144,8 @@ FURTHER: dict[str, tuple[str, ...]] = {
 
 _NOT_IN_A_RUN = ("eval_strategy", "resume_from_checkpoint")  # it evaluates and resumes on its own
 
+_OF_A_TRAINING = ("dtype", "use_peft", "use_rslora", "use_dora", "lora_")  # names, or how they begin
+
 _INDENT = 32
 
 
@@ -203,6 +205,8 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     if "prompt_schedule" in actions:
         for name in _NOT_IN_A_RUN:
             actions.pop(name)
+    elif "generation_dtype" in actions:  # commands that only sample
+        return {name: action for name, action in actions.items() if not name.startswith(_OF_A_TRAINING)}
     return actions
 
 

@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import DataError
+
 Message = dict[str, Any]
 Content = str | list[Message]
 """A text, or the messages of a conversation."""
@@ -115,6 +117,30 @@ def prompt_id(prompt: Content) -> str:
     """A name for a prompt that depends on its content alone: 16 hexadecimal digits."""
     canonical = json.dumps(prompt, ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def checked_columns(columns: Row, where: str) -> Row:
+    """
+    A user's columns, as they are.
+
+    Raises:
+        DataError: If one holds what JSON files cannot, such as times.
+    """
+    for column, value in columns.items():
+        if not _is_plain(value):
+            raise DataError(
+                f"{where}, column `{column}`: holds {type(value).__name__}; prompts may have text, numbers and lists "
+                "of them. Write it as text, or remove the column."
+            )
+    return columns
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def prompt_text(prompt: Content) -> str:

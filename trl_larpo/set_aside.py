@@ -71,7 +71,7 @@ class SetAside:
         rows = set_aside_in(self.output.parent).get(self.output.stem, [])
         if not self._is_too_many(len(rows)):
             return None
-        return self._message(len(rows), rows[-1], self.output.with_name(f"{self.output.stem}.*{_SUFFIX[1:]}"))
+        return self._message(len(rows), rows[-1], set_aside_files(self.output))
 
     def _is_too_many(self, count: int) -> bool:
         return count > self.limit or count == self.num_prompts > 0
@@ -94,10 +94,20 @@ def set_aside_path(output: Path, process: int = 0) -> Path:
     return output.with_name(f"{output.stem}{_SUFFIX}" if process == 0 else f"{output.stem}.process_{process}{_SUFFIX}")
 
 
+def set_aside_files(output: Path) -> Path:
+    """The same of all processes, as a pattern where several have set aside prompts."""
+    files = [path for path in output.parent.glob(f"*{_SUFFIX}") if _name_of(path) == output.stem]
+    return files[0] if len(files) == 1 else output.with_name(f"{output.stem}.*{_SUFFIX[1:]}")
+
+
+def _name_of(path: Path) -> str:
+    """Of the output that lacks what is in a file."""
+    return re.sub(r"\.process_\d+$", "", path.name.removesuffix(_SUFFIX))
+
+
 def set_aside_in(folder: Path) -> dict[str, list[Row]]:
     """What is set aside in a folder, by the name of the output that lacks it."""
     found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
-        name = re.sub(r"\.process_\d+$", "", path.name.removesuffix(_SUFFIX))
-        found.setdefault(name, []).extend(StoredRows([path], growing=True))
+        found.setdefault(_name_of(path), []).extend(StoredRows([path], growing=True))
     return found

@@ -84,13 +84,12 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
 
-    dtype = generation_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = generation_dtype(options.dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
-    if torch.cuda.is_available():
-        model.cuda()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
     prompts = mixed_prompts(options.prompts, options.longest)
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     print(

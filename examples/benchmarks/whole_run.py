@@ -115,13 +115,11 @@ def measure_floors(run: Path, work: Work, tokenizer) -> dict[str, float]:
 
 def sampling_rate(model, tokenizer, run: Path, options: dict) -> float:
     """Tokens per second of the sampler in this process, on the run's own prompts."""
-    from training_step import ON_GPU
-
     from trl_larpo.generation.in_process import generate_completions
-    from trl_larpo.generation.sampler import generation_dtype
+    from trl_larpo.generation.sampler import device_of, generation_dtype
 
-    device = "cpu" if options["use_cpu"] or not ON_GPU else "cuda"
-    model = model.to(device, generation_dtype(options["generation_dtype"])).eval()
+    device = device_of(options["use_cpu"])
+    model = model.to(device, generation_dtype(options["generation_dtype"], device)).eval()
     rows = read_jsonl(run / "iteration_1/samples.jsonl")
     batch, num_samples = options["generation_batch_size"], options["num_samples"]
     prompts = [row["prompt"] for row in rows][: max(1, BATCHES * batch // num_samples)]

@@ -17,7 +17,7 @@ from trl import ModelConfig
 from trl_larpo import LarPOError
 from trl_larpo.candidates import Candidate
 from trl_larpo.commands import GenerateConfig, reward_file, sample_file
-from trl_larpo.generation.sampler import generation_dtype
+from trl_larpo.generation.sampler import device_of, generation_dtype
 from trl_larpo.generation.sampling_task import SampleKind
 from trl_larpo.generation.server_process import check_servers
 from trl_larpo.prompts import Prompt
@@ -175,7 +175,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() and not arguments.use_cpu
     return {
         "device": "servers" if arguments.server_urls else torch.cuda.get_device_name() if on_gpu else "cpu",
-        "generation_dtype": str(generation_dtype(arguments.dtype)).removeprefix("torch."),
+        "generation_dtype": str(generation_dtype(arguments.dtype, device_of(arguments.use_cpu))).removeprefix("torch."),
         **{name: version(name) for name in ("torch", "transformers", "trl-larpo")},
     }
 

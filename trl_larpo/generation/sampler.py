@@ -118,10 +118,11 @@ class PolicySampler:
             unit=" completions",
             disable=not state.is_main_process,
         ) as progress:
+            if state.is_main_process:  # also without servers: what earlier ones have refused is sampled now
+                set_aside = SetAside(path, len(prompts), self.options.max_failed_share, "sampled")
             if not self.options.uses_servers:
                 self._sample_in_process(prompts, done, task, file, progress, on_pools)
             elif state.is_main_process:
-                set_aside = SetAside(path, len(prompts), self.options.max_failed_share, "sampled")
                 work = ServerSampling(self._servers, self.options, self.seed, task, file, set_aside, progress, on_pools)
                 work.sample(prompts, done)
         file.sync()
@@ -157,13 +158,13 @@ class PolicySampler:
     def _load(self, path: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None  # before the next one is loaded
-            device = torch.device("cpu") if self.use_cpu else PartialState().device
+            device = device_of(self.use_cpu)
             quantized = self.quantization_config is not None
             # Weights are quantized where they are loaded, and such a model is not moved
             where = {"quantization_config": self.quantization_config, "device_map": {"": device}} if quantized else {}
             model = AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype=generation_dtype(self.options.generation_dtype),
+                dtype=generation_dtype(self.options.generation_dtype, device),
                 revision=revision,
                 attn_implementation=self.attn_implementation,
                 **where,
@@ -255,17 +256,23 @@ def finish_samples(path: Path, pools: Iterable[CandidatePool]) -> None:
         )
 
 
-def generation_dtype(name: str = "auto") -> torch.dtype:
+def device_of(use_cpu: bool) -> torch.device:
+    """Where this process samples."""
+    return torch.device("cpu") if use_cpu else PartialState().device
+
+
+def generation_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     The arithmetic to sample in.
 
     Args:
-        name: Of a dtype; `"auto"`: bfloat16 where this machine multiplies such matrices in hardware, else float16
-            on a GPU and float32 on a CPU.
+        name: Of a dtype; `"auto"`: bfloat16 where the device multiplies such matrices in hardware, else float16 on a
+            GPU and float32 on a CPU.
+        device: Where the model is.
     """
     if name != "auto":
         return getattr(torch, name)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if fast else torch.float32

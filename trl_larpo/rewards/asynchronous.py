@@ -24,10 +24,15 @@ def is_asynchronous(function: Callable[..., Any]) -> bool:
 def start_call(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future:
     """Starts a call of an asynchronous function. Cancelling the result cancels the call."""
 
-    async def call() -> Any:
-        return await function(*arguments, **named)
+    return asyncio.run_coroutine_threadsafe(awaited(function, *arguments, **named), _event_loop())
 
-    return asyncio.run_coroutine_threadsafe(call(), _event_loop())
+
+async def awaited(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
+    """What a call returns. A `SystemExit`, which would end the loop and with it all later calls, becomes an error."""
+    try:
+        return await function(*arguments, **named)
+    except SystemExit as error:
+        raise RuntimeError(f"it ends the program: SystemExit({error.code!r})") from error
 
 
 def result_of(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:

@@ -10,11 +10,11 @@ name, [`score_pools`] calls them, checks what comes back and adds it up. They ge
 arguments changes neither candidates nor prompts. Both may be asynchronous (`async def`).
 """
 
+import asyncio
 import copy
 import hashlib
 import importlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -29,7 +29,7 @@ from typing import Any
 from ..candidates import CandidatePool
 from ..errors import ConfigError, DataError, LarPOError
 from ..prompts import Content, Prompt
-from .asynchronous import is_asynchronous, result_of, start_call
+from .asynchronous import awaited, is_asynchronous, result_of, start_call
 from .verifiers import gsm8k_reward, math_reward, verifiable_instruction_reward, verifiable_instructions_reward
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -193,7 +193,7 @@ def score_pools(
             number; names the reward, the prompt and the completion.
     """
     by_reward = [
-        _rank_pools(reward, pools, against)
+        _rank_pools(reward, pools, against, (calls or {}).get(reward.name))
         if reward.pairwise
         else _score_flat(reward, pools, (calls or {}).get(reward.name))
         for reward in rewards
@@ -232,37 +232,46 @@ def mean_preferences(preferences: list[list[float]]) -> list[float | None]:
     return [math.fsum(row[j] for j in range(count) if j != i) / (count - 1) for i, row in enumerate(preferences)]
 
 
-def as_function(reward: Reward) -> RewardFunction:
-    """
-    A reward as TRL's trainers call it.
-
-    A ranker sees the completions of one prompt at a time, those that stand beside one another, and gives
-    [`mean_preferences`].
-    """
-
-    def function(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        if not reward.pairwise:
-            return list(reward.function(prompts=prompts, completions=completions, **columns))
-        rates: list[float | None] = []
-        for _, group in itertools.groupby(zip(prompts, completions, strict=True), key=lambda pair: pair[0]):
-            members = list(group)
-            matrix = reward.function(members[0][0], [completion for _, completion in members])
-            rates += mean_preferences(_as_list(matrix))
-        return rates
-
-    if inspect.iscoroutinefunction(reward.function):
-        return reward.function
-    function.__name__ = reward.name
-    return function
-
-
-def start_calls(rewards: list[Reward], pools: list[CandidatePool]) -> dict[str, Future]:
+def start_calls(
+    rewards: list[Reward], pools: list[CandidatePool], against: Completions | None = None
+) -> dict[str, Future]:
     """Starts the calls of the asynchronous rewards for some pools, for [`score_pools`]. Returns them by reward."""
     if not any(pool.candidates for pool in pools):
         return {}
-    arguments = _arguments(pools)
-    asynchronous = [reward for reward in rewards if is_asynchronous(reward.function) and not reward.pairwise]
-    return {reward.name: start_call(reward.function, **copy.deepcopy(arguments)) for reward in asynchronous}
+    arguments, calls = _arguments(pools), {}
+    for reward in rewards:
+        if is_asynchronous(reward.function):
+            if reward.pairwise:
+                calls[reward.name] = start_call(_ask_ranker, reward.function, _comparisons(pools, against))
+            else:
+                calls[reward.name] = start_call(reward.function, **copy.deepcopy(arguments))
+    return calls
+
+
+Comparison = tuple[Content, list[Content]]
+"""What a ranker is called with: a prompt and completions."""
+
+
+def _comparisons(pools: list[CandidatePool], against: Completions | None) -> list[Comparison | None]:
+    """One for each pool; `None` where all candidates are scored already, or there is nothing to compare them with."""
+    found: list[Comparison | None] = []
+    for pool in pools:
+        others = [] if against is None else against.get(pool.prompt.id, [])
+        if pool.candidates and (against is None or others):
+            completions = [*(candidate.completion for candidate in pool.candidates), *others]
+            found.append((copy.deepcopy(pool.prompt.content), copy.deepcopy(completions)))
+        else:
+            found.append(None)
+    return found
+
+
+async def _ask_ranker(function: Callable, comparisons: list[Comparison | None]) -> list[Any]:
+    """What an asynchronous ranker says to each comparison, or the error that it raises there."""
+
+    async def ask(comparison: Comparison | None) -> Any:
+        return None if comparison is None else await awaited(function, *comparison)
+
+    return await asyncio.gather(*map(ask, comparisons), return_exceptions=True)
 
 
 def _arguments(pools: list[CandidatePool]) -> dict[str, list[Any]]:
@@ -292,7 +301,7 @@ def _score_flat(reward: Reward, pools: list[CandidatePool], call: Future | None 
         raise DataError(
             f"The reward {reward.name} failed: {_describe(error)}{_missing_column(error, columns)}"
         ) from error
-    values = _as_list(values)
+    values = as_list(values)
     if not isinstance(values, list | tuple) or len(values) != count:
         got = f"{len(values)} values" if isinstance(values, list | tuple) else type(values).__name__
         raise DataError(f"The reward {reward.name} returned {got} for {count} completions; return one for each.")
@@ -308,24 +317,33 @@ def _score_flat(reward: Reward, pools: list[CandidatePool], call: Future | None 
     return result
 
 
-def _rank_pools(reward: Reward, pools: list[CandidatePool], against: Completions | None) -> list[list[float | None]]:
-    """One call for each prompt."""
+def _rank_pools(
+    reward: Reward, pools: list[CandidatePool], against: Completions | None, call: Future | None = None
+) -> list[list[float | None]]:
+    """One call for each prompt; of an asynchronous ranker all at the same time, or those that have begun."""
+    comparisons = _comparisons(pools, against)
     result: list[list[float | None]] = []
-    for pool in pools:
-        size, others = len(pool.candidates), [] if against is None else against.get(pool.prompt.id, [])
-        if not size or (against is not None and not others):  # all are scored already, or there is no comparison
+    answers: list[Any] | None = None
+    if call is not None:
+        answers = call.result()
+    elif is_asynchronous(reward.function):
+        answers = result_of(_ask_ranker, reward.function, comparisons)
+    for place, (pool, comparison) in enumerate(zip(pools, comparisons, strict=True)):
+        size = len(pool.candidates)
+        if comparison is None:
             result.append([None] * size)
             continue
-        count, where = size + len(others), f"for the prompt {_shorten(pool.prompt)!r}"
-        completions = [*(copy.deepcopy(candidate.completion) for candidate in pool.candidates), *copy.deepcopy(others)]
+        count, where = len(comparison[1]), f"for the prompt {_shorten(pool.prompt)!r}"
         try:
-            matrix = result_of(reward.function, copy.deepcopy(pool.prompt.content), completions)
+            matrix = reward.function(*comparison) if answers is None else answers[place]
+            if isinstance(matrix, BaseException):
+                raise matrix
         except LarPOError:
             raise
         except (Exception, SystemExit) as error:  # whatever a function of the user's raises
             raise DataError(f"The ranker {reward.name} failed {where}: {_describe(error)}") from error
-        matrix = _as_list(matrix)
-        lines = [_as_list(line) for line in matrix] if isinstance(matrix, list | tuple) else []
+        matrix = as_list(matrix)
+        lines = [as_list(line) for line in matrix] if isinstance(matrix, list | tuple) else []
         if len(lines) != count or not all(isinstance(line, list | tuple) and len(line) == count for line in lines):
             raise DataError(
                 f"The ranker {reward.name} returned no matrix of {count} × {count} preferences {where}; entry [i][j] "
@@ -358,7 +376,7 @@ def _checked(value: Any, name: str, where: str) -> float | None:
     return number
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """What is in an array or a tensor; anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 

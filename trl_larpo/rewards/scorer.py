@@ -165,8 +165,7 @@ class RewardScorer:
     ) -> list[CandidatePool]:
         """As `score`, without saving anything. `calls`: those that [`RewardScorer.start`] has begun for the pools."""
         pools, asked, judged = self._seen_by_rewards(pools)
-        if against is not None and self.options.strip_thinking != "none":
-            against = {name: [without_thoughts(each) for each in of_prompt] for name, of_prompt in against.items()}
+        against = self._seen_by_rankers(against, pools)
         scored = score_pools(self.rewards, judged, self.options.normalize_rewards, self.id, against, calls)
         whole = [
             pool.with_candidates(_in_place_of_unscored(pool.candidates, _scored_as(mine, new), self.id))
@@ -174,9 +173,16 @@ class RewardScorer:
         ]
         return [pool.with_comparable_rewards() for pool in whole]
 
-    def start(self, pools: list[CandidatePool]) -> dict[str, Future]:
+    def start(self, pools: list[CandidatePool], against: Completions | None = None) -> dict[str, Future]:
         """Starts the calls of asynchronous rewards for some pools, and returns them by reward."""
-        return start_calls(self.rewards, self._seen_by_rewards(pools)[-1])
+        return start_calls(self.rewards, self._seen_by_rewards(pools)[-1], self._seen_by_rankers(against, pools))
+
+    def _seen_by_rankers(self, against: Completions | None, pools: list[CandidatePool]) -> Completions | None:
+        """Completions of the same prompts, as rankers compare with them."""
+        if against is None or self.options.strip_thinking == "none":
+            return against
+        names = [pool.prompt.id for pool in pools]
+        return {name: [without_thoughts(each) for each in against.get(name, [])] for name in names}
 
     def _seen_by_rewards(self, pools: list[CandidatePool]) -> tuple[list[CandidatePool], ...]:
         """The pools as they are kept, with the candidates alone that have no reward, and as rewards see these."""
@@ -251,7 +257,7 @@ class _Work:
                     waiting.clear()
                 while waiting and len(in_flight) < self.scorer.options.reward_calls_in_flight:
                     place = waiting.popleft()
-                    in_flight.add(place, self.scorer.start([self._pool(place)]))
+                    in_flight.add(place, self.scorer.start([self._pool(place)], self.against))
                 for place, calls in in_flight.take_ready():
                     self.score([place], calls)
                     progress.update()

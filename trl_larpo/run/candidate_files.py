@@ -13,13 +13,14 @@ from ..prompts import (
     NOT_UNICODE,
     Prompt,
     Row,
+    checked_columns,
     completion_for,
     form_problem,
     is_unicode,
     prompt_problem,
     without_none,
 )
-from ..storage import StoredRows
+from ..storage import StoredRows, rows_as_written
 from ..training.datasets import load_splits
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
@@ -51,10 +52,11 @@ def read_candidate_pools(path: str, as_messages: bool = False) -> StoredPools:
     Raises:
         DataError: Names the file, the row and what is wrong with it.
     """
-    if Path(path).suffix == ".jsonl" and "://" not in path:
-        raw: Sequence[Row] = StoredRows([Path(path).expanduser()])  # also rows that do not all have the same columns
+    file = None if "://" in path else Path(path).expanduser()
+    if file is not None and file.suffix == ".jsonl":
+        raw: Sequence[Row] = StoredRows([file])  # also rows that do not all have the same columns
     else:
-        raw = next(iter(load_splits(path).values()))
+        raw = (file and rows_as_written(file)) or next(iter(load_splits(path).values()))
     if not len(raw):
         raise DataError(f"{path!r} is empty.")
 
@@ -147,7 +149,8 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     ]
     known = {name, column, reward_column, "finished", "completion_ids", "candidates", *(_OURS if is_ours else ())}
     columns = (row.get("columns") or {}) if is_ours else {}
-    return CandidatePool(Prompt.of(prompt, columns | {k: v for k, v in row.items() if k not in known}), made)
+    others = checked_columns({name: value for name, value in row.items() if name not in known}, where)
+    return CandidatePool(Prompt.of(prompt, columns | others), made)
 
 
 def _token_ids(ids: Any) -> list[int] | None:

@@ -1,8 +1,10 @@
 """What a model is worth: the stages `held_out_samples`, `held_out` and `evaluate`."""
 
+import itertools
 import math
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -39,7 +41,9 @@ def held_out(context: RunContext, iteration: int, path: Path) -> None:
 def evaluate(context: RunContext, iteration: int, path: Path) -> None:
     """Compares the samples on held-out prompts with those of the initial model."""
     pools = list(read_pools(path.with_name("held_out.jsonl")))
-    divergence = kl_from_initial(context, pools, iteration) if iteration else None
+    # Of what was sampled: in the rewarded file completions may lack their thoughts
+    samples = read_pools(path.with_name("held_out_samples.jsonl"))
+    divergence = kl_from_initial(context, samples, iteration) if iteration else None
     if PartialState().is_main_process:
         folder = context.folder
         start = list(read_pools(folder.iteration(0) / "held_out.jsonl")) if iteration else pools
@@ -49,7 +53,7 @@ def evaluate(context: RunContext, iteration: int, path: Path) -> None:
 
 
 def kl_from_initial(
-    context: RunContext, pools: list[CandidatePool], iteration: int
+    context: RunContext, pools: Sequence[CandidatePool], iteration: int
 ) -> dict[str, float | int | None] | None:
     """
     Estimate of the KL divergence of the policy from the initial model, in nats per completion.
@@ -63,7 +67,7 @@ def kl_from_initial(
         iteration: The policy is the model that it ends with.
     """
     lists, counts = [], []
-    for pool in pools[:MAX_KL_PROMPTS]:
+    for pool in itertools.islice(pools, MAX_KL_PROMPTS):
         sampled = [candidate for candidate in pool.candidates if candidate.text.strip()][:MAX_KL_COMPLETIONS]
         if sampled:
             distinct: dict[tuple[str, bool], Candidate] = {_key(candidate): candidate for candidate in sampled}

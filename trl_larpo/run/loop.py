@@ -24,7 +24,7 @@ from ..locks import exclusive_lock
 from ..report.numbers import with_error
 from ..report.page import write_report
 from ..report.statistics import sample_statistics
-from ..set_aside import set_aside_in
+from ..set_aside import set_aside_files, set_aside_in
 from ..storage import explain_full_disk, read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from . import candidate_stages, evaluation_stages, training_stages  # noqa: F401 - what they lack is an error now
@@ -163,7 +163,7 @@ def _what_was_set_aside(folder: RunFolder) -> list[str]:
             first = rows[0]
             lines.append(
                 f"Set aside in iteration {iteration} ({name}): {len(rows)} prompts, e.g. {first['prompt'][:60]!r}: "
-                f"{first['reason'][:200]} All: {folder.iteration(iteration) / name}.set_aside.jsonl"
+                f"{first['reason'][:200]} All: {set_aside_files(folder.iteration(iteration) / name)}"
             )
     return lines
 
@@ -291,7 +291,8 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
     )
     for check in checks:
         if not check.ok:
-            print(f"  WARNING {check.name}: {check.value:.3g}, should be {check.limit}. {check.meaning}")
+            said = f"{check.value:.3g}, should be {check.limit}. {check.meaning}"
+            logger.warning(f"WARNING {check.name} in iteration {iteration}: {said}")
 
 
 def _fetch(mirror: Mirror) -> None:
@@ -313,7 +314,7 @@ def _push(mirror: Mirror | None) -> None:
     try:
         mirror.push()
     except Exception as error:  # of any store's
-        print(f"  WARNING mirror: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
+        logger.warning(f"`mirror`: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
 
 
 def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:
@@ -321,4 +322,5 @@ def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:
     try:
         tracking.log(iteration, checks)
     except Exception as error:  # of any tracker's, the network's
-        print(f"  WARNING tracking: {type(error).__name__}: {error} The same numbers are in {tracking.folder.path}.")
+        path = tracking.folder.path
+        logger.warning(f"`report_to`: {type(error).__name__}: {error} The same numbers are in {path}.")

@@ -159,8 +159,8 @@ class RunConfig(PromptOptions, GenerationOptions, RewardOptions, SelectionOption
     monitor_prompts: int = option(16, "How many held-out prompts are sampled then.")
     monitor_stop: bool = option(
         True,
-        "Stop a training once the reward on held-out prompts is lower than at its start by more than two standard "
-        "errors. The best weights seen are kept.",
+        "Stop a training once the reward on held-out prompts is lower than at its start by three standard errors; from "
+        "two on, more prompts are asked first. The best weights seen are kept.",
     )
     stop_on: list[str] = option(
         ["held_out_reward"],

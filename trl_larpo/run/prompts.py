@@ -1,6 +1,5 @@
 """Loads prompts, and chooses those of each iteration and those to evaluate on."""
 
-import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable
@@ -12,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
 from ..generation.in_process import encode_prompt
-from ..prompts import Content, Prompt, Row, prompt_id, prompt_problem, without_none
-from ..storage import read_json, read_jsonl
+from ..prompts import Content, Prompt, Row, checked_columns, prompt_id, prompt_problem, without_none
+from ..storage import rows_as_written
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
 from .options import PromptOptions, RunConfig
@@ -200,7 +199,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             row = row["columns"]
         if options.system_prompt is not None:
             prompt = _with_system_prompt(prompt, options.system_prompt)
-        prompts.append(Prompt.of(prompt, _jsonable(row, path, number)))
+        prompts.append(Prompt.of(prompt, checked_columns(row, f"{path!r} row {number}")))
     if answered:
         logger.warning(
             f"{path!r}: {len(answered)} of {len(prompts)} prompts end with a message of the assistant (first: row "
@@ -212,7 +211,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
 
 def _read(path: str, config: str | None, split: str) -> tuple[list[str], Iterable[Row]]:
     """Names of the columns, and the rows, which all have them."""
-    written = _rows_as_written(Path(path).expanduser()) if "://" not in path and split == "train" else None
+    written = rows_as_written(Path(path).expanduser()) if "://" not in path and split == "train" else None
     if written is not None:
         names = list(dict.fromkeys(name for row in written for name in row))
         return names, ({name: row.get(name) for name in names} for row in written)
@@ -220,22 +219,6 @@ def _read(path: str, config: str | None, split: str) -> tuple[list[str], Iterabl
     if split not in splits:
         raise DataError(f"{path!r} has no split {split!r}, only: {', '.join(splits)}.")
     return splits[split].column_names, splits[split]
-
-
-def _rows_as_written(path: Path) -> list[Row] | None:
-    """
-    Rows of a JSON file with the values that it has; `None` if it is another file.
-
-    `datasets` would make times of texts that are dates, and of large integers floats that have fewer digits.
-    """
-    if path.suffix not in (".jsonl", ".json") or not path.is_file():
-        return None
-    for read in (read_jsonl, read_json):
-        with contextlib.suppress(DataError):  # which `datasets` reads, or refuses with its own words
-            rows = read(path)
-            if rows and isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-                return rows
-    return None
 
 
 def load_random_prompts(options: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -270,21 +253,3 @@ def _with_system_prompt(prompt: Content, text: str) -> Content:
         )
     has_one = prompt[0]["role"] in ("system", "developer")
     return prompt if has_one else [{"role": "system", "content": text}, *prompt]
-
-
-def _jsonable(row: Row, path: str, number: int) -> Row:
-    for column, value in row.items():
-        if not _is_plain(value):
-            raise DataError(
-                f"{path!r} row {number}, column `{column}`: holds {type(value).__name__}; prompts may have text, "
-                "numbers and lists of them. Write it as text, or remove the column."
-            )
-    return row
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)

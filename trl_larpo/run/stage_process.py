@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ..storage import explain_full_disk, read_yaml
 from .context import RunContext
 from .folder import RunFolder
@@ -10,6 +12,7 @@ from .hidden import with_hidden_options
 from .loading import tokenizer_of
 from .options import RunConfig, RunModelConfig, RunTrainingConfig
 from .stages import STAGES, run_stage
+from .status import forget_warnings, keep_warnings
 
 
 def run_stage_of(path: str, stage: str, iteration: int) -> None:
@@ -31,8 +34,11 @@ def run_stage_of(path: str, stage: str, iteration: int) -> None:
     folder.path = Path(path)
     folder.prepare_prompts(tokenizer_of(folder.model))
     context = RunContext(folder)
+    warnings = keep_warnings(folder.path) if PartialState().is_main_process else None
     try:
         with explain_full_disk(folder.path):
             run_stage(context, STAGES[stage], iteration)
     finally:
         context.close()
+        if warnings is not None:
+            forget_warnings(warnings)

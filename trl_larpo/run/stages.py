@@ -121,7 +121,7 @@ STAGES = {
             "evaluate",
             "evaluation.json",
             _of("evaluation_stages", "evaluate"),
-            ("held_out",),
+            ("held_out_samples", "held_out"),
             processes="train",
             sharded=True,
             at_start=True,

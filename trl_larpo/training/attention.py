@@ -1,6 +1,8 @@
 """Lets the candidates of a list share their prompt: which models can, the masks, and the prompt's keys and values."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,6 +277,18 @@ def disable_sharing(model: PreTrainedModel) -> None:
     """Takes [`enable_sharing`] back."""
     config = model.config.get_text_config()
     config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
+
+
+@contextmanager
+def without_sharing(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which the model names the attention that it had before [`enable_sharing`]."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    disable_sharing(model)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _eager_attention_forward(module, *args, **kwargs):

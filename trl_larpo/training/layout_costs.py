@@ -142,6 +142,8 @@ def flops_of_token(config: Any) -> float:
     key_width = width * (getattr(config, "num_key_value_heads", None) or heads) // heads
     experts = getattr(config, "num_experts_per_tok", None) or 1
     inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
+    if isinstance(inner, list | tuple):  # of each layer
+        inner = sum(inner) / len(inner)
     return 2 * hidden * (2 * width + 2 * key_width + 3 * inner * experts)
 
 
@@ -183,6 +185,8 @@ class LayoutChoice:
 
     def __call__(self, batch: Batch) -> Layout:
         lengths = Lengths.of(batch)
+        if not any(lengths.completions):  # in online training, all may be left out
+            return self.shared
         in_rows, together = (count_work(lengths, layout, self.attention) for layout in (Layout.SEPARATE, self.shared))
         separate, shared = self.cost(in_rows), self.cost(together)
         if separate >= (1 - MARGIN) * shared or (self.launch > 0 and in_rows.tokens > MOST_TOKENS * together.tokens):

@@ -1,5 +1,6 @@
 """[`OnlineLarPOTrainer`]: TRL's `GRPOTrainer` with ranking losses over the samples of each prompt."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trl import GRPOTrainer
 
 from ..errors import ConfigError, DataError
 from ..losses import RankingLoss
+from .attention import without_sharing
 from .candidate_scoring import CandidateScoring
 from .datasets import has_images
 from .finite import FiniteTraining
@@ -171,7 +173,10 @@ class OnlineLarPOTrainer(CandidateScoring, ReferenceCheckpoints, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         """Samples, rewards and ranks: a batch of lists, which GRPOTrainer shuffles and splits as it would samples."""
-        batch = super()._generate_and_score_completions(inputs)
+        in_batches = getattr(self.args, "use_transformers_continuous_batching", False)
+        # Which knows transformers' attention alone
+        with without_sharing(self.accelerator.unwrap_model(self.model)) if in_batches else nullcontext():
+            batch = super()._generate_and_score_completions(inputs)
         if "num_images" in batch or "pixel_values" in batch:
             raise ConfigError(_NO_IMAGES)
         assert self._judged is not None

@@ -33,6 +33,11 @@ class Source:
     is_rendered: bool = False
 
 
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """That of a processor. Some tokenizers have an attribute `tokenizer`, too, which is none of transformers'."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
 def encode(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin, sources: Sequence[Source], by_parts: bool, index: int
 ) -> list[list[int]]:
@@ -65,6 +70,6 @@ def encode(
 
 def _encode_whole(processing_class: PreTrainedTokenizerBase | ProcessorMixin, source: Source) -> list[int]:
     if source.is_rendered:
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        tokenizer = tokenizer_of(processing_class)
         return tokenizer(source.content, add_special_tokens=False)["input_ids"]
     return tokenize(processing_class, source.content, **source.template_kwargs)["input_ids"]

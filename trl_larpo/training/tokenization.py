@@ -19,7 +19,7 @@ from .. import token_parts
 from ..errors import ConfigError, DataError
 from . import sequences, validation
 from .datasets import column_names
-from .sequences import PartsDiffer, Source, encode
+from .sequences import PartsDiffer, Source, encode, tokenizer_of
 from .trl_compat import prepare_multimodal_messages
 from .validation import canonical_row
 
@@ -199,7 +199,7 @@ def _tokenize_row(
 ) -> Row:
     ranked = canonical_row(row, index, where, truncated_completions, min_candidates)
     prompt = ranked["prompt"]
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     template_kwargs = {}
     # Completions continue the beginning of an answer. Those that `larpo` has sampled, which these columns mark, do not:
     # they were sampled after a generation prompt

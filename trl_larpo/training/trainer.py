@@ -32,6 +32,7 @@ from .trl_compat import (
     DataCollatorForPreference,
     get_config_model_id,
     hash_module,
+    keep_forward_from_liger,
     prepare_deepspeed,
     restore_forward_of_copy,
 )
@@ -162,6 +163,8 @@ class LarPOTrainer(CandidateScoring, ReferenceCheckpoints, DPOTrainer):
                 )
             self._brings_ref_logps = True
             args.precompute_ref_log_probs = True  # what this dataset brings, and others still need
+        if self._list_mode and args.use_liger_kernel:
+            keep_forward_from_liger(args)
         loss_types = args.loss_type
         # DPOTrainer checks its options against its own losses. Every ranking loss depends on differences of scores
         # alone, as "sigmoid" does, so what is sound for "sigmoid" is sound for it.
@@ -423,6 +426,6 @@ def _check_datasets(train_dataset, eval_dataset, losses_need_pairs: bool, trunca
 
 def _check_dataset(dataset, where: str, losses_need_pairs: bool, truncated_completions: str) -> str:
     row_format = dataset_format(dataset, where, losses_need_pairs)
-    if row_format == "list":
+    if row_format == "list" or not losses_need_pairs:  # pairs that are trained on as lists of two
         check_dataset(dataset, where, truncated_completions)
     return row_format

@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from ..errors import UnsupportedTRLError
+from ..errors import ConfigError, UnsupportedTRLError
 from ..version import __version__
 
 try:
@@ -159,6 +159,22 @@ def forget_order_of_modules(engine: nn.Module) -> None:
     coordinator = getattr(optimizer, "parameter_offload", optimizer).get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
+
+
+def keep_forward_from_liger(args: TrainingArguments) -> None:
+    """
+    Leaves Liger its kernels, without the fused loss that would replace the model's forward: TRL does so from 1.15 on.
+
+    Raises:
+        ConfigError: If the fused loss is asked for.
+    """
+    kernels = args.liger_kernel_config or {}
+    if kernels.get("fused_linear_cross_entropy"):
+        raise ConfigError(
+            "`liger_kernel_config` asks for `fused_linear_cross_entropy`, which replaces the model's forward; the "
+            "trainer needs its own. Remove it; other kernels of Liger stay."
+        )
+    args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}
 
 
 def restore_forward_of_copy(model: Any) -> None:

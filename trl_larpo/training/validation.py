@@ -132,10 +132,10 @@ def check_dataset(
     dataset: Dataset | IterableDataset, where: str, truncated_completions: str = "rank_last"
 ) -> ListSummary:
     """
-    Validates every list of a dataset (the first few of a stream), and refuses the dataset if one is unusable.
+    Validates every list or pair of a dataset (the first few of a stream), and refuses it if one is unusable.
 
     Args:
-        dataset: Raw dataset in list format.
+        dataset: Raw dataset of lists, or of pairs.
         where: Name of the dataset in messages, e.g. `"train_dataset"`.
         truncated_completions: As in [`canonical_row`].
 
@@ -326,10 +326,11 @@ def _rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[int,
     if isinstance(dataset, IterableDataset):
         yield from enumerate(dataset.take(_NUM_PEEKED_ROWS))
         return
-    columns = [name for name in ("prompt", "completions", *_OPTIONAL_COLUMNS) if name in dataset.column_names]
+    known = ("prompt", "completions", "chosen", "rejected", *_OPTIONAL_COLUMNS)
+    columns = [name for name in known if name in dataset.column_names]
     batches = dataset.with_format(None).select_columns(columns).iter(batch_size=1000)
     quiet = not PartialState().is_local_main_process
-    with tqdm(total=len(dataset), desc=f"Checking {where}", unit=" lists", delay=2, disable=quiet) as progress:
+    with tqdm(total=len(dataset), desc=f"Checking {where}", unit=" rows", delay=2, disable=quiet) as progress:
         index = 0
         for batch in batches:
             for values in zip(*batch.values(), strict=True):
@@ -404,6 +405,16 @@ def _canonical_pair(row: Row, fail) -> Row:
             raise fail(column, f"is {row.get(column)!r}; give a string or a list of messages.")
     if row.get("prompt") is None:
         row = extract_prompt(row)
+    are_messages = {name: isinstance(row[name], list) for name in ("prompt", "chosen", "rejected")}
+    if are_messages["chosen"] != are_messages["rejected"]:
+        raise fail("rejected", "and `chosen` are a string and messages; give both as strings or both as messages.")
+    if are_messages["prompt"] and not are_messages["chosen"]:
+        raise fail("prompt", "holds messages, and `chosen` a string; give both as strings or both as messages.")
+    if are_messages["chosen"] and not are_messages["prompt"]:
+        fix = "write it as [{'role': 'user', 'content': ...}]"
+        if len(row["chosen"]) > 1:
+            fix = "remove the column, so that the prompt is taken from them: `dataset.remove_columns('prompt')`"
+        raise fail("prompt", f"is a string, and `chosen` holds messages; {fix}.")
     return {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "relevance": [1.0, 0.0]}
 
 
