@@ -1,6 +1,7 @@
 """`larpo run` on a tiny model: from prompts to models and page, stopped and resumed, and every mistake in one line."""
 
 import contextlib
+import importlib.util
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_larpo.locks import exclusive_lock
-from trl_larpo.run import disk, loop
+from trl_larpo.run import checks, disk, loop
 from trl_larpo.training.trainer import LarPOTrainer
 
 RESULTS = (
@@ -428,6 +429,7 @@ BAD = {
     "reward twice": (["--reward_funcs", "gsm8k", "gsm8k"], "names a reward twice"),
     "reward weights": (["--reward_weights", 1, 2], "`reward_weights` has 2 numbers for 1 rewards"),
     "reward folder": (["--reward_funcs", "."], "'.' is no model"),
+    "reward model": (["--reward_funcs", "ORG/REWARD"], "`reward_funcs`: 'ORG/REWARD' is no model: "),
     "memory": (["--memory", "some"], "`memory` has 'some'|invalid choice: 'some'"),
     "unrelated prompts": (["--random_prompts", "x.jsonl", "--negatives", "random_prompt"], "'x.jsonl'"),
     "negatives": (["--negatives", "hard"], "`negatives` has 'hard'"),
@@ -521,6 +523,26 @@ def test_a_model_in_the_home_folder(project, monkeypatch, talkative_model):
     (project / "model").symlink_to(talkative_model)
     change_options(project, model_name_or_path="~/model")
     assert larpo_run("--dry_run") == 0
+
+
+PACKAGES = {
+    "peft": (["--use_peft"], "for `use_peft`"),
+    "bitsandbytes": (["--use_peft", "--load_in_4bit"], "for `load_in_4bit` or `load_in_8bit`"),
+    "math_verify": (["--reward_funcs", "math"], "for the reward 'math'"),
+    "deepspeed": (["--accelerate_config", "zero.yaml"], "for `accelerate_config`"),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named_before_anything_is_sampled(project, capsys, monkeypatch, package):
+    flags, reason = PACKAGES[package]
+    (project / "zero.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2\n")
+    find = importlib.util.find_spec
+    hidden = SimpleNamespace(find_spec=lambda name: None if name == package else find(name))
+    monkeypatch.setattr(checks, "importlib", SimpleNamespace(util=hidden))
+    assert larpo_run(*flags, "--dry_run") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"The package {package.replace('_', '-')} is missing, {reason}: pip install 'trl-larpo[" in error
 
 
 def test_yaml_of_the_wrong_type_is_named(project, capsys):

@@ -1,5 +1,6 @@
 """Checks a run before any time is spent."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..errors import ConfigError
 from ..generation.server_process import check_servers, server_command
 from ..generation.server_routes import check_command
-from ..rewards.functions import PAIRWISE, load_rewards
+from ..rewards.functions import BUILT_IN, PAIRWISE, load_rewards
 from ..storage import check_folder
 from .candidate_files import read_candidate_pools
 from .disk import check_disk
@@ -75,6 +76,7 @@ def check_run(folder: RunFolder) -> int | None:
             read_candidate_pools(candidates)
     if options.accelerate_config:
         _check_accelerate_config(options.accelerate_config, folder)
+    _check_packages(folder)
     if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
         program = shlex.split(options.train_launcher)[0]
         raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")
@@ -100,15 +102,41 @@ def check_run(folder: RunFolder) -> int | None:
         ) from None
     if options.random_prompts:
         load_random_prompts(options, tokenizer)
-    for name in (name.removeprefix(PAIRWISE) for name in options.reward_funcs):
-        if ":" not in name and os.path.isdir(os.path.expanduser(name)):
-            try:
-                AutoConfig.from_pretrained(os.path.expanduser(name))
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}"
-                ) from None
+    for name in options.reward_funcs:
+        _check_reward_model(name)
     return check_disk(folder, config)
+
+
+def _check_packages(folder: RunFolder) -> None:
+    """Those that a run would miss only after hours of sampling: extras by what asks for them."""
+    options, model = folder.options, folder.model
+    needed = {
+        "peft": ("peft", "`use_peft`", model.use_peft),
+        "bitsandbytes": ("quantization", "`load_in_4bit` or `load_in_8bit`", model.load_in_4bit or model.load_in_8bit),
+        "math_verify": ("eval", "the reward 'math'", "math" in options.reward_funcs),
+        "deepspeed": ("deepspeed", "`accelerate_config`", _uses_deepspeed(options.accelerate_config)),
+    }
+    for module, (extra, name, is_used) in needed.items():
+        if is_used and importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            raise ConfigError(f"The package {package} is missing, for {name}: pip install 'trl-larpo[{extra}]'.")
+
+
+def _uses_deepspeed(accelerate_config: str | None) -> bool:
+    if accelerate_config is None:
+        return False
+    return yaml.safe_load(Path(accelerate_config).read_text(encoding="utf-8"))["distributed_type"] == "DEEPSPEED"
+
+
+def _check_reward_model(name: str) -> None:
+    """Whether there is such a model, in a folder or on the hub."""
+    path = os.path.expanduser(name.removeprefix(PAIRWISE))
+    if name in BUILT_IN or ":" in path or (name.startswith(PAIRWISE) and not os.path.isdir(path)):
+        return  # rankers of the hub have forms of their own
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_adapter(folder: RunFolder) -> None:

@@ -8,6 +8,7 @@ as a whole. The first word is a kind of table, the second one a task or a claim.
 `results/`: `pilots/constant/arms`.
 """
 
+import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ _TABLE = re.compile(r"(<!-- results: (?:([\w/]+)/)?(\w+) (\w+) -->\n).*?(<!-- en
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.strip().split("\n")[0]).parse_args()
     results = Results(HERE / "results")
     for path in PAGES:
         path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
