@@ -161,15 +161,16 @@ def longer(prompt, completions):
     return [[float(len(a) > len(b)) for b in completions] for a in completions]
 
 
+@pytest.mark.parametrize("failure", [TimeoutError("no answer"), asyncio.CancelledError()])
 @pytest.mark.parametrize("against", [None, {"elsewhere": ["x"], POOLS[2].prompt.id: ["bb", "<think>no</think>"]}])
-def test_calls_of_rankers_are_in_flight_too(tmp_path, monkeypatch, against):
-    barrier = asyncio.Barrier(4)
+def test_calls_of_rankers_are_in_flight_too(tmp_path, monkeypatch, against, failure):
+    barrier, fails = asyncio.Barrier(4), True
 
     async def ranker(prompt, completions):
-        if against is None:
+        if against is None and fails:
             await asyncio.wait_for(barrier.wait(), timeout=60)  # up to when four are there
-        if prompt == "prompt 5":
-            raise TimeoutError("no answer")
+        if prompt == "prompt 5" and fails:
+            raise failure
         return longer(prompt, completions)
 
     def score(function, pools, output):
@@ -182,6 +183,27 @@ def test_calls_of_rankers_are_in_flight_too(tmp_path, monkeypatch, against):
     assert score(ranker, good[:8], "async.jsonl") == score(longer, good[:8], "sync.jsonl")
     if against is not None:
         assert len(score(ranker, POOLS, "some.jsonl")) == 12, "it is not asked about prompts without others"
+        return
+    barrier = asyncio.Barrier(1)
+    assert score(ranker, POOLS, "aside.jsonl") == score(longer, good, "good.jsonl")
+    [[row]] = set_aside_in(tmp_path).values()
+    assert row["prompt"] == "prompt 5" and "failed for the prompt" in row["reason"]
+
+
+def test_no_more_calls_of_a_ranker_than_asked_for_where_many_prompts_are_scored_at_once():
+    running, most = 0, 0
+
+    async def ranker(prompt, completions):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return longer(prompt, completions)
+
+    scorer = RewardScorer(RewardOptions(reward_funcs=["x"], reward_calls_in_flight=3), use_cpu=True)
+    scorer._rewards = [Reward("x", ranker, pairwise=True)]
+    assert len(scorer.score_now(POOLS)) == 12 and most == 3
 
 
 def test_a_ranker_that_fails_on_a_prompt_is_named_with_it():

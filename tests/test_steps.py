@@ -146,8 +146,11 @@ def test_unrewarded_files_cannot_be_selected_from(project, generate, capsys):
 
 
 def test_prompts_without_a_reward_are_left_out_and_the_others_selected(project, capsys):
-    rows = [{"prompt": name, "completions": ["a", "b"], "rewards": rewards}
-            for name, rewards in (("why", [None, None]), ("how", [1.0, 0.0]))]  # fmt: skip
+    rows = [
+        {"prompt": name, "completions": ["a", "b"], "rewards": rewards, "reward_id": judge,
+         "candidates": [{"iteration": 1, "source": "policy"}] * 2}
+        for name, rewards, judge in (("why", [None, None], None), ("how", [1.0, 0.0], "judge"))
+    ]  # fmt: skip
     (project / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert larpo("select", "--candidates", "mixed.jsonl", "--output", "lists.jsonl") == 0
     assert [row["prompt"] for row in rows_of("lists.jsonl")] == ["how"]
@@ -168,11 +171,12 @@ def test_rewards_get_the_texts_of_a_json_file_as_they_are(project, form):
 
 def test_columns_of_times_are_refused_by_name(project, capsys):
     times = [datetime.datetime(2024, 1, 1)]
-    table = Dataset.from_dict({"prompt": ["when?"], "completions": [["then", "now"]], "created_at": times})
-    table.to_parquet("times.parquet")
+    columns = {"prompt": ["when?"], "completions": [["then", "now"]], "rewards": [[1.0, 0.0]], "created_at": times}
+    Dataset.from_dict(columns).to_parquet("times.parquet")
+    assert larpo("select", "--candidates", "times.parquet", "--output", "lists.jsonl") == 0  # which writes no columns
     flags = ["--samples", "times.parquet", "--reward_funcs", "run_rewards:vowels", "--output", "out.jsonl"]
     assert larpo("reward", *flags) == 2
-    assert "'times.parquet' row 0, column `created_at`: holds datetime;" in capsys.readouterr().err
+    assert "The prompt 'when?', column `created_at`: holds datetime;" in capsys.readouterr().err
 
 
 # Shapes of files

@@ -22,7 +22,7 @@ from .generation.server_process import check_servers
 from .options import option
 from .outputs import check_output, continue_output, resumable_output
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
-from .prompts import Prompt
+from .prompts import Prompt, checked_columns
 from .rewards.functions import load_rewards
 from .rewards.options import JudgeOptions, RewardOptions
 from .rewards.scorer import RewardScorer, saved_scores_of_row
@@ -241,8 +241,11 @@ def reward_file(
 
     Returns:
         The pools with rewards. On processes but the first nothing.
+
+    Raises:
+        DataError: If a column holds what JSON files cannot, such as times.
     """
-    unscored = merge_pools(pools).map(CandidatePool.without_rewards)
+    unscored = merge_pools(pools).map(_to_reward)
     scorer = RewardScorer(options, use_cpu=use_cpu)
     if continue_output(output, unscored.ids, lambda place: unscored[place].prompt.text, saved_scores_of_row):
         return _with_same_completions(read_pools(output), scorer.as_judged(unscored), output)
@@ -251,6 +254,11 @@ def reward_file(
         return scored
     GrowingFile.finish(output, (pool.to_row() for pool in scored))
     return read_pools(output)
+
+
+def _to_reward(pool: CandidatePool) -> CandidatePool:
+    checked_columns(pool.prompt.columns, f"The prompt {pool.prompt.text[:60]!r}")
+    return pool.without_rewards()
 
 
 REWARD_SETTINGS = (
@@ -277,8 +285,9 @@ def select(options: SelectConfig) -> None:
     for path, pools in zip(paths, files, strict=True):
         has_rewards = False
         for pool in pools:
-            judges.setdefault(pool.candidates[0].scored_by, path)
-            has_rewards |= any(candidate.reward is not None for candidate in pool.candidates)
+            if any(candidate.reward is not None for candidate in pool.candidates):
+                has_rewards = True
+                judges.setdefault(pool.candidates[0].scored_by, path)
         if not has_rewards:
             raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
     if len(judges) > 1:

@@ -28,11 +28,19 @@ def start_call(function: Callable[..., Any], /, *arguments: Any, **named: Any) -
 
 
 async def awaited(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
-    """What a call returns. A `SystemExit`, which would end the loop and with it all later calls, becomes an error."""
+    """
+    What a call returns. A `SystemExit`, which would end the loop and with it all later calls, becomes an error, and so
+    does what the function has cancelled itself.
+    """
     try:
         return await function(*arguments, **named)
     except SystemExit as error:
         raise RuntimeError(f"it ends the program: SystemExit({error.code!r})") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():  # it is the call that is cancelled
+            raise
+        raise RuntimeError("something that it waited for was cancelled") from error
 
 
 def result_of(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:

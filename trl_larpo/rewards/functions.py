@@ -170,6 +170,7 @@ def score_pools(
     scored_by: str | None = None,
     against: Completions | None = None,
     calls: dict[str, Future] | None = None,
+    calls_in_flight: int = 1,
 ) -> list[CandidatePool]:
     """
     Rewards all candidates of some prompts.
@@ -183,6 +184,7 @@ def score_pools(
         against: Completions of the same prompts, with which rankers compare the candidates instead of with each other.
             So the rewards of different models can be compared. Nothing is normalized then.
         calls: Calls of asynchronous rewards that [`start_calls`] has begun for these pools.
+        calls_in_flight: How many calls of an asynchronous ranker run at the same time, where none has begun.
 
     Returns:
         The pools, each candidate with `reward_parts` and its `reward`, the sum: `None` where no reward applies, or one
@@ -193,7 +195,7 @@ def score_pools(
             number; names the reward, the prompt and the completion.
     """
     by_reward = [
-        _rank_pools(reward, pools, against, (calls or {}).get(reward.name))
+        _rank_pools(reward, pools, against, (calls or {}).get(reward.name), calls_in_flight)
         if reward.pairwise
         else _score_flat(reward, pools, (calls or {}).get(reward.name))
         for reward in rewards
@@ -242,7 +244,7 @@ def start_calls(
     for reward in rewards:
         if is_asynchronous(reward.function):
             if reward.pairwise:
-                calls[reward.name] = start_call(_ask_ranker, reward.function, _comparisons(pools, against))
+                calls[reward.name] = start_call(_ask_ranker, reward.function, _comparisons(pools, against), len(pools))
             else:
                 calls[reward.name] = start_call(reward.function, **copy.deepcopy(arguments))
     return calls
@@ -265,11 +267,15 @@ def _comparisons(pools: list[CandidatePool], against: Completions | None) -> lis
     return found
 
 
-async def _ask_ranker(function: Callable, comparisons: list[Comparison | None]) -> list[Any]:
-    """What an asynchronous ranker says to each comparison, or the error that it raises there."""
+async def _ask_ranker(function: Callable, comparisons: list[Comparison | None], in_flight: int) -> list[Any]:
+    """What an asynchronous ranker says to each comparison, so many at the same time, or the error that it raises."""
+    places = asyncio.Semaphore(in_flight)
 
     async def ask(comparison: Comparison | None) -> Any:
-        return None if comparison is None else await awaited(function, *comparison)
+        if comparison is None:
+            return None
+        async with places:
+            return await awaited(function, *comparison)
 
     return await asyncio.gather(*map(ask, comparisons), return_exceptions=True)
 
@@ -318,16 +324,20 @@ def _score_flat(reward: Reward, pools: list[CandidatePool], call: Future | None 
 
 
 def _rank_pools(
-    reward: Reward, pools: list[CandidatePool], against: Completions | None, call: Future | None = None
+    reward: Reward,
+    pools: list[CandidatePool],
+    against: Completions | None,
+    call: Future | None = None,
+    calls_in_flight: int = 1,
 ) -> list[list[float | None]]:
-    """One call for each prompt; of an asynchronous ranker all at the same time, or those that have begun."""
+    """One call for each prompt; of an asynchronous ranker some at the same time, or those that have begun."""
     comparisons = _comparisons(pools, against)
     result: list[list[float | None]] = []
     answers: list[Any] | None = None
     if call is not None:
         answers = call.result()
     elif is_asynchronous(reward.function):
-        answers = result_of(_ask_ranker, reward.function, comparisons)
+        answers = result_of(_ask_ranker, reward.function, comparisons, calls_in_flight)
     for place, (pool, comparison) in enumerate(zip(pools, comparisons, strict=True)):
         size = len(pool.candidates)
         if comparison is None:

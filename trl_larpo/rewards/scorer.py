@@ -166,7 +166,8 @@ class RewardScorer:
         """As `score`, without saving anything. `calls`: those that [`RewardScorer.start`] has begun for the pools."""
         pools, asked, judged = self._seen_by_rewards(pools)
         against = self._seen_by_rankers(against, pools)
-        scored = score_pools(self.rewards, judged, self.options.normalize_rewards, self.id, against, calls)
+        in_flight = self.options.reward_calls_in_flight
+        scored = score_pools(self.rewards, judged, self.options.normalize_rewards, self.id, against, calls, in_flight)
         whole = [
             pool.with_candidates(_in_place_of_unscored(pool.candidates, _scored_as(mine, new), self.id))
             for pool, mine, new in zip(pools, asked, scored, strict=True)

@@ -13,7 +13,6 @@ from ..prompts import (
     NOT_UNICODE,
     Prompt,
     Row,
-    checked_columns,
     completion_for,
     form_problem,
     is_unicode,
@@ -149,8 +148,7 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     ]
     known = {name, column, reward_column, "finished", "completion_ids", "candidates", *(_OURS if is_ours else ())}
     columns = (row.get("columns") or {}) if is_ours else {}
-    others = checked_columns({name: value for name, value in row.items() if name not in known}, where)
-    return CandidatePool(Prompt.of(prompt, columns | others), made)
+    return CandidatePool(Prompt.of(prompt, columns | {k: v for k, v in row.items() if k not in known}), made)
 
 
 def _token_ids(ids: Any) -> list[int] | None:

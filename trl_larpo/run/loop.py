@@ -124,7 +124,7 @@ def _run_all(context: RunContext, mirror: Mirror | None) -> Path:
             checks = []
             if iteration:
                 checks = _check_health(folder, iteration, worked)
-                _announce(folder, iteration, checks)
+                _announce(folder, iteration, checks, is_new=worked)
                 _track(tracking, iteration, checks)
             bad = [c for c in checks if not c.ok]
             stops = [c for c in bad if c.name in options.stop_on or "any" in options.stop_on]
@@ -280,8 +280,8 @@ def _check_health(folder: RunFolder, iteration: int, has_changed: bool) -> list[
     return checks
 
 
-def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
-    """A few lines for a person at the end of an iteration."""
+def _announce(folder: RunFolder, iteration: int, checks: list[Check], is_new: bool) -> None:
+    """A few lines for a person at the end of an iteration, or of one that earlier calls have done."""
     start, now = (read_json(folder.iteration(i) / "evaluation.json") for i in (0, iteration))
     print(
         f"\nIteration {iteration}: held-out reward {with_error(now['reward'])}, at the start "
@@ -291,8 +291,9 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check]) -> None:
     )
     for check in checks:
         if not check.ok:
+            say = logger.warning if is_new else print  # what is kept of an earlier call was kept by it
             said = f"{check.value:.3g}, should be {check.limit}. {check.meaning}"
-            logger.warning(f"WARNING {check.name} in iteration {iteration}: {said}")
+            say(f"WARNING {check.name} in iteration {iteration}: {said}")
 
 
 def _fetch(mirror: Mirror) -> None:
@@ -313,8 +314,11 @@ def _push(mirror: Mirror | None) -> None:
         return
     try:
         mirror.push()
+        mirror.lags = False
     except Exception as error:  # of any store's
-        logger.warning(f"`mirror`: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
+        say = print if mirror.lags else logger.warning  # once, of all the stages of a night
+        say(f"`mirror`: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
+        mirror.lags = True
 
 
 def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:

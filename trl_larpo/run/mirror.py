@@ -33,12 +33,15 @@ class Mirror:
         folder: The run's folder.
         url: Where the copy is. Credentials come from where the protocol's package looks for them, never from the URL.
 
+    Attributes:
+        lags: Whether the last push has failed.
+
     Raises:
         ConfigError: If the protocol is unknown, or its package is missing.
     """
 
     def __init__(self, folder: Path, url: str):
-        self.folder, self.url = folder, url
+        self.folder, self.url, self.lags = folder, url, False
         try:
             self.files, self.root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
