@@ -38,7 +38,7 @@ CONFIG = {
     "num_eval_samples": 2,
     "max_new_tokens": 24,
     "generation_batch_size": 8,
-    "generation_dtype": "float32",  # by itself it is bfloat16 on some CPUs
+    "generation_dtype": "float32",  # the default is bfloat16 on some CPUs
     "reward_funcs": "run_rewards:vowels",
     "memory": "all",
     "learning_rate": 1e-3,

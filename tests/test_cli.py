@@ -132,6 +132,8 @@ OF_A_TRAINING = {"dtype", "use_peft", "use_rslora", "use_dora", *(
 )}  # fmt: skip
 """Where nothing is trained, they have no meaning."""
 
+HIDDEN = {"run": NOT_IN_A_RUN, "generate": OF_A_TRAINING, "recall": OF_A_TRAINING}
+
 OPTION = re.compile(r"^  --(\w+)(?: \{(.*)\})?$")
 
 
@@ -155,7 +157,7 @@ def test_help_all_explains_every_option(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")
     explained = entries(help_of(capsys, command, "--help-all"))
     expected = {each.name: (kind, each) for kind in OPTIONS[command] for each in fields(kind) if each.init}
-    for name in NOT_IN_A_RUN if command == "run" else OF_A_TRAINING if command in ("generate", "recall") else ():
+    for name in HIDDEN.get(command, ()):
         expected.pop(name)
     assert explained.keys() == expected.keys()
     for name, (kind, each) in expected.items():

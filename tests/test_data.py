@@ -32,7 +32,7 @@ def nested(row):
     return json.loads(json.dumps(row))
 
 
-# One bad row each: what is wrong, the column that must be named, a piece of the mend
+# One bad row each: what is wrong, the column that must be named, a piece of the fix
 BAD_ROWS = {
     "completions a string": ({"completions": "just one text"}, "completions", "is a string; give a list"),
     "completions a number": ({"completions": 3}, "completions", "of type int; give a list"),
@@ -84,24 +84,24 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_bad_row_is_named_in_one_line_before_the_model_is_loaded(config, tmp_path, name):
-    change, column, mend = BAD_ROWS[name]
+    change, column, fix = BAD_ROWS[name]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [GOOD, GOOD, GOOD | change, GOOD]))
     dataset = load_splits(str(path))["train"]
     with pytest.raises(DataError) as error:
         LarPOTrainer(model="/no/such/model", args=config(), train_dataset=dataset)
     assert str(error.value).startswith(f"train_dataset row 2, column `{column}`: ")
-    assert mend in str(error.value)
+    assert fix in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_bad_row_of_a_stream_is_named_as_well(name):
-    change, column, mend = BAD_ROWS[name]
+    change, column, fix = BAD_ROWS[name]
     stream = IterableDataset.from_generator(lambda: iter([GOOD, GOOD | change]))
     with pytest.raises(DataError, match=f"rows row 1, column `{column}`") as error:
         check_dataset(stream, "rows")
-    assert mend in str(error.value)
+    assert fix in str(error.value)
 
 
 BAD_COLUMNS = {
@@ -227,7 +227,7 @@ BAD_PAIRS = {
 
 @pytest.mark.parametrize("name", BAD_PAIRS)
 def test_a_bad_pair_is_named_before_the_model_is_loaded(config, tmp_path, name):
-    change, column, mend = BAD_PAIRS[name]
+    change, column, fix = BAD_PAIRS[name]
     path = tmp_path / "rows.jsonl"
     rows = [PAIR | change] if name != "nothing" else [PAIR, PAIR, PAIR | change]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -235,7 +235,7 @@ def test_a_bad_pair_is_named_before_the_model_is_loaded(config, tmp_path, name):
     with pytest.raises(DataError) as error:
         LarPOTrainer(model="/no/such/model", args=config(), train_dataset=dataset)
     assert str(error.value).startswith(f"train_dataset row {len(rows) - 1}, column `{column}`: ")
-    assert mend in str(error.value)
+    assert fix in str(error.value)
 
 
 def test_the_tokenizer_is_that_of_a_processor_alone():
