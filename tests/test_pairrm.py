@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.rewards.functions import Reward, mean_preferences, score_pools
 from trl_larpo.rewards.pairrm import FIRST, SECOND, SOURCE, PairRM, PairRMModel, source_text
+from trl_larpo.rewards.reward_models import load_tokenizer
 from trl_larpo.run.small import save_small_pairrm
 
 
@@ -113,6 +115,17 @@ def test_conversations():
 def test_another_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be loaded|no trained reward model"):
         PairRM(tiny.save_tiny_model(tmp_path), device="cpu")
+
+
+def test_a_missing_package_of_its_tokenizer_is_named(tmp_path, monkeypatch):
+    """The published folder has the tokenizer of DeBERTa-v3, `spm.model`; transformers alone calls it damaged."""
+    path = save_small_pairrm(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "spm.model").write_bytes(b"\n\x0e\n\x05[PAD]\x15\x00\x00\x00\x00\x18\x03")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer", "vocab_type": "spm"}')
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ConfigError, match="pip install sentencepiece"):
+        load_tokenizer(path)
 
 
 def test_names_of_the_weights_are_those_of_the_published_code():

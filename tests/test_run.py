@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from small_run import REWARDS, change_options, larpo_run, rows_of, write_prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from trl_larpo.locks import exclusive_lock
 from trl_larpo.run import checks, disk, loop
@@ -108,7 +108,9 @@ def test_the_divergence_is_the_mean_log_ratio_of_the_samples(finished_run, talka
 
 def test_the_plan_alone(project, capsys):
     assert larpo_run("--dry_run") == 0
-    assert "in all     72 samples" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "in all     72 samples" in output
+    assert "4 held-out prompts are too few to stop a training" in output
     assert not (project / "out").exists()
 
 
@@ -429,6 +431,8 @@ BAD = {
     "reward twice": (["--reward_funcs", "gsm8k", "gsm8k"], "names a reward twice"),
     "reward weights": (["--reward_weights", 1, 2], "`reward_weights` has 2 numbers for 1 rewards"),
     "reward folder": (["--reward_funcs", "."], "'.' is no model"),
+    "reward without a tokenizer": (["--reward_funcs", "./untokenized"], "The tokenizer of the reward model"),
+    "ranker": (["--reward_funcs", "pairwise:ORG/REWARD"], "`reward_funcs`: 'pairwise:ORG/REWARD' is no model: "),
     "reward model": (["--reward_funcs", "ORG/REWARD"], "`reward_funcs`: 'ORG/REWARD' is no model: "),
     "memory": (["--memory", "some"], "`memory` has 'some'|invalid choice: 'some'"),
     "unrelated prompts": (["--random_prompts", "x.jsonl", "--negatives", "random_prompt"], "'x.jsonl'"),
@@ -494,6 +498,7 @@ def test_bad_configurations_are_one_line_before_any_model_is_loaded(project, cap
     (project / "shards.yaml").write_text(yaml.safe_dump(shards))
     fsdp1 = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}
     (project / "fsdp1.yaml").write_text(yaml.safe_dump(fsdp1))
+    LlamaConfig().save_pretrained(project / "untokenized")
     flags, message = BAD[name]
     if name in ("server answers not", "revision in the command"):
         pytest.importorskip("openai")
@@ -502,6 +507,13 @@ def test_bad_configurations_are_one_line_before_any_model_is_loaded(project, cap
     assert len(error) == 1
     assert re.search(message, error[0]), error[0]
     assert not list((project / "out").rglob("samples.jsonl"))
+
+
+def test_the_guide_names_the_options_that_a_run_refuses():
+    guide = (Path(__file__).parents[1] / "docs/running.md").read_text(encoding="utf-8")
+    [entry] = [each for each in guide.split("\n- ") if each.startswith("**Not in a run**")]
+    named = re.findall(r"`(\w+)`", entry.split("\n\n")[0])
+    assert sorted(named) == sorted(checks._REFUSED)
 
 
 def test_a_disk_too_small_is_found_before_the_start(project, capsys, monkeypatch):

@@ -1,11 +1,12 @@
 """Reward models: sequence classifiers that score a prompt with its completion."""
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..prompts import Content, without_empty_system_turn
@@ -53,13 +54,7 @@ class Judge:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(
-                f"The reward model {path!r} has no tokenizer of its own ({' '.join(str(error).split())[:200]}). Save "
-                "the one it was trained with beside it."
-            ) from error
+        self.tokenizer = load_tokenizer(path)
         try:
             model, loading = self.model_class.from_pretrained(
                 path, dtype=getattr(torch, dtype), output_loading_info=True
@@ -92,6 +87,26 @@ class Judge:
             logger.warning(f"{self.__name__}: out of memory; from now on `reward_batch_size` is {self.batch_size}.")
         in_order = dict(zip(order, scores, strict=True))
         return [in_order[i] for i in range(len(sequences))]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer that a reward model was trained with.
+
+    Args:
+        path: Folder or hub id of the model.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        advice = "Save the one it was trained with beside it."
+        if importlib.util.find_spec("sentencepiece") is None:
+            advice += " If it is there, it may need the package sentencepiece: pip install sentencepiece."
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"The tokenizer of the reward model {path!r} cannot be loaded: {reason}. {advice}") from error
 
 
 class RewardModel(Judge):

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..generation.server_process import check_servers, server_command
 from ..generation.server_routes import check_command
 from ..rewards.functions import BUILT_IN, PAIRWISE, load_rewards
+from ..rewards.reward_models import load_tokenizer
 from ..storage import check_folder
 from .candidate_files import read_candidate_pools
 from .disk import check_disk
@@ -129,14 +130,15 @@ def _uses_deepspeed(accelerate_config: str | None) -> bool:
 
 
 def _check_reward_model(name: str) -> None:
-    """Whether there is such a model, in a folder or on the hub."""
+    """Whether there is such a model with a tokenizer, in a folder or on the hub."""
     path = os.path.expanduser(name.removeprefix(PAIRWISE))
-    if name in BUILT_IN or ":" in path or (name.startswith(PAIRWISE) and not os.path.isdir(path)):
-        return  # rankers of the hub have forms of their own
+    if name in BUILT_IN or ":" in path:
+        return
     try:
         AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"`reward_funcs`: {name!r} is no model: {' '.join(str(error).split())[:200]}") from None
+    load_tokenizer(path)
 
 
 def _check_adapter(folder: RunFolder) -> None:

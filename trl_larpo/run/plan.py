@@ -5,6 +5,7 @@ from collections import Counter
 
 from transformers import PreTrainedTokenizerBase
 
+from .evaluation import MIN_PROMPTS_TO_JUDGE
 from .folder import RunFolder
 from .memory import earlier_iterations
 from .options import RunConfig
@@ -54,6 +55,11 @@ def plan(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str:
         lines.append(
             "  note       `server_urls` is not given new weights: after each training the run stops until you have "
             "restarted these servers with its model; with `server_command` it continues on its own"
+        )
+    if 0 < len(folder.held_out) < MIN_PROMPTS_TO_JUDGE:
+        lines.append(
+            f"  note       {len(folder.held_out)} held-out prompts are too few to stop a training or a run that does "
+            f"harm: it takes {MIN_PROMPTS_TO_JUDGE}, and with 64 also smaller drops are found"
         )
     total_samples = len(folder.held_out) * options.num_eval_samples
     total_steps = total_rewards = 0
