@@ -266,6 +266,7 @@ def test_arena_hard_asks_in_both_orders_and_counts_clear_verdicts_three_times(ar
         assert result.returncode == 0, result.stderr[-3000:]
         assert len(server.requests) == 2 * 2 * 6
         assert "WARNING: 2 judgements have no verdict" in result.stdout
+        assert "initial_model: 5 of 6 questions have both verdicts" in result.stdout
     games = rows_of(next((folder / "out/my_judge").glob("games.jsonl*")))
     assert {(g["model_first"], g["verdict"]) for g in games} == {(True, "A>>B"), (False, "B>A")}
     with JudgeServer("reference") as server:
@@ -278,6 +279,14 @@ def test_arena_hard_asks_in_both_orders_and_counts_clear_verdicts_three_times(ar
         assert row["win_rate"]["low"] <= row["win_rate"]["rate"] <= row["win_rate"]["high"]
         assert row["judgements"] == 6 and row["answers"]["temperature"] == 0.7
     assert found["judge"] == "my/judge" and found["environment"]["device"] == "cpu"
+
+
+def test_a_question_with_one_order_alone_does_not_count():
+    """A judge that always prefers the first place: it is worth 0.5, whatever is missing."""
+    script = runpy.run_path(str(SCRIPTS / "arena_hard.py"))
+    games = [{"uid": uid, "model_first": first, "verdict": "A>B"} for uid in "abc" for first in (True, False)]
+    assert script["in_both_orders"](games) == games
+    assert script["in_both_orders"](games[:-1]) == games[:-2]
 
 
 @pytest.mark.slow

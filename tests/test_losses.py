@@ -17,6 +17,7 @@ from trl_larpo.losses import (
     ndcg2pp_lambda_weight,
     ndcg_lambda_weight,
     pairwise_loss,
+    reversed_relevance,
     smoothed,
 )
 from trl_larpo.metrics import ndcg
@@ -377,6 +378,12 @@ def test_smoothing_mixes_in_the_reversed_order(name):
         )
         found = smoothed(RANKING_LOSSES[name], 0.2, margin=0.5)(*as_tensors(scores, relevance, 1)).item()
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_large_penalty_leaves_the_reversed_order_of_the_others():
+    _, relevance, mask = as_tensors([0.0, 0.0, 0.0], [0.30, 0.31, -1e7])
+    [first, second, last] = reversed_relevance(relevance, mask)[0].tolist()
+    assert last > first > second >= 0
 
 
 @pytest.mark.parametrize("name", [*RANKING_LOSSES, "lambdarank, ndcg", "lambdarank, ndcg2++"])

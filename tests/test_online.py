@@ -490,7 +490,6 @@ def test_a_checkpoint_of_other_processes_resumes_with_new_samples(online, tmp_pa
     [
         ({"epsilon": 0.3}, "`epsilon=0.3` belongs to GRPO's loss"),
         ({"cast_lm_head_to_fp32": True}, "`cast_lm_head_to_fp32=True` belongs to GRPO's loss"),
-        ({"candidate_chunk_size": 1, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "is not reentrant"),
         ({"scale_rewards": False}, "`scale_rewards='none'` belongs to GRPO's loss"),
         ({"vllm_importance_sampling_correction": True}, "`vllm_importance_sampling_correction=True` belongs"),
         ({"mask_truncated_completions": True}, "Set `truncated_completions` to 'drop'"),

@@ -66,6 +66,7 @@ def test_majority_of_many_samples_is_drawn():
     drawn = majority_accuracy(answers, [a == 1.0 for a in answers], 51)
     assert 0.9 < drawn < 1.0
     assert majority_accuracy([None, None], [False, False], 1) == 0.0
+    assert majority_accuracy([float("nan"), 2.0], [False, True], 2) == 1.0
 
 
 def test_a_judge_that_knows_finds_what_recall_promises():
@@ -190,10 +191,15 @@ def test_copies_of_iterations_are_left_alone(tmp_path):
 def test_rewards_of_other_completions_are_not_taken(tmp_path, capsys):
     row = {"prompt": "p", "completions": ["1", "2"], "answer": "2"}
     flags = ["--candidates", str(tmp_path / "c.jsonl"), "--reward_funcs", "gsm8k", "--output", str(tmp_path / "out")]
-    for completions, status in ((["1", "2"], 0), (["2", "1"], 2)):
-        (tmp_path / "c.jsonl").write_text(json.dumps(row | {"completions": completions}) + "\n")
-        assert cli.main(["recall", *flags]) == status
-    assert "holds rewards of other completions" in capsys.readouterr().err
+    for change, error in (
+        ({}, None),
+        ({"completions": ["2", "1"]}, "holds rewards of other completions"),
+        ({"answer": "1"}, "holds rewards of the prompt 'p' with another `answer`"),
+        ({}, None),
+    ):
+        (tmp_path / "c.jsonl").write_text(json.dumps(row | change) + "\n")
+        assert cli.main(["recall", *flags]) == (0 if error is None else 2)
+        assert error is None or error in capsys.readouterr().err
 
 
 JUDGE = """

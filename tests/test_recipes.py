@@ -190,6 +190,9 @@ def test_what_the_paper_leaves_open_is_the_same_everywhere(name):
     assert recipe["accelerate_config"] == "examples/accelerate_configs/zero2.yaml"
     assert recipe["output_dir"] == f"outputs/recipes/{name.removesuffix('.yaml')}"
     assert (recipe["beta"], recipe["per_token_scores"]) == (0.1, False)
+    assert (recipe["monitor_stop"], recipe["stop_on"]) == (False, "none")
+    assert recipe["truncated_completions"] == ("drop" if name.startswith("figure4a") else "by_reward")
+    assert "held_out_prompts" not in recipe  # none of a test set, on which iterations would be chosen
     assert recipe["reward_funcs"] == stated(name).get("reward_funcs", FSFAIRX)
     ultrafeedback = [f"RLHFlow/ultrafeedback_iter{i}" for i in (1, 2, 3)]
     if name.startswith("table2") and "iterative_dpo" not in name:
@@ -201,7 +204,8 @@ def test_what_the_paper_leaves_open_is_the_same_everywhere(name):
 
 
 MARKED = ("num_samples", "temperature", "reward_funcs", "memory", "learning_rate", "num_train_epochs")
-ALWAYS_OURS = ("beta", "num_held_out", "num_eval_samples", "max_new_tokens", "gradient_checkpointing", "save_steps")
+ALWAYS_OURS = ("beta", "num_held_out", "num_eval_samples", "max_new_tokens", "gradient_checkpointing", "save_steps",
+               "truncated_completions", "monitor_stop", "stop_on")  # fmt: skip
 
 
 def is_marked(name, option):

@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 from trajectories import assert_close, assert_same_weights, trajectory, weights_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaModel, TrainerCallback
+from trl import DPOTrainer
 
 from trl_larpo import ConfigError, DataError, LarPOConfig, LarPOTrainer
 from trl_larpo.losses import RANKING_LOSSES, lambdarank_loss, listmle_loss, listnet_loss, ndcg_lambda_weight
@@ -626,11 +627,51 @@ def test_mixture_of_experts_adds_its_balancing_loss(trained, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [None, 1, 9])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(trained, use_reentrant):
+def test_gradient_checkpointing_changes_nothing(trained, use_reentrant, chunk_size):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    runs = [trained(tiny.lists(), options), trained(tiny.lists())]
+    runs = [trained(tiny.lists(), options | {"candidate_chunk_size": chunk_size}), trained(tiny.lists())]
     assert_close(*runs, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("where", ["set by TRL", "in the model"])
+def test_reentrant_checkpoints_that_no_option_asks_for_change_nothing(trained, tiny_model, monkeypatch, where, lora):
+    """TRL sets them for adapters with ZeRO-3, after the options are read; users give models that have them."""
+    model, more = AutoModelForCausalLM.from_pretrained(tiny_model), {}
+    options = {"candidate_chunk_size": 2, "max_steps": 3}
+    if lora:
+        more["peft_config"] = pytest.importorskip("peft").LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    expected = trained(tiny.lists(), {"max_steps": 3}, **more)
+    if where == "in the model":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    else:
+        options["gradient_checkpointing"] = True
+        init = DPOTrainer.__init__
+
+        def as_with_zero3(self, *values, args, **named):
+            args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+            args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+            init(self, *values, args=args, **named)
+
+        monkeypatch.setattr(DPOTrainer, "__init__", as_with_zero3)
+    runs = [trained(tiny.lists(), options, model=model, **more), expected]
+    assert_close(*runs, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_reentrant_checkpoints_that_come_too_late_are_an_error(trained, monkeypatch):
+    def switched_on(self, *values, **named):
+        self.model.gradient_checkpointing_enable({"use_reentrant": True})
+        return train(self, *values, **named)
+
+    train = LarPOTrainer.train
+    monkeypatch.setattr(LarPOTrainer, "train", switched_on)
+    with pytest.raises(ConfigError, match="gradients would be wrong"):
+        trained(tiny.lists(), {"candidate_chunk_size": 2, "max_steps": 1})
 
 
 @pytest.mark.parametrize("conversational", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -51,6 +51,7 @@ def run_both(trained, dataset, options, dpo_options, **trainer_kwargs):
         {"loss_type": "apo_down"},
         {"loss_type": "discopop"},
         {"loss_type": "sft"},
+        {"loss_type": "sft", "beta": 0.0},
         {"loss_type": "sigmoid_norm"},
         {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
         {"loss_type": "sigmoid", "ld_alpha": 0.5},

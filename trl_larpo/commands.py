@@ -4,6 +4,7 @@ What the commands beside `larpo run` do: the steps of an iteration one at a time
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +274,18 @@ def _with_same_completions(kept: StoredPools, pools: Sequence[CandidatePool], ou
         found = kept[place_of[pool.prompt.id]]
         if [c.completion for c in found.candidates] != [c.completion for c in pool.candidates]:
             raise ConfigError(f"{output} holds rewards of other completions. Take another `output`.")
+        if changed := _changed_columns(found.prompt, pool.prompt):
+            raise ConfigError(
+                f"{output} holds rewards of the prompt {pool.prompt.text[:60]!r} with another `{changed[0]}`. Take "
+                "another `output`."
+            )
     return kept
+
+
+def _changed_columns(prompt: Prompt, other: Prompt) -> list[str]:
+    """Names of the columns in which two prompts differ, as they are written."""
+    before, now = ({name: json.dumps(value) for name, value in each.columns.items()} for each in (prompt, other))
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def select(options: SelectConfig) -> None:

@@ -300,7 +300,8 @@ def smoothed(
 
 def reversed_relevance(relevance: Tensor, mask: Tensor) -> Tensor:
     """
-    The relevance of each candidate if the order of its list were the opposite: highest + lowest - relevance.
+    The relevance of each candidate if the order of its list were the opposite: highest + lowest - relevance. A lowest
+    relevance below 0 is taken for 0, as in [`gains_and_ideal_dcg`], so that a large penalty swallows no differences.
 
     Args:
         relevance: Float `(batch, list_size)`.
@@ -311,7 +312,7 @@ def reversed_relevance(relevance: Tensor, mask: Tensor) -> Tensor:
     """
     highest = relevance.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
     lowest = relevance.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
-    return torch.where(mask, highest + lowest - relevance, 0.0)
+    return torch.where(mask, (highest - relevance) + lowest.clamp(min=0.0), 0.0)
 
 
 RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {  # each a `RankingLoss`; some have options of their own

@@ -173,7 +173,8 @@ def majority_accuracy(answers, correct, n: int, draws: int = 200, seed: int = 0)
     Chance that the most frequent answer among n samples is right (majority vote, also known as self-consistency).
 
     Args:
-        answers: Answer of each sample of one prompt, any hashable value; `None` where it gives none, which is no vote.
+        answers: Answer of each sample of one prompt, any hashable value; `None` or NaN where it gives none, which is no
+            vote.
         correct: Whether each is right, bool or 0/1, `(num_samples,)`.
         n: Number of samples that vote, 1 ≤ n ≤ `num_samples`.
         draws: Number of random choices of n samples to average over, where there are more; else all of them.
@@ -188,6 +189,7 @@ def majority_accuracy(answers, correct, n: int, draws: int = 200, seed: int = 0)
     count = len(answers)
     if not 1 <= n <= count:
         raise ValueError(f"n must be between 1 and the number of samples ({count}), got n={n}.")
+    answers = [None if answer != answer else answer for answer in answers]  # NaN is not itself
     if math.comb(count, n) <= draws:
         choices = list(itertools.combinations(range(count), n))
     else:

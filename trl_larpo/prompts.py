@@ -18,7 +18,9 @@ Content = str | list[Message]
 Row = dict[str, Any]
 """A row of a file or a dataset: columns by name."""
 
-KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool", "function", "ipython",
+                         "observation", "environment", "document", "context"})  # fmt: skip
+"""Those of published chat templates: most of these pass over a message whose role is misspelt."""
 
 NOT_UNICODE = "has half of a surrogate pair (e.g. \\ud83d alone), which is no character; remove the row or correct it."
 

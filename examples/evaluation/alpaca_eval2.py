@@ -227,7 +227,7 @@ def report(arguments, entrant: Entrant, references: list[dict], folder: Path, le
     if result["n_total"] != len(references):
         print(
             f"  WARNING: no judgement of the instructions {missing[:10]}{' ...' if len(missing) > 10 else ''}: the "
-            "judge's first token was neither m nor M. The rates leave them out; call again to ask once more."
+            "judge's answer named neither. The rates leave them out; call again to ask once more."
         )
     if len(references) != NUM_INSTRUCTIONS:
         print(f"  NOTE: AlpacaEval 2 has {NUM_INSTRUCTIONS} instructions; this result cannot be compared with others.")
@@ -249,7 +249,8 @@ def compare(arguments, results: list[dict]) -> None:
     if arguments.recipe is not None:
         said = PAPERS_JUDGES.get(arguments.recipe.parent.name)
         same = said == JUDGES[arguments.judge] and "llama-3-70b" in arguments.judge_model.lower()
-        warning = "the same judge" if same else f"judge: {said}. Another judge's figures cannot be compared with these"
+        other = "it does not say which judge" if said is None else f"judge: {said}"
+        warning = "the same judge" if same else f"{other}. Another judge's figures cannot be compared with these"
         print(f"The paper ({warning}): {paper_figures(arguments.recipe)}")
 
 

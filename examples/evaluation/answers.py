@@ -15,7 +15,7 @@ import torch
 from trl import ModelConfig
 
 from trl_larpo import LarPOError
-from trl_larpo.candidates import Candidate
+from trl_larpo.candidates import Candidate, CandidatePool
 from trl_larpo.commands import GenerateConfig, reward_file, sample_file
 from trl_larpo.generation.sampler import device_of, generation_dtype
 from trl_larpo.generation.sampling_task import SampleKind
@@ -147,10 +147,11 @@ def answer(
     if entrant.best_of > 1:
         judge = RewardOptions(reward_funcs=[arguments.best_of_n_reward])
         pools = reward_file(judge, pools, path.with_suffix(".rewarded.jsonl"), use_cpu=arguments.use_cpu)
-    best = {pool.prompt.id: max(pool.candidates, key=_reward) for pool in pools}
+    best = {pool.prompt.id: _best(pool.candidates) for pool in pools if entrant.best_of == 1 or _has_reward(pool)}
     if missing := [prompt.text for prompt in distinct if prompt.id not in best]:
+        what = "answer" if entrant.best_of == 1 else "answer with a reward to choose it by"
         raise LarPOError(
-            f"{len(missing)} of {len(distinct)} prompts have no answer, such as {missing[0][:60]!r}; *.set_aside.jsonl "
+            f"{len(missing)} of {len(distinct)} prompts have no {what}, such as {missing[0][:60]!r}; *.set_aside.jsonl "
             f"in {path.parent} says why. Call again to try again."
         )
     answers = [best[prompt.id] for prompt in prompts]
@@ -165,9 +166,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _reward(candidate: Candidate) -> float:
-    """The first of those without a reward is the best."""
-    return -math.inf if candidate.reward is None else candidate.reward
+def _best(candidates: list[Candidate]) -> Candidate:
+    return max(candidates, key=lambda candidate: -math.inf if candidate.reward is None else candidate.reward)
+
+
+def _has_reward(pool: CandidatePool) -> bool:
+    return any(candidate.reward is not None for candidate in pool.candidates)
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -70,9 +71,9 @@ def main() -> None:
         if arguments.judge_url is None:
             print(f"Answers of {entrant.name} in {entrant.folder}. Call again with --judge_url to have them judged.")
             continue
-        games = judge(arguments, entrant, questions, answers, baseline)
+        games = in_both_orders(judge(arguments, entrant, questions, answers, baseline))
         if not games:
-            raise LarPOError(f"No verdict on {entrant.name}: see the answers of {arguments.judge_url} above.")
+            raise LarPOError(f"No verdict on {entrant.name} in both orders: see the answers of {arguments.judge_url}.")
         results.append(
             result_of(entrant, games, dict(zip([q["uid"] for q in questions], answers, strict=True)), baseline)
         )
@@ -173,7 +174,10 @@ def judge(
         print(f"WARNING: {len(problems)} requests to {arguments.judge_url} failed; the last one: {problems[-1]}")
     kept = GrowingFile(folder / "games.jsonl").rows
     if len(kept) < 2 * len(questions):
-        print(f"WARNING: {2 * len(questions) - len(kept)} judgements have no verdict; call again to ask once more.")
+        print(
+            f"WARNING: {2 * len(questions) - len(kept)} judgements have no verdict, and their questions do not count. "
+            "Call again to ask once more."
+        )
     return kept
 
 
@@ -201,6 +205,12 @@ def verdict_of(text: str) -> str | None:
     """The verdict that a judgement ends in, if it has one."""
     found = re.findall(r"\[\[([AB][<>=]{1,2}[AB])\]\]", text)
     return found[-1] if found and found[-1] in VERDICTS else None
+
+
+def in_both_orders(games: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Games of questions with both: judges prefer one of the places, which cancels within a question alone."""
+    orders = Counter(game["uid"] for game in games)
+    return [game for game in games if orders[game["uid"]] == 2]
 
 
 # Results
@@ -302,6 +312,9 @@ def report(arguments: argparse.Namespace, results: list[dict[str, Any]], questio
             for v in (row["win_rate"], row["style_controlled"])
         ]
         print(f"  {row['name']:32}{shown[0]:>24}{shown[1]:>24}")
+    for row in rows:
+        if row["judgements"] < len(questions):
+            print(f"  {row['name']}: {row['judgements']} of {len(questions)} questions have both verdicts")
     print(
         "Other judges, and the leaderboard's instructions, give other rates: compare these rows with each other only."
     )

@@ -7,7 +7,7 @@ from trl import DPOConfig
 from ..errors import ConfigError
 from ..losses import RANKING_LOSSES, RankingLoss
 from ..redaction import hide_secrets
-from .ranking_options import DPO_LOSSES, RankingOptions, check_checkpointing, check_loss_fn, check_ranking_options
+from .ranking_options import DPO_LOSSES, RankingOptions, check_loss_fn, check_ranking_options
 
 SIGMOID_ON_PAIRS = frozenset({"pairwise", "contrastive", "lambdarank", "listmle"})
 """Ranking losses that are TRL's "sigmoid" on two candidates."""
@@ -77,7 +77,6 @@ class LarPOConfig(RankingOptions, DPOConfig):
     def __post_init__(self):
         check_ranking_options(self)
         super().__post_init__()
-        check_checkpointing(self)
 
 
 def trains_lists(
@@ -114,7 +113,7 @@ def trains_lists(
     check_loss_fn(loss_fn, args)
     dpo_losses = [name for name in args.loss_type if name in DPO_LOSSES and name != "sft"] if loss_fn is None else []
 
-    if not args.beta > 0 and (formats[train_set] == "list" or not dpo_losses):
+    if not args.beta > 0 and (formats[train_set] == "list" or not dpo_losses) and list(args.loss_type) != ["sft"]:
         raise ConfigError(f"`beta` is {args.beta}; it must be greater than 0.")
     if formats[train_set] == "list":
         if "inputs" in (getattr(args, "include_for_metrics", None) or []):

@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from trl import GRPOConfig
 
 from ..errors import ConfigError
 from ..redaction import hide_secrets
-from .ranking_options import DPO_LOSSES, RankingOptions, check_checkpointing, check_ranking_options
-from .scores import divergence_scores
+from .ranking_options import DPO_LOSSES, RankingOptions, check_ranking_options
 from .trl_compat import require_grpo
 
 require_grpo()
@@ -93,7 +91,6 @@ class OnlineLarPOConfig(RankingOptions, GRPOConfig):
         check_ranking_options(self)
         self._check_group("per_device_train_batch_size", "num_generations")
         super().__post_init__()
-        check_checkpointing(self)
         self._check_losses()
         self._check_reference()
         if self.do_eval and self.eval_strategy != "no":
@@ -123,7 +120,6 @@ class OnlineLarPOConfig(RankingOptions, GRPOConfig):
             )
         if not self.beta > 0:
             raise ConfigError(f"`beta` is {self.beta}; it must be greater than 0.")
-        divergence_scores(torch.zeros(1), self.f_divergence_type, self.f_alpha_divergence_coef)
         if self.memory_size < 0:
             raise ConfigError(f"`memory_size` is {self.memory_size}; it must be at least 0.")
         if self.memory_size and self.multi_objective_aggregation == "normalize_then_sum":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -20,6 +21,7 @@ from ..losses import (
     reversed_relevance,
     smoothed,
 )
+from .scores import divergence_scores
 
 # fmt: off
 DPO_LOSSES = frozenset([
@@ -190,20 +192,6 @@ def check_ranking_options(args: Any) -> None:
         args.bf16 = False  # TRL's default of True is refused on a machine without an accelerator
 
 
-def check_checkpointing(args: Any) -> None:
-    """
-    Checks what `candidate_chunk_size` needs of gradient checkpointing, once TrainingArguments has read its dictionary.
-
-    Raises:
-        ConfigError: If checkpoints are reentrant.
-    """
-    if args.candidate_chunk_size is not None and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise ConfigError(
-            "`candidate_chunk_size` needs checkpointing of the kind that is not reentrant. Set "
-            "`gradient_checkpointing_kwargs` to {'use_reentrant': False}."
-        )
-
-
 def _check_scores(args: Any) -> None:
     if not math.isfinite(args.target_margin) or args.target_margin < 0:
         raise ConfigError(f"`target_margin` is {args.target_margin}; it must be a number of at least 0.")
@@ -216,6 +204,7 @@ def _check_scores(args: Any) -> None:
         raise ConfigError(
             f"`label_smoothing` is {args.label_smoothing}; with ranking losses it must be at least 0 and below 0.5."
         )
+    divergence_scores(torch.zeros(1), args.f_divergence_type, args.f_alpha_divergence_coef)
     if args.reference_free and args.f_divergence_type != "reverse_kl":
         raise ConfigError(
             f"`reference_free` scores have no reference to diverge from, but `f_divergence_type` is "

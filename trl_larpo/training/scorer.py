@@ -29,7 +29,11 @@ from .load_balancing import experts_per_token, load_balancing_loss
 from .passes import Layout, Pass, PassMemory, passes_in_chunks, whole_pass
 from .proof import ROUGHLY, Difference, Proof
 from .token_rows import Batch, Rows, sequence_lengths
-from .trl_compat import forget_order_of_modules
+from .trl_compat import (
+    forget_order_of_modules,
+    has_reentrant_checkpoints,
+    options_ask_for_reentrant_checkpoints,
+)
 from .two_part_attention import has_kernel, recorded_deviations
 from .variable_length import uses_variable_lengths
 
@@ -209,10 +213,7 @@ class CandidateScorer:
         in_rows = Layout.SPLIT if uses_variable_lengths(self.model) else Layout.SHARED
         if self.chunk_size is None:
             return [Layout.SPLIT, in_rows] if splits_rows(self.model) else [in_rows]
-        # FSDP brings back the weights of a layer for the backward pass when the layer's output gets a gradient, and of
-        # a prompt that runs first only keys and values do. Block masks hold whole rows.
-        is_fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
-        return [in_rows] if is_fsdp or uses_blocks(self.model) else [Layout.PROMPT_FIRST, in_rows]
+        return [Layout.PROMPT_FIRST, in_rows] if _can_run_prompts_first(self) else [in_rows]
 
     def _logps(self, head: OutputHead, layout: Layout, batch: Batch) -> Tensor:
         return self._tried(head, self._passes(batch, layout)).logps
@@ -244,6 +245,8 @@ class CandidateScorer:
             self._engine = model if zero is not None and zero.zero_stage == 3 else None
             self._decide()
         assert self.layout is not None
+        if self.layout is Layout.PROMPT_FIRST:
+            _check_checkpoints(self.model)
         # Whole logits come from the model's own forward, which takes no other mask together with router logits
         in_separate_rows = router_logits and not self._head.linear
         kind = in_separate_rows, *self._kind
@@ -309,6 +312,26 @@ class CandidateScorer:
             top_k = experts_per_token(self._bare.config.get_text_config())
             outputs.aux_loss = load_balancing_loss(logits, _token_weights(passes), top_k)
         return outputs
+
+
+def _can_run_prompts_first(scorer: CandidateScorer) -> bool:
+    """
+    Whether gradients of a prompt that runs before its candidates would be right.
+
+    Of such a prompt only keys and values get gradients. FSDP brings back the weights of a layer for the backward pass
+    when the layer's output gets one; reentrant checkpoints make keys and values without. Block masks hold whole rows.
+    """
+    is_fsdp = getattr(scorer.accelerator.state, "fsdp_plugin", None) is not None
+    is_reentrant = options_ask_for_reentrant_checkpoints(scorer.args) or has_reentrant_checkpoints(scorer.model)
+    return not (is_fsdp or is_reentrant or uses_blocks(scorer.model))
+
+
+def _check_checkpoints(model: nn.Module) -> None:
+    if torch.is_grad_enabled() and has_reentrant_checkpoints(model):
+        raise ConfigError(
+            "Reentrant gradient checkpoints were switched on after the trainer was made; with `candidate_chunk_size`, "
+            "gradients would be wrong. Set `gradient_checkpointing` in the options instead."
+        )
 
 
 def _prove_two_parts(scorer: CandidateScorer, proof: Proof) -> Difference | None:

@@ -258,6 +258,21 @@ def without_deepspeed_config() -> Iterator[None]:
             set_hf_deepspeed_config(config)
 
 
+def options_ask_for_reentrant_checkpoints(args: Any) -> bool:
+    """Whether a training will checkpoint that way. TRL itself sets it for adapters with ZeRO-3."""
+    kwargs = [getattr(args, f"{name}_checkpointing_kwargs", None) for name in ("gradient", "activation")]
+    return args.gradient_checkpointing and any((each or {}).get("use_reentrant") for each in kwargs)
+
+
+def has_reentrant_checkpoints(model: nn.Module) -> bool:
+    """Whether layers of a model checkpoint that way now."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        for module in model.modules()
+    )
+
+
 _GRPO_METHODS = {  # what OnlineLarPOTrainer overrides: arguments
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],

@@ -50,7 +50,8 @@ _NUM_PEEKED_ROWS = 16  # of a stream, which cannot be read twice cheaply
 
 _NUM_ROWS_NAMED = 4  # bad rows named in one error
 
-_LARGEST_REWARD = float(np.finfo(np.float32).max)
+_LARGEST_REWARD = float(np.finfo(np.float32).max) / 2**20
+"""So that sums over lists of them are numbers of float32."""
 
 
 @dataclass
@@ -316,7 +317,7 @@ def _rewards(row: Row, finished: list[bool], truncated_completions: str, fail) -
         if abs(number) > _LARGEST_REWARD:
             raise fail(
                 "rewards",
-                f"entry {position} is beyond the largest number of float32, {_LARGEST_REWARD:.3g}; divide all rewards "
+                f"entry {position} is beyond {_LARGEST_REWARD:.3g}, too large for sums in float32; divide all rewards "
                 "by a constant.",
             )
     return [None if reward is None else float(reward) for reward in rewards]

@@ -178,7 +178,7 @@ def run(variation: Variation, setup: Setup) -> dict:
         small = {"prompts_per_iteration": 2, "num_samples": 4, "num_iterations": 2}
         options |= {name: min(value, options[name]) for name, value in small.items()}
     folder = setup.output / "runs" / variation.file_name.removesuffix(".json")
-    rows = Random(variation.seed).sample(task.train, num_prompts(options))
+    rows = distinct_rows(task.train, num_prompts(options), variation.seed)
     training = {name: value for name, value in variation.settings.items() if name not in options}
     with quiet(setup.output):
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,6 +231,15 @@ def num_prompts(options: dict[str, Any]) -> int:
     """How many prompts a run needs in all."""
     fresh = options.get("prompt_schedule") == "fresh"
     return options["prompts_per_iteration"] * (options["num_iterations"] if fresh else 1)
+
+
+def distinct_rows(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """As many rows with different prompts, at random: a task may have a prompt twice, which a run takes once."""
+    rng, found = Random(seed), {}
+    for row in rng.sample(rows, count):
+        found[row["prompt"][-1]["content"]] = row
+    others = [row for row in rows if row["prompt"][-1]["content"] not in found]
+    return [*found.values(), *rng.sample(others, count - len(found))]
 
 
 def budget_of(folder: Path) -> dict[str, int]:
