@@ -117,6 +117,43 @@ def test_rewards_that_differ_by_rounding_or_by_everything(tmp_path, rewards):
     charts._reward_distribution(Figure().subplots(), {1: {"statistics": found}})
 
 
+def test_many_iterations_stay_readable():
+    """With a colour for each that is shown, and names beside the curves rather than over them."""
+
+    def made(n):
+        sources = {f"iteration {k}": 2 for k in range(1, n + 1)}
+        return {"sources": sources, "sizes": [[8, n]], "rewards": {"low": 0, "high": 1, "counts": [n, 9]}}
+
+    reward = {"mean": 0.1, "standard_error": 0.1}
+    iterations = {
+        n: {"evaluation": {"best_of_n": [0.1, 0.2], "reward": reward}, "statistics": made(n) if n else {}}
+        for n in range(25)
+    }
+    axes = {name: Figure().subplots() for name in ("_best_of_n", "_reward_distribution", "_sources", "_list_sizes")}
+    for name, ax in axes.items():
+        getattr(charts, name)(ax, iterations)
+        names = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert len(names) <= 6 and len({c.get_label() for c in ax.containers or ax.lines}) <= 6
+        assert names[-1] == ("older ones" if name == "_sources" else "iteration 24")
+    assert axes["_best_of_n"].get_title().endswith("(6 of 25 iterations)")
+    assert list(axes["_list_sizes"].get_xticks()) == [8]
+    few = {
+        n: {"statistics": {"sources": {f"iteration {k}": 1 for k in (10, 2, 9)} | {"low temperature": 1}}}
+        for n in (1, 2)
+    }
+    charts._sources(ax := Figure().subplots(), few)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["iteration 2", "iteration 9", "iteration 10", "low temperature"]
+
+
+def test_what_an_unfinished_iteration_has_set_aside_is_told(run):
+    (run / "iteration_2/evaluation.json").unlink()
+    aside = {"prompt_id": "0", "prompt": "a <hard> one", "reason": "the server refuses it"}
+    (run / "iteration_2/samples.set_aside.jsonl").write_text(json.dumps(aside) + "\n")
+    page = write_report(run, with_plots=False).read_text()
+    assert "1 of 2 iterations done · iteration 2 has begun" in page and "a &lt;hard&gt; one" in page
+
+
 def test_a_training_that_did_not_end_with_its_last_weights_is_told(run):
     monitor = {"points": [], "explanation": "The last step is worse than the best. Kept: step <4>."}
     (run / "iteration_2/monitor.json").write_text(json.dumps(monitor))

@@ -1,6 +1,7 @@
 """The pictures of a run."""
 
 import io
+import itertools
 import math
 import re
 from collections import Counter
@@ -26,6 +27,15 @@ _STAND_INS: Colors = ([f"#00000{i}" for i in range(1, 7)], "#000007", "#000008")
 _OF_PAGE: Colors = ([f"var(--c{i})" for i in range(1, 7)], "var(--text)", "var(--line)")
 
 _LIGHT: Colors = (["#2a6f97", "#d1793b", "#5b8c5a", "#8d5a97", "#a08a2c", "#667085"], "#1c2430", "#d5d9e0")
+
+
+_MAX_COLORS = 6
+_COLORS = [f"C{i}" for i in range(_MAX_COLORS)]
+
+_MAX_TICKS = 12
+
+_ITERATION = r"iteration (\d+)"  # a source of candidates
+_AGES = ("this iteration", "the one before", "older ones")
 
 
 def draw(iterations: dict[int, Row], folder: Path | None) -> list[str]:
@@ -87,8 +97,21 @@ def _flat(colors: Colors) -> list[str]:
 
 
 def _labels(axes, numbers: list[int]) -> None:
-    axes.set_xticks(numbers, ["start" if number == 0 else str(number) for number in numbers])
+    shown = numbers[:: math.ceil(len(numbers) / _MAX_TICKS) or 1]
+    axes.set_xticks(shown, ["start" if number == 0 else str(number) for number in shown])
     axes.set_xlabel("iteration")
+
+
+def _evenly_spread(numbers: list[int]) -> list[int]:
+    """Iterations to show where each has a colour of its own: all, or the first, the last and some between them."""
+    if len(numbers) <= _MAX_COLORS:
+        return numbers
+    return [numbers[round(i * (len(numbers) - 1) / (_MAX_COLORS - 1))] for i in range(_MAX_COLORS)]
+
+
+def _of_all(shown: list[int], numbers: list[int]) -> str:
+    """What a title says where not all iterations are shown."""
+    return "" if len(shown) == len(numbers) else f" ({len(shown)} of {len(numbers)} iterations)"
 
 
 def _held_out_reward(axes, iterations: dict[int, Row]) -> None:
@@ -152,12 +175,13 @@ def _best_of_n(axes, iterations: dict[int, Row]):
     curves = {number: found["evaluation"]["best_of_n"] for number, found in iterations.items()}
     if all(len(curve) < 2 for curve in curves.values()):
         return False
-    for color, (number, curve) in zip(_cycle(), curves.items(), strict=False):
+    shown = _evenly_spread(list(curves))
+    for color, number in zip(_COLORS, shown, strict=False):
         label = "start" if number == 0 else f"iteration {number}"
-        axes.plot(range(1, len(curve) + 1), curve, marker="o", label=label, color=color)
+        axes.plot(range(1, len(curves[number]) + 1), curves[number], marker="o", label=label, color=color)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("samples N")
-    axes.set_title("Best of N on held-out prompts")
+    axes.set_title(f"Best of N on held-out prompts{_of_all(shown, list(curves))}")
     axes.legend()
 
 
@@ -167,7 +191,9 @@ def _reward_distribution(axes, iterations: dict[int, Row]):
         return False
     low, high = min(x["low"] for x in found.values()), max(x["high"] for x in found.values())
     edges = bin_edges(low, high, 20)
-    for color, (number, x) in zip(_cycle(), found.items(), strict=False):
+    shown = _evenly_spread(list(found))
+    for color, number in zip(_COLORS, shown, strict=False):
+        x = found[number]
         # Each fine bin counts where its middle is, and the outer ones at the ends, where the rewards of 0 and 1 are
         middles = np.linspace(x["low"], x["high"], len(x["counts"]))
         weights = np.array(x["counts"]) / sum(x["counts"])
@@ -176,7 +202,7 @@ def _reward_distribution(axes, iterations: dict[int, Row]):
         )
     axes.set_xlabel("reward")
     axes.set_ylabel("share of samples")
-    axes.set_title("Rewards of the training samples")
+    axes.set_title(f"Rewards of the training samples{_of_all(shown, list(found))}")
     axes.legend()
 
 
@@ -209,7 +235,7 @@ def _ranking_metrics(axes, iterations: dict[int, Row]):
             axes.axvline(step, color=matplotlib.rcParams["axes.edgecolor"], linewidth=1)
     if step == 0:
         return False
-    for (steps, values), color, label in zip(drawn.values(), _cycle(), ("NDCG", "pairs ranked right"), strict=False):
+    for (steps, values), color, label in zip(drawn.values(), _COLORS, ("NDCG", "pairs ranked right"), strict=False):
         axes.plot(steps, values, label=label, color=color)
     axes.set_xlabel("training step, over all iterations")
     axes.set_title("How the policy ranks its training lists")
@@ -220,36 +246,61 @@ def _sources(axes, iterations: dict[int, Row]):
     counts = {n: Counter(x["statistics"]["sources"]) for n, x in iterations.items() if "sources" in x["statistics"]}
     if not counts:
         return False
-    kinds = sorted({kind for counter in counts.values() for kind in counter})
+    counts = _few_kinds(counts)
+    kinds = sorted({kind for counter in counts.values() for kind in counter}, key=_in_order)
     below = dict.fromkeys(counts, 0)
-    for color, kind in zip(_cycle(), kinds, strict=False):
+    for color, kind in zip(itertools.cycle(_COLORS), kinds, strict=False):
         heights = [counter[kind] for counter in counts.values()]
         axes.bar(list(counts), heights, 0.6, bottom=list(below.values()), label=kind, color=color)
         below = {number: below[number] + counter[kind] for number, counter in counts.items()}
     _labels(axes, list(counts))
-    axes.set_ylim(top=1.25 * max(below.values()))
+    axes.set_ylim(top=1.4 * max(below.values()))
     axes.set_title("Where the candidates of the lists come from")
     axes.legend(ncols=2)
+
+
+def _few_kinds(counts: dict[int, Counter[str]]) -> dict[int, Counter[str]]:
+    """Sources of candidates, those of many iterations as seen from the iteration of the list."""
+    if len({kind for counter in counts.values() for kind in counter}) <= _MAX_COLORS:
+        return counts
+    few: dict[int, Counter[str]] = {}
+    for number, counter in counts.items():
+        few[number] = Counter()
+        for kind, count in counter.items():
+            match = re.fullmatch(_ITERATION, kind)
+            age = None if match is None else number - int(match[1])
+            name = kind if age is None else _AGES[min(age, len(_AGES) - 1)]
+            few[number][name] += count
+    return few
+
+
+def _in_order(kind: str) -> tuple[bool, int, str]:
+    """Iterations in their order, then the others."""
+    match = re.fullmatch(_ITERATION, kind)
+    place = int(match[1]) if match else _AGES.index(kind) if kind in _AGES else 0
+    return match is None and kind not in _AGES, place, kind
 
 
 def _list_sizes(axes, iterations: dict[int, Row]):
     sizes = {n: dict(x["statistics"]["sizes"]) for n, x in iterations.items() if "sizes" in x["statistics"]}
     if not any(sizes.values()):
         return False
-    width = 0.8 / len(sizes)
-    for place, (color, (number, counter)) in enumerate(zip(_cycle(), sizes.items(), strict=False)):
-        positions = [size + (place - (len(sizes) - 1) / 2) * width for size in counter]
-        axes.bar(positions, list(counter.values()), width, label=f"iteration {number}", color=color)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    shown = _evenly_spread(list(sizes))
+    width = 0.8 / len(shown)
+    for place, (color, number) in enumerate(zip(_COLORS, shown, strict=False)):
+        positions = [size + (place - (len(shown) - 1) / 2) * width for size in sizes[number]]
+        axes.bar(positions, list(sizes[number].values()), width, label=f"iteration {number}", color=color)
+    occurring = sorted({size for number in shown for size in sizes[number]})
+    if len(occurring) <= _MAX_TICKS:
+        axes.set_xticks(occurring)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(occurring[0] - 1, occurring[-1] + 1)
+    axes.set_ylim(top=1.4 * max(count for number in shown for count in sizes[number].values()))
     axes.set_xlabel("candidates in a list")
     axes.set_ylabel("lists")
-    axes.set_title("List sizes")
-    axes.legend()
-
-
-def _cycle():
-    while True:
-        yield from (f"C{i}" for i in range(6))
+    axes.set_title(f"List sizes{_of_all(shown, list(sizes))}")
+    axes.legend(ncols=2)
 
 
 _PICTURES = {

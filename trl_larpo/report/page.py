@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..candidates import Candidate, CandidateList
 from ..errors import DataError
-from ..iterations import iteration_folder, iteration_folders
+from ..iterations import iteration_folders
 from ..prompts import Content, Row
 from ..set_aside import set_aside_in
 from ..storage import read_json, read_jsonl, read_yaml, write_text
@@ -54,13 +54,13 @@ def write_report(run: str | Path, with_plots: bool = True) -> Path:
         "subtitle": html.escape(
             f"{_model_name(settings['model_name_or_path'])} · {' + '.join(settings['loss_type'])} · "
             f"{settings['num_samples']} samples per prompt · memory {settings['memory']} · "
-            f"{max(iterations, default=0)} of {settings['num_iterations']} iterations done"
+            f"{max(iterations, default=0)} of {settings['num_iterations']} iterations done{_begun(run, iterations)}"
         ),
         "iterations": _iterations_table(iterations),
         "kept_weights": _kept_weights(iterations),
         "charts": "".join(f"<figure>{svg}</figure>" for svg in pictures),
         "health": _health_table(iterations),
-        "set_aside": _set_aside_table(run, iterations),
+        "set_aside": _set_aside_table(run),
         "about_lists": html.escape(cut),
         "data": data,
     }
@@ -144,11 +144,17 @@ def _kept_weights(iterations: dict[int, Row]) -> str:
     )
 
 
-def _set_aside_table(run: Path, iterations: dict[int, Row]) -> str:
-    """What was left out and why, if anything was; the first of many."""
+def _begun(run: Path, iterations: dict[int, Row]) -> str:
+    """The iteration that is not finished, if there is one."""
+    unfinished = [number for number in iteration_folders(run) if number and number not in iterations]
+    return f" · iteration {unfinished[-1]} has begun" if unfinished else ""
+
+
+def _set_aside_table(run: Path) -> str:
+    """What was left out and why, if anything was, also in an iteration that is not finished; the first of many."""
     lines = []
-    for number in iterations:
-        for name, rows in set_aside_in(iteration_folder(run, number)).items():
+    for number, folder in iteration_folders(run).items():
+        for name, rows in set_aside_in(folder).items():
             for row in rows[:_MAX_SET_ASIDE]:
                 cells = (str(number), name.replace("_", " "), row["prompt"][:200], row["reason"][:300])
                 lines.append("".join(f"<td class=text>{html.escape(cell)}</td>" for cell in cells))
