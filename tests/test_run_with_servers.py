@@ -15,7 +15,7 @@ from fake_server import FakeServer
 from small_run import change_options, larpo_run, rows_of, write_prompts
 
 from trl_larpo import LarPOError
-from trl_larpo.generation import server_client
+from trl_larpo.generation import model_servers, server_client
 from trl_larpo.generation.options import GenerationOptions
 from trl_larpo.generation.sampler import PolicySampler
 from trl_larpo.generation.sampling_task import SampleKind, SamplingTask
@@ -156,6 +156,29 @@ def test_servers_that_end_while_they_sample_are_started_again(sample_on_servers,
     texts = [f"why is {i}" for i in range(12)]
     assert sample_on_servers(texts, "exits", server_requests_in_flight=1) == texts
     assert caplog.text.count("Servers have ended, and are started again") == 2
+
+
+@pytest.mark.parametrize("failing", [2, 1])
+def test_a_start_that_fails_is_tried_again_once_servers_have_started(
+    sample_on_servers, project, monkeypatch, caplog, failing
+):
+    """As where the memory of a GPU is not free yet. If the first start fails, the command is probably wrong."""
+    monkeypatch.setattr(model_servers, "_PAUSES", (0.1, 0.1))
+    (project / "flaky.py").write_text(
+        "import os, pathlib, sys\n"
+        "count = pathlib.Path('count')\n"
+        "count.write_text(count.read_text() + '.' if count.exists() else '.')\n"
+        f"if len(count.read_text()) == {failing}: sys.exit(1)\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    command = f"{sys.executable} flaky.py {FAKE.removeprefix(sys.executable)} --fault exits"
+    texts = [f"why is {i}" for i in range(8)]
+    if failing == 1:
+        with pytest.raises(LarPOError, match="ended with status 1 before it was ready"):
+            sample_on_servers(texts, "", server_command=command)
+        return
+    assert sample_on_servers(texts, "", server_command=command, server_requests_in_flight=1) == texts
+    assert caplog.text.count("Servers have started before: trying again in 0.1 s") == 1
 
 
 def test_servers_that_do_not_answer_any_more_are_started_again(sample_on_servers, project, monkeypatch, caplog):

@@ -31,6 +31,28 @@ def test_prompts_are_read_as_the_run_reads_them(tmp_path):
     assert read_jsonl(prompts) == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
 
 
+@pytest.mark.slow
+def test_a_changed_configuration_starts_over_and_long_prompts_are_left_out(project, capsys):
+    long = [{"prompt": f"{i} " + "long " * size} for i, size in enumerate([0, 900, 100, 100, 100, 100])]
+    rewards = (
+        "def characters(completions, **columns):\n    return [float(sum(map(ord, text))) for text in completions]\n"
+    )
+    (project / "character_rewards.py").write_text(rewards)
+    (project / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    config = CONFIG | {"prompts": "long.jsonl", "num_iterations": 1, "monitor_evals": 0}
+    config |= {"reward_funcs": "character_rewards:characters"}
+    for num_samples in (4, 6):
+        (project / "it.yaml").write_text(yaml.safe_dump(config | {"num_samples": num_samples}))
+        assert cli.main(["run", "--config", "it.yaml", "--small"]) == 0
+        rows = rows_of(project / "out-small/iteration_1/samples.jsonl")
+        assert {len(row["completions"]) for row in rows} == {num_samples} and len(rows) == 3  # and two are held out
+    assert "there are no lists" in capsys.readouterr().out
+    (project / "out-small/run.yaml").write_text("model_name_or_path: another\n")
+    (project / "it.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["run", "--config", "it.yaml", "--small"]) != 0
+    assert (project / "out-small/iteration_1/samples.jsonl").exists()
+
+
 def test_flags_win(project, talkative_model, capsys):
     flags = ["--config", "it.yaml", "--small", "--model_name_or_path", talkative_model, "--num_iterations", "1"]
     assert cli.main(["run", *flags, "--max_new_tokens", "9", "--dry_run"]) == 0

@@ -20,12 +20,15 @@ from transformers import AutoConfig
 from ..errors import LarPOError
 from ..storage import read_json
 from .options import GenerationOptions
-from .server_process import Server, running_servers
+from .server_process import Server, ServerStartError, running_servers
 from .server_routes import RouteError, ServerRoutes
 
 logger = logging.getLogger(__name__)
 
 RELOADS = ("auto", "always", "never")
+
+_PAUSES = (10, 60, 120)
+"""Seconds before servers that do not start are started again."""
 
 _ADAPTER_OF = "adapter_config.json"
 
@@ -53,6 +56,7 @@ class ModelServers:
         self._adapter: str | None = None
         self._stay: dict[Server, bool] | None = None  # whether each sleeps; `None` if one of them cannot stay
         self._resting = False
+        self._have_started = False  # once: then the command is right
 
     def serve(self, model_path: str) -> tuple[list[str], str]:
         """
@@ -105,8 +109,8 @@ class ModelServers:
         options, started = self.options, time.monotonic()
         assert options.server_command is not None
         print(f"Starting {options.num_servers} server(s) of {model}; their output is in servers/")
-        self._servers = self._stack.enter_context(
-            running_servers(
+        for pause in (*_PAUSES, None):
+            servers = running_servers(
                 options.server_command,
                 model,
                 options.num_servers,
@@ -114,7 +118,15 @@ class ModelServers:
                 health_route=options.server_health_route,
                 start_timeout=options.server_start_timeout,
             )
-        )
+            try:
+                self._servers = self._stack.enter_context(servers)
+                break
+            except ServerStartError as error:  # such as for memory of a GPU that is not free yet
+                if pause is None or not self._have_started:
+                    raise
+                logger.warning(f"{error} Servers have started before: trying again in {pause} s.")
+                time.sleep(pause)
+        self._have_started = True
         self._name = self._weights = model
         print(f"Ready after {time.monotonic() - started:.1f} s")
         if with_adapters:

@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 _TIME_TO_STOP = 15.0  # seconds that a server gets to exit on its own
 
 
+class ServerStartError(LarPOError):
+    """A server ended before it was ready, or did not get ready in time."""
+
+
 @dataclass(frozen=True)
 class Server:
     """
@@ -83,7 +87,8 @@ def running_servers(
         The servers.
 
     Raises:
-        LarPOError: If a server ends before it is ready or does not get ready in time.
+        ServerStartError: If a server ends before it is ready or does not get ready in time.
+        LarPOError: If the command cannot be started.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     record = log_folder / "servers.json"
@@ -91,7 +96,7 @@ def running_servers(
     servers: list[Server] = []
     try:
         for index in range(num_servers):
-            port = _free_port()
+            port = _free_port({server.port for server in servers})
             words, environment = server_command(command, model=model, port=port, index=index)
             with open(log_folder / f"server_{index}.log", "ab") as log_file:
                 try:
@@ -191,13 +196,13 @@ def _await_health(process: subprocess.Popen, url: str, timeout: float, log: Path
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise LarPOError(f"The server ended with status {process.returncode} before it was ready; see {log}.")
+            raise ServerStartError(f"The server ended with status {process.returncode} before it was ready; see {log}.")
         try:
             check_answer(url, timeout=5)
             return
         except (OSError, ValueError):
             time.sleep(0.5)
-    raise LarPOError(f"The server was not ready after {timeout:.0f} s ({url}); see {log}.")
+    raise ServerStartError(f"The server was not ready after {timeout:.0f} s ({url}); see {log}.")
 
 
 def _start_time(pid: int) -> float | None:
@@ -207,7 +212,11 @@ def _start_time(pid: int) -> float | None:
         return None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_port(taken: set[int]) -> int:
+    """A port that nothing listens on, nor will one of the servers that were just started."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port not in taken:
+            return port

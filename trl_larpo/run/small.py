@@ -7,7 +7,9 @@ configuration what it is (losses, list sizes, selection, memory, temperatures, l
 """
 
 import itertools
+import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from transformers import (
 from ..errors import ConfigError
 from ..rewards.functions import BUILT_IN, PAIRWISE
 from ..rewards.pairrm import FIRST, SECOND, SOURCE, PairRMModel
-from ..storage import iter_jsonl, write_jsonl, write_text
+from ..storage import iter_jsonl, read_yaml, write_jsonl, write_text
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -66,10 +68,20 @@ def shrink_arguments(argv: list[str]) -> list[str]:
     if not isinstance(config, dict) or "output_dir" not in config:
         raise ConfigError(f"`--config`: {str(path)!r} has no `output_dir`.")
     small = shrink(config, Path(f"{config['output_dir']}-small-parts"))
-    written = Path(f"{config['output_dir']}-small-parts") / "small.yaml"
-    write_text(written, yaml.safe_dump(small, sort_keys=True))
+    written, text = Path(f"{config['output_dir']}-small-parts") / "small.yaml", yaml.safe_dump(small, sort_keys=True)
+    if written.exists() and written.read_text(encoding="utf-8") != text:
+        _remove_earlier(Path(small["output_dir"]), written.parent)
+    write_text(written, text)
     print(f"Small form of {path} with tiny stand-ins for its models: {written}")
+    if any(":" in name.removeprefix(PAIRWISE) for name in small["reward_funcs"]):
+        print("The stand-in answers with small numbers: if a reward is the same for all of them, there are no lists.")
     return [*argv[:place], "--config", str(written), *argv[place + 2 :]]
+
+
+def _remove_earlier(run: Path, parts: Path) -> None:
+    """Removes the small run of a configuration that has changed since, unless it is another run."""
+    if (run / "run.yaml").exists() and parts.name in str(read_yaml(run / "run.yaml")["model_name_or_path"]):
+        shutil.rmtree(run)
 
 
 def shrink(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -111,6 +123,12 @@ def shrink(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return small
 
 
+_MAX_LENGTH = 4096
+"""Of the stand-ins, whose tokens are bytes."""
+
+_LONGEST_PROMPT = 3000  # characters of JSON, of which none becomes more than a byte
+
+
 _LEFT_OUT = (
     "accelerate_config", "attn_implementation", "dtype", "generation_processes", "load_in_4bit", "max_prompt_length",
     "mirror", "model_revision", "num_processes", "num_servers", "prompts_config", "prompts_per_iteration", "report_to",
@@ -125,7 +143,7 @@ _SMALL = {
     "generation_batch_size": 64,
     "gradient_accumulation_steps": 1,
     "logging_steps": 1,
-    "max_length": 256,
+    "max_length": _MAX_LENGTH,
     "max_new_tokens": 24,
     "num_eval_samples": 2,
     "num_held_out": 2,
@@ -148,9 +166,14 @@ def _reward(name: str, folder: Path) -> str:
 
 
 def _prompts(path: str, target: Path, config: dict[str, Any], seed: int, num_rows: int = _NUM_PROMPTS) -> str:
-    """The first rows of a JSONL file; in place of any other source, sums in the form that the configuration expects."""
+    """
+    The first rows of a JSONL file, but for long prompts; in place of any other source, sums in the form that the
+    configuration expects.
+    """
+    column = config.get("prompt_column", "prompt")
     if Path(path).suffix == ".jsonl" and Path(path).is_file():
-        write_jsonl(target, itertools.islice(iter_jsonl(path), num_rows))
+        short = (row for row in iter_jsonl(path) if len(json.dumps(row.get(column))) <= _LONGEST_PROMPT)
+        write_jsonl(target, itertools.islice(short, num_rows))
         return str(target)
     rng, rows = random.Random(seed), []
     for _ in range(num_rows):
@@ -158,7 +181,6 @@ def _prompts(path: str, target: Path, config: dict[str, Any], seed: int, num_row
         answer = rng.randint(1, 4)
         text = f"{first} birds sit on a roof, {second} leave, {third} come: {first - second + third} + {answer}?"
         prompt = text if config.get("prompts_as_messages") else [{"role": "user", "content": text}]
-        column = config.get("prompt_column", "prompt")
         rows.append({column: prompt, "answer": f"#### {answer}", "solution": f"${answer}$"})
     write_jsonl(target, rows)
     return str(target)
@@ -238,7 +260,7 @@ def save_small_pairrm(folder: Path) -> str:
 def _llama(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=2048, initializer_range=0.3,
+        num_key_value_heads=1, max_position_embeddings=_MAX_LENGTH, initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         **settings,
     )  # fmt: skip
