@@ -449,6 +449,8 @@ BAD = {
     "server command without port": (["--server_command", "serve {model}"], r"has no \{port\}"),
     "health check": (["--stop_on", "fever"], "`stop_on` names 'fever'"),
     "evaluation of the trainer": (["--eval_strategy", "steps"], "`eval_strategy` is"),
+    "chunks of adapters with ZeRO-3": (["--accelerate_config", "shards.yaml", "--use_peft", "--merge_adapter",
+     "--candidate_chunk_size", 1, "--gradient_checkpointing", "true"], "Set `gradient_checkpointing: false`"),
     "merged without an adapter": (["--merge_adapter"], "`merge_adapter` is for an adapter"),
     "4 bits without an adapter": (["--load_in_4bit"], "set `use_peft`, and leave out `merge_adapter`"),
     "4 bits, merged": (["--load_in_4bit", "--use_peft", "--merge_adapter"], "leave out `merge_adapter`"),

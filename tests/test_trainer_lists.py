@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch.utils.data import SequentialSampler
 from trajectories import assert_close, assert_same_weights, trajectory, weights_of
@@ -660,6 +661,13 @@ def test_reentrant_checkpoints_that_no_option_asks_for_change_nothing(trained, t
         monkeypatch.setattr(DPOTrainer, "__init__", as_with_zero3)
     runs = [trained(tiny.lists(), options, model=model, **more), expected]
     assert_close(*runs, ("loss", "grad_norm"), rtol=1e-5, atol=1e-6)
+
+
+def test_reentrant_checkpoints_of_chunks_are_refused_where_processes_join_gradients(trained, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ConfigError, match="Set `gradient_checkpointing: false`: chunks are computed again"):
+        trained(tiny.lists(), options | {"candidate_chunk_size": 2})
 
 
 @pytest.mark.slow

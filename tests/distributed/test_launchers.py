@@ -28,8 +28,7 @@ VARIANTS = {
     "chunks": ("lambdarank", {"candidate_chunk_size": 2}),
     "checkpointing": ("lambdarank", {"gradient_checkpointing": True}),
     "separate rows": ("lambdarank", {"shared_prompt": "off"}),
-    # For which TRL makes checkpoints reentrant with ZeRO-3
-    "lora in chunks": ("listmle-lora", {"candidate_chunk_size": 2, "gradient_checkpointing": True}),
+    "lora in chunks": ("listmle-lora", {"candidate_chunk_size": 2}),
 }
 SMALL_SETS = ("lambdarank", "lora-accumulation", "precomputed")
 """What depends on how a launcher is configured. Launchers that differ from another by that alone get no more."""

@@ -181,6 +181,13 @@ def _check_accelerate_config(path: str, folder: RunFolder) -> None:
             f"`accelerate_config`: set `fsdp_version: 2` in {path!r}, or `merge_adapter: true`: FSDP1 does not train "
             "an adapter that is kept."
         )
+    training = folder.training
+    is_sharded_base = folder.model.use_peft and deepspeed.get("zero_stage") == 3
+    if is_sharded_base and training.gradient_checkpointing and training.candidate_chunk_size is not None:
+        raise ConfigError(
+            "`candidate_chunk_size` does not go with `gradient_checkpointing` for adapters with ZeRO-3, which take "
+            "reentrant checkpoints. Set `gradient_checkpointing: false`: chunks are computed again in any case."
+        )
     if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
         raise ConfigError(f"`accelerate_config`: set `zero3_save_16bit_model: true` in {path!r}, to save whole models.")
     if fsdp and fsdp.get("fsdp_state_dict_type") != "FULL_STATE_DICT":

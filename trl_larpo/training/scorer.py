@@ -114,6 +114,8 @@ class CandidateScorer:
             self._refuse(self._obstacle)
         if self._runs_plainly and self.chunk_size is not None:
             raise ConfigError("`candidate_chunk_size` does not work with prompt-learning PEFT. Remove it, or use LoRA.")
+        if self.chunk_size is not None and is_trained:
+            _check_checkpoints_of_chunks(accelerator, args, model)
         if not self._runs_plainly:
             enable_passes(self._bare)
         if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
@@ -324,6 +326,21 @@ def _can_run_prompts_first(scorer: CandidateScorer) -> bool:
     is_fsdp = getattr(scorer.accelerator.state, "fsdp_plugin", None) is not None
     is_reentrant = options_ask_for_reentrant_checkpoints(scorer.args) or has_reentrant_checkpoints(scorer.model)
     return not (is_fsdp or is_reentrant or uses_blocks(scorer.model))
+
+
+def _check_checkpoints_of_chunks(accelerator: Accelerator, args: DPOConfig, model: nn.Module) -> None:
+    """
+    Each chunk is a call of the model, and each reentrant checkpoint has a backward pass of its own: weights then get
+    gradients several times in a step, which what joins the gradients of processes does not take.
+    """
+    if accelerator.distributed_type == DistributedType.NO:
+        return
+    if options_ask_for_reentrant_checkpoints(args) or has_reentrant_checkpoints(model):
+        raise ConfigError(
+            "`candidate_chunk_size` does not work with reentrant gradient checkpoints under DDP, DeepSpeed or FSDP "
+            "(TRL makes them reentrant for adapters with ZeRO-3). Set `gradient_checkpointing: false`: chunks are "
+            "computed again in the backward pass, so that the activations of one are in memory."
+        )
 
 
 def _check_checkpoints(model: nn.Module) -> None:
