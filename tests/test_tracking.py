@@ -64,6 +64,14 @@ def test_every_tracker_gets_the_numbers_of_each_iteration(project):
     assert list((project / "out/iteration_1/tensorboard").rglob("events*"))  # the trainer's
 
 
+def test_a_tracker_leaves_mixed_precision_to_the_next_iteration(project):
+    """accelerate keeps the precision of a process's first Accelerator."""
+    change_options(project, report_to="tensorboard", bf16=True)
+    assert larpo_run() == 0
+    assert not any("report_to" in warning for warning in status_of("out")["warnings"])
+    assert list((project / "out/tracking").rglob("events*"))
+
+
 def test_a_missing_package_is_named_before_the_start(project, capsys, monkeypatch):
     find = tracking.importlib.util.find_spec
     monkeypatch.setattr(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 
 from ..candidates import CandidateList
@@ -52,6 +53,12 @@ class Tracking:
         if not self.names:
             return
         finish_trainer_runs()
+        try:
+            self._log(iteration, checks)
+        finally:
+            AcceleratorState._reset_state()  # without mixed precision; the next stage has its own
+
+    def _log(self, iteration: int, checks: list[Check]) -> None:
         training, name = self.folder.training, f"{self.group}-loop"
         project = getattr(training, "project", None) or os.environ.get("WANDB_PROJECT", "larpo")
         settings = {name: str(value) for name, value in self.folder.configuration().items()}
