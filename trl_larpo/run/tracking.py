@@ -1,16 +1,23 @@
 """Logs what happens across the iterations of a run to W&B, trackio, TensorBoard, or wherever `report_to` says."""
 
+import contextlib
 import importlib.util
+import inspect
 import itertools
 import os
 import sys
 import uuid
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..candidates import CandidateList
 from ..errors import ConfigError
@@ -19,6 +26,10 @@ from .folder import RunFolder
 from .health import Check
 
 _MAX_TABLE_ROWS = 1000  # of candidates, for each iteration
+
+_WITHOUT_KEY = ("offline", "dryrun", "disabled")  # modes of W&B
+
+logger = get_logger(__name__)
 
 
 class Tracking:
@@ -29,22 +40,13 @@ class Tracking:
     it.
 
     Args:
-        folder: Folder of the run.
-
-    Raises:
-        ConfigError: If the package of a tracker is missing.
+        folder: Folder of the run, whose trackers [`check_trackers`] has checked.
     """
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
         known = {str(kind.value) for kind in LoggerType}  # the trainer knows some more
         self.names = [name for name in _as_list(folder.training.report_to) if name in known - {"all"}]
-        for name in self.names:
-            if importlib.util.find_spec(name) is None:
-                raise ConfigError(
-                    f"`report_to` names {name!r}, and that package is not installed: pip install {name}. Or set "
-                    "`report_to: none`."
-                )
         self.group = folder.training.run_name or folder.path.resolve().name
         os.environ.setdefault("WANDB_RUN_GROUP", self.group)  # of the trainer's runs
 
@@ -117,6 +119,106 @@ class Tracking:
             for c in made.selected
         )
         return columns, list(itertools.islice(rows, _MAX_TABLE_ROWS))
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """
+    Checks the trackers of a run, without a network.
+
+    Args:
+        report_to: Their names, as the trainer's options have them.
+
+    Raises:
+        ConfigError: If one is unknown, its package is missing, or W&B has no API key.
+    """
+    for name in _as_list(report_to):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"`report_to` names {name!r}; the trackers are {', '.join(INTEGRATION_TO_CALLBACK)}, or 'all' or "
+                "'none' alone."
+            )
+        if name in {str(kind.value) for kind in LoggerType} and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"`report_to` names {name!r}, and that package is not installed: pip install {name}. Or set "
+                "`report_to: none`."
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()  # as the trainer makes it, hours later
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(f"`report_to` names {name!r}, which cannot be used: {error}") from None
+        if name == "wandb":
+            _check_wandb()
+
+
+def _check_wandb() -> None:
+    """
+    Without a key W&B asks for one, or ends the run, where the first training begins.
+
+    Raises:
+        ConfigError: If there is no API key, or no valid one.
+    """
+    import wandb
+
+    if wandb.run is not None or os.environ.get("WANDB_MODE") in _WITHOUT_KEY:
+        return
+    with contextlib.suppress(ImportError, AttributeError):  # of versions that keep it elsewhere
+        from wandb.sdk import wandb_setup
+
+        if wandb_setup.singleton().settings.mode in _WITHOUT_KEY:  # by `wandb offline`
+            return
+    try:
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            has_key = wandb.login(prompt=False, verify=False)
+        else:
+            has_key = bool(wandb.api.api_key)
+    except wandb.Error as error:
+        raise ConfigError(f"`report_to` names 'wandb', which cannot be used: {error}") from None
+    if not has_key:
+        raise ConfigError(
+            "`report_to` names 'wandb', and there is no API key: run `wandb login`, set the environment variable "
+            "WANDB_API_KEY, or set WANDB_MODE=offline and upload the run later with `wandb sync`."
+        )
+
+
+def guard_trackers(callbacks: list[TrainerCallback], folder: Path) -> None:
+    """
+    Makes a warning of the first error of each of a trainer's trackers, which then logs no more in this training.
+
+    Args:
+        callbacks: All of the trainer's; those that are no trackers stay as they are.
+        folder: Where the same numbers are, for the warning.
+    """
+    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
+    for callback in callbacks:
+        if type(callback) in names:
+            guarded = _guard(names[type(callback)], folder)
+            for event in dir(callback):
+                if event.startswith("on_"):
+                    setattr(callback, event, guarded(getattr(callback, event)))
+
+
+def _guard(name: str, folder: Path) -> Callable[[Callable], Callable]:
+    """What makes of a tracker's methods ones that do not fail; all of them are silent after the first error of one."""
+    has_failed = False
+
+    def guarded(method: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal has_failed
+            if has_failed:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:  # of any tracker's, the network's
+                has_failed = True
+                logger.warning(
+                    f"`report_to`: {name} gets no more numbers of this training ({type(error).__name__}: {error}). "
+                    f"The same numbers are in {folder}."
+                )
+                return None
+
+        return call
+
+    return guarded
 
 
 def finish_trainer_runs() -> None:
