@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from small_run import change_options, larpo_run, rows_of
@@ -56,13 +58,7 @@ def test_every_tracker_gets_the_numbers_of_each_iteration(project):
     assert sum("candidates" in values for _, values in logged) == 2
 
     # TensorBoard
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = {}
-    for path in (project / "out/tracking").rglob("events*"):
-        events = EventAccumulator(str(path)).Reload()
-        if "held_out/reward" in events.Tags()["scalars"]:
-            found |= {x.step: x.value for x in events.Scalars("held_out/reward")}
+    found = dict(logged_steps(project / "out/tracking"))
     assert found == {1: pytest.approx(rewards[0]), 2: pytest.approx(rewards[1])}
     assert list((project / "out/iteration_1/tensorboard").rglob("events*"))  # the trainer's
 
@@ -73,6 +69,44 @@ def test_a_tracker_leaves_mixed_precision_to_the_next_iteration(project):
     assert larpo_run() == 0
     assert not any("report_to" in warning for warning in status_of("out")["warnings"])
     assert list((project / "out/tracking").rglob("events*"))
+
+
+def logged_steps(folder):
+    """Step → reward, of all times that the loop has logged one to TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    for path in folder.rglob("events*"):
+        events = EventAccumulator(str(path)).Reload()
+        if "held_out/reward" in events.Tags()["scalars"]:
+            found += [(x.step, x.value) for x in events.Scalars("held_out/reward")]
+    return sorted(found)
+
+
+def test_a_restart_logs_what_is_not_logged_yet(project, finished_run, monkeypatch):
+    shutil.copytree(finished_run, project / "out")
+    numbers = tracking.Tracking.numbers
+
+    def fails_for_two(self, iteration, checks):
+        if iteration == 2:
+            raise ConnectionError("no route to host")
+        return numbers(self, iteration, checks)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking.Tracking, "numbers", fails_for_two)
+        assert larpo_run("--report_to", "tensorboard", "--mirror", f"file://{project}/store") == 0
+    assert [step for step, _ in logged_steps(project / "store/tracking")] == [1], "on another machine, too"
+    assert [step for step, _ in logged_steps(project / "out/tracking")] == [1]
+    for _ in range(2):
+        assert larpo_run("--report_to", "tensorboard") == 0
+        assert [step for step, _ in logged_steps(project / "out/tracking")] == [1, 2]
+    # A tracker that comes later gets all
+    folder = SimpleNamespace(path=project / "out", training=SimpleNamespace(report_to=["trackio"], run_name="mine"))
+    later, had = tracking.Tracking(folder), []
+    monkeypatch.setattr(later, "_log", lambda iteration, checks, names, run_id: had.append((iteration, names)))
+    for iteration in (1, 2, 1):
+        later.log(iteration, [])
+    assert had == [(1, ["trackio"]), (2, ["trackio"])]
 
 
 def test_a_missing_package_is_named_before_the_start(project, capsys, monkeypatch):

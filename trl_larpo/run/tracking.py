@@ -41,26 +41,34 @@ class Tracking:
 
     Args:
         folder: Folder of the run, whose trackers [`check_trackers`] has checked.
+
+    Attributes:
+        path: Its file: the run's name at W&B, and which trackers have the numbers of which iterations.
     """
 
     def __init__(self, folder: RunFolder):
-        self.folder = folder
+        self.folder, self.path = folder, folder.path / "tracking.json"
         known = {str(kind.value) for kind in LoggerType}  # the trainer knows some more
         self.names = [name for name in _as_list(folder.training.report_to) if name in known - {"all"}]
         self.group = folder.training.run_name or folder.path.resolve().name
         os.environ.setdefault("WANDB_RUN_GROUP", self.group)  # of the trainer's runs
 
     def log(self, iteration: int, checks: list[Check]) -> None:
-        """Numbers and the candidate table of one iteration."""
-        if not self.names:
+        """Numbers and the candidate table of one iteration, for the trackers that do not have them yet."""
+        record = {"run_id": uuid.uuid4().hex[:12], "logged": {}} | (read_json(self.path) if self.path.exists() else {})
+        names = [name for name in self.names if name not in record["logged"].get(str(iteration), [])]
+        if not names:
             return
+        write_json(self.path, record)  # the run at W&B is the same for all iterations, also after a restart
         finish_trainer_runs()
         try:
-            self._log(iteration, checks)
+            self._log(iteration, checks, names, record["run_id"])
         finally:
             AcceleratorState._reset_state()  # without mixed precision; the next stage has its own
+        record["logged"].setdefault(str(iteration), []).extend(names)
+        write_json(self.path, record)
 
-    def _log(self, iteration: int, checks: list[Check]) -> None:
+    def _log(self, iteration: int, checks: list[Check], names: list[str], run_id: str) -> None:
         training, name = self.folder.training, f"{self.group}-loop"
         project = getattr(training, "project", None) or os.environ.get("WANDB_PROJECT", "larpo")
         settings = {name: str(value) for name, value in self.folder.configuration().items()}
@@ -68,15 +76,13 @@ class Tracking:
             "wandb": {
                 "group": os.environ["WANDB_RUN_GROUP"],
                 "name": name,
-                "id": self._run_id(),
+                "id": run_id,
                 "resume": "allow",
             },
             "trackio": {"group": self.group, "name": name, "resume": "allow"},
         }
-        accelerator = Accelerator(
-            log_with=self.names, project_dir=str(self.folder.path / "tracking"), cpu=training.use_cpu
-        )
-        accelerator.init_trackers(project, settings, {k: v for k, v in init.items() if k in self.names})
+        accelerator = Accelerator(log_with=names, project_dir=str(self.folder.path / "tracking"), cpu=training.use_cpu)
+        accelerator.init_trackers(project, settings, {k: v for k, v in init.items() if k in names})
         accelerator.log(self.numbers(iteration, checks), step=iteration)
         for tracker in accelerator.trackers:
             columns, rows = self.candidate_table(iteration)
@@ -88,13 +94,6 @@ class Tracking:
             elif hasattr(tracker, "log_table"):
                 tracker.log_table("candidates", columns=columns, data=rows, step=iteration)
             tracker.finish()
-
-    def _run_id(self) -> str:
-        """The same for all iterations, also after a restart."""
-        path = self.folder.path / "tracking.json"
-        if not path.exists():
-            write_json(path, {"run_id": uuid.uuid4().hex[:12]})
-        return read_json(path)["run_id"]
 
     def numbers(self, iteration: int, checks: list[Check]) -> dict[str, float]:
         path = self.folder.iteration(iteration)
