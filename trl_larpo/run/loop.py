@@ -20,13 +20,14 @@ from accelerate.logging import get_logger
 from trl import ModelConfig
 
 from ..errors import ConfigError, LarPOError, ProcessError
+from ..full_disk import explain_full_disk
 from ..lifetime import end_family, exit_status
 from ..locks import exclusive_lock
 from ..report.numbers import with_error
 from ..report.page import write_report
 from ..report.statistics import sample_statistics
 from ..set_aside import set_aside_files, set_aside_in
-from ..storage import explain_full_disk, read_json, read_jsonl, write_json
+from ..storage import read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from . import candidate_stages, evaluation_stages, training_stages  # noqa: F401 - what they lack is an error now
 from .checks import check_run
