@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 from small_run import change_options, larpo_run, rows_of
 
 from trl_larpo import ConfigError, LarPOError
+from trl_larpo.run import loop
 from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.mirror import Mirror
 from trl_larpo.run.status import status_of
@@ -170,18 +173,75 @@ def test_an_index_of_files_outside_the_folder_is_refused(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_store_out_of_reach_does_not_stop_the_run(project, capsys, monkeypatch):
-    def fails(self):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(Mirror, "push", fails)
+def test_a_store_out_of_reach_does_not_stop_the_run(project, monkeypatch):
+    push, page = Mirror.push, project / "out/report.html"
+    monkeypatch.setattr(Mirror, "push", lambda self: push(self) if page.exists() else out_of_reach())
     assert larpo_run("--num_iterations", 1, "--mirror", "memory://out-of-reach") == 0
     said = [
         warning for warning in status_of("out")["warnings"] if "`mirror`: ConnectionError: no route The run" in warning
     ]
     assert len(said) == 1, "once, of all the stages of a night"
-    monkeypatch.setattr(Mirror, "fetch", fails)
-    assert larpo_run("--mirror", "memory://out-of-reach") == 2  # at the start it is said before time is spent
+
+
+def out_of_reach(*arguments):
+    raise ConnectionError("no route")
+
+
+def fails_for_two_pauses(monkeypatch, name):
+    """A method of mirrors that works after two pauses. Returns the seconds of the pauses."""
+    pauses, method = [], getattr(Mirror, name)
+    clock = SimpleNamespace(sleep=pauses.append, monotonic=lambda: time.monotonic() + sum(pauses))
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(Mirror, name, lambda self: method(self) if len(pauses) >= 2 else out_of_reach())
+    return pauses
+
+
+@pytest.fixture
+def mirrored(project, finished_run):
+    """Runs that have ended, with a mirror that has nothing of them yet."""
+    shutil.copytree(finished_run, project / "out")
+    told = 'echo "$LARPO_STATE: $LARPO_MESSAGE" >> told.txt'
+    return lambda *flags: larpo_run("--mirror", f"file://{project}/store", "--notify_command", told, *flags)
+
+
+def test_the_last_push_is_tried_again(project, mirrored, monkeypatch):
+    pauses = fails_for_two_pauses(monkeypatch, "push")
+    assert mirrored() == 0 and pauses == [5, 10]
+    assert (project / "store/iteration_2/model/model.safetensors").exists()
+
+
+def test_the_last_push_before_a_stop_is_tried_again(project, mirrored, monkeypatch, capsys):
+    pauses = fails_for_two_pauses(monkeypatch, "push")
+    assert mirrored("--stop_on", "any") == 2 and pauses == [5, 10]
+    assert "Stopped after iteration 1" in capsys.readouterr().err
+    assert (project / "store/iteration_1/model/model.safetensors").exists()
+
+
+def test_a_run_whose_newest_files_are_in_no_mirror_is_not_finished(project, mirrored, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(Mirror, "push", out_of_reach)
+        patched.setattr(loop, "_SECONDS_OF_RETRIES", 0.0)
+        assert mirrored() == 2
+    said = f"The run has ended, but the newest files are not in the mirror file://{project}/store (ConnectionError: no "
+    assert said in capsys.readouterr().err and (project / "told.txt").read_text().startswith(f"failed: {said}")
+    assert not (project / "store").exists()
+    assert mirrored() == 0, "the same command copies them"
+    assert (project / "store/iteration_2/model/model.safetensors").exists()
+    assert (project / "told.txt").read_text().splitlines()[1:] == ["finished: The report is out/report.html."]
+
+
+def test_a_restart_waits_for_the_store(project, mirrored, monkeypatch, capsys):
+    pauses = fails_for_two_pauses(monkeypatch, "check_is_not_newer")
+    assert mirrored() == 0 and pauses == [5, 10]
+    monkeypatch.setattr(Mirror, "check_is_not_newer", out_of_reach)
+    assert mirrored() == 2 and sum(pauses[2:]) == 5 + 10 + 20 + 40 + 80
+    assert f"file://{project}/store cannot be read: ConnectionError: no route" in capsys.readouterr().err
+
+
+def test_a_first_start_does_not_wait_for_the_store(project, monkeypatch, capsys):
+    monkeypatch.setattr(Mirror, "fetch", out_of_reach)
+    monkeypatch.setattr(loop, "_retry", lambda work: pytest.fail("the address may be wrong"))
+    assert larpo_run("--mirror", "memory://out-of-reach") == 2  # said before time is spent
     assert "memory://out-of-reach cannot be read: ConnectionError: no route" in capsys.readouterr().err
 
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from trl_larpo import DataError, LarPOError, storage
+from trl_larpo.full_disk import explain_full_disk
 from trl_larpo.storage import (
     GrowingFile,
     StoredRows,
-    explain_full_disk,
     read_jsonl,
     write_jsonl,
     write_text,
@@ -141,6 +141,29 @@ def test_other_errors_of_a_full_disk_are_said_too(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(LarPOError, match="The disk is full"), explain_full_disk(tmp_path):
         raise RuntimeError("unexpected pos 72128 vs 72020")  # as torch says it
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("download failed")], ids=["alone", "wrapped"])
+def test_a_full_disk_elsewhere_is_named(tmp_path, error):
+    """E.g. of the cache in the home directory."""
+    run, cache = tmp_path / "run", tmp_path / "cache/model.incomplete"
+    run.mkdir()
+    with pytest.raises(LarPOError) as said, explain_full_disk(run):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", str(cache))
+        except OSError as full:
+            raise (error or full) from full
+    text = "RuntimeError: download failed" if error else f"OSError: [Errno 28] No space left on device: '{cache}'"
+    assert str(said.value).startswith(f"The disk is full: {cache} cannot be written to ({text}). Free some space")
+
+
+@pytest.mark.parametrize("names, more", [(["run/a.jsonl"], ""), ([], ", or a folder of caches or temporary files,")])
+def test_a_full_disk_is_that_of_the_run_or_unknown(tmp_path, names, more):
+    """An error of `write` knows no file."""
+    (tmp_path / "run").mkdir()
+    with pytest.raises(LarPOError) as said, explain_full_disk(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, "No space left on device", *(str(tmp_path / name) for name in names))
+    assert f"The disk is full: {tmp_path / 'run'}{more} cannot be written to (OSError: " in str(said.value)
 
 
 @pytest.mark.parametrize("text, message", [("{", "line 1 is not JSON"), ('{"a": 1}\n[1]', "line 2 is list")])

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +25,9 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger(__name__)
 
-_OWNER = re.compile(r"process (\d+) on (.*)")  # what a lock holds
+_OWNER = re.compile(r"process (\d+) on (\S*)(?: since (\S+))?")  # what a lock holds; earlier versions wrote no time
+
+_ROUNDING = 2.0  # seconds by which that time may differ from what a process's start looks like later
 
 SECONDS_TO_FREE = 120.0
 """How long a network file system may keep the lock of a machine that is gone (NFS: 90 seconds)."""
@@ -68,7 +71,7 @@ def exclusive_lock(folder: Path, file: str = "", option: str = "output_dir") -> 
         keep_open(lock.fileno())
         lock.seek(0)
         lock.truncate()
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.write(f"{_own_name()}\n")
         lock.flush()
         yield
         with contextlib.suppress(_NoLocksError):
@@ -94,8 +97,8 @@ def is_locked(folder: Path) -> bool:
 
 def _await_lock(lock: IO[str], work: str, option: str) -> None:
     """
-    Takes the lock. Waits for what is left of an owner that has ended, and for one on another machine, which may be
-    gone. Another owner is an error.
+    Takes the lock. Waits for what is left of an owner that has ended, and for one on another machine or in another
+    container, which may be gone. Another owner is an error.
     """
     started, has_warned = time.monotonic(), False
     while not _flock(lock, "LOCK_EX"):
@@ -103,7 +106,7 @@ def _await_lock(lock: IO[str], work: str, option: str) -> None:
         owner = lock.read().strip()
         is_running, waited = _is_running(owner), time.monotonic() - started
         if is_running is None and not has_warned:
-            logger.warning(f"{owner} is {work}; waiting {SECONDS_TO_FREE:.0f} s, in case that machine is gone.")
+            logger.warning(f"{owner} is {work}; waiting {SECONDS_TO_FREE:.0f} s, in case it is gone.")
             has_warned = True
         if is_running or waited > (SECONDS_TO_FREE if is_running is None else SECONDS_TO_END):
             raise LarPOError(
@@ -126,10 +129,28 @@ def _flock(lock: IO[str], operation: str) -> bool:
     return True
 
 
+def _own_name() -> str:
+    """What this process writes into a lock."""
+    started = datetime.fromtimestamp(psutil.Process().create_time(), UTC)
+    return f"process {os.getpid()} on {socket.gethostname()} since {started.isoformat(timespec='seconds')}"
+
+
 def _is_running(owner: str) -> bool | None:
-    """Whether the process that wrote its name into a lock is there; `None` if it was on another machine."""
+    """
+    Whether the process that wrote its name into a lock is there; `None` if it was on another machine, or in an earlier
+    container with the same name, where a process often has the id that its successor has.
+    """
     match = _OWNER.fullmatch(owner)
     if match is None:
         return True  # it has not written it yet
-    number, machine = match.groups()
-    return psutil.pid_exists(int(number)) if machine == socket.gethostname() else None
+    number, machine, since = match.groups()
+    if machine != socket.gethostname():
+        return None
+    if not psutil.pid_exists(int(number)):
+        return False
+    if since is None:
+        return None if int(number) == os.getpid() else True
+    with contextlib.suppress(psutil.Error):  # it has just ended, or is not ours to look at
+        if psutil.Process(int(number)).create_time() > datetime.fromisoformat(since).timestamp() + _ROUNDING:
+            return None
+    return True

@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
 
-_LITTLE_SPACE = 2**18  # bytes
-
-_FULL = ("No space left", "Disk quota exceeded")  # as systems say it
-
 _BLOCK = 2**16  # bytes
 
 _TIME_TO_SYNC = 0.5  # seconds from one sync of a growing file to the next; more where it takes longer than a twentieth
@@ -365,29 +361,6 @@ def saving_to(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS):
             raise LarPOError(f"{path} cannot be written: {error.strerror}.") from error
-        raise
-
-
-@contextlib.contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """
-    Makes one error of the many that libraries raise on a full disk; other errors pass.
-
-    Raises:
-        LarPOError: If the disk of the folder is full, or the error says so of another one.
-    """
-    try:
-        yield
-    except LarPOError:
-        raise
-    except Exception as error:
-        text = f"{error} {error.__context__}"
-        # torch says nothing of the disk; but then nothing is left on it
-        if any(said in text for said in _FULL) or shutil.disk_usage(folder).free < _LITTLE_SPACE:
-            raise LarPOError(
-                f"The disk is full: {folder} cannot be written to. Free some space and run the same command again; "
-                "what was saved so far is kept."
-            ) from error
         raise
 
 

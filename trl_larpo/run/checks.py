@@ -21,6 +21,7 @@ from .disk import check_disk
 from .folder import RunFolder
 from .health import CHECKS
 from .prompts import load_random_prompts
+from .tracking import check_trackers
 
 _REFUSED = {  # option of the trainer: (what it must be, why)
     "resume_from_checkpoint": (None, "`larpo run` resumes on its own: run the same command again."),
@@ -78,6 +79,7 @@ def check_run(folder: RunFolder) -> int | None:
     if options.accelerate_config:
         _check_accelerate_config(options.accelerate_config, folder)
     _check_packages(folder)
+    check_trackers(training.report_to)
     if options.train_launcher and shutil.which(shlex.split(options.train_launcher)[0]) is None:
         program = shlex.split(options.train_launcher)[0]
         raise ConfigError(f"`train_launcher`: there is no program {program!r} on this machine.")

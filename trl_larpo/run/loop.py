@@ -13,19 +13,21 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.logging import get_logger
 from trl import ModelConfig
 
 from ..errors import ConfigError, LarPOError, ProcessError
+from ..full_disk import explain_full_disk
 from ..lifetime import end_family, exit_status
 from ..locks import exclusive_lock
 from ..report.numbers import with_error
 from ..report.page import write_report
 from ..report.statistics import sample_statistics
 from ..set_aside import set_aside_files, set_aside_in
-from ..storage import explain_full_disk, read_json, read_jsonl, write_json
+from ..storage import read_json, read_jsonl, write_json
 from ..training.config import LarPOConfig
 from . import candidate_stages, evaluation_stages, training_stages  # noqa: F401 - what they lack is an error now
 from .checks import check_run
@@ -48,6 +50,10 @@ from .tracking import Tracking
 logger = get_logger(__name__)
 
 _SECONDS_TO_APPEAR = 10  # that a network file system may take to show what another machine has made
+
+_SECONDS_OF_RETRIES = 300.0  # for which a store out of reach is tried again, where the run has to wait for it
+
+_FIRST_PAUSE = 5.0  # seconds between two of these tries; each further one is twice as long
 
 
 def run(options: RunConfig, training: LarPOConfig, model: ModelConfig) -> Path:
@@ -133,6 +139,8 @@ def _run_all(context: RunContext, mirror: Mirror | None) -> Path:
             if worked or ends:
                 _write_page(folder, with_plots=ends)
                 _push(mirror)
+            if ends:
+                _catch_up(mirror, folder)
             if stops:
                 raise LarPOError(
                     f"Stopped after iteration {iteration}, as `stop_on` asks: {stops[0].name}. {stops[0].meaning} See "
@@ -297,15 +305,36 @@ def _announce(folder: RunFolder, iteration: int, checks: list[Check], is_new: bo
 
 
 def _fetch(mirror: Mirror) -> None:
-    try:
+    def fetch() -> int:
         count = mirror.fetch()
         mirror.check_is_not_newer()
+        return count
+
+    is_restart = (mirror.folder / "run.yaml").exists()  # of a run that nobody may be watching
+    try:
+        count = _retry(fetch) if is_restart else fetch()
     except ConfigError:
         raise
     except Exception as error:  # of any store's
         raise ConfigError(f"`mirror`: {mirror.url} cannot be read: {type(error).__name__}: {error}") from error
     if count:
         print(f"Fetched {count} files of the run from {mirror.url}")
+
+
+def _retry(work: Callable[[], int]) -> int:
+    """Does something with a store, again and again for some minutes where the store is out of reach."""
+    pause, deadline = _FIRST_PAUSE, time.monotonic() + _SECONDS_OF_RETRIES
+    while True:
+        try:
+            return work()
+        except ConfigError:
+            raise
+        except Exception as error:  # of any store's
+            if time.monotonic() + pause > deadline:
+                raise
+            logger.warning(f"`mirror`: {type(error).__name__}: {error} Trying again in {pause:.0f} s.")
+            time.sleep(pause)
+            pause *= 2
 
 
 def _push(mirror: Mirror | None) -> None:
@@ -319,6 +348,25 @@ def _push(mirror: Mirror | None) -> None:
         say = print if mirror.lags else logger.warning  # once, of all the stages of a night
         say(f"`mirror`: {type(error).__name__}: {error} The run continues, and {mirror.url} lags behind.")
         mirror.lags = True
+
+
+def _catch_up(mirror: Mirror | None, folder: RunFolder) -> None:
+    """
+    Copies at the end of a run what the last pushes could not: nothing comes later that would.
+
+    Raises:
+        LarPOError: If the store stays out of reach.
+    """
+    if mirror is None or not mirror.lags:
+        return
+    try:
+        _retry(mirror.push)
+        mirror.lags = False
+    except Exception as error:  # of any store's
+        raise LarPOError(
+            f"The run has ended, but the newest files are not in the mirror {mirror.url} ({type(error).__name__}: "
+            f"{error}). They are in {folder.path}. Run the same command again to copy them."
+        ) from error
 
 
 def _track(tracking: Tracking, iteration: int, checks: list[Check]) -> None:

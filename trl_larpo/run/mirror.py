@@ -22,7 +22,7 @@ _MANIFEST = "mirror.json"  # names of all files that are whole, and which push h
 
 _COPIED = ".mirrored.json"  # what this machine has copied, and its pushes
 
-_SCRATCH = ("trainer", "scoring", "servers", "tracking", "plots")  # of no use on another machine, or made again
+_SCRATCH = ("trainer", "scoring", "servers", "plots")  # of no use on another machine, or made again
 
 
 class Mirror:

@@ -313,6 +313,9 @@ class RunTrainingConfig(LarPOConfig):
     def __post_init__(self):
         if self.beta is None:
             self.beta = 2.0 if self.per_token_scores else 0.1
+        # None: transformers 4 would take all trackers that are installed. mypy does not see the type that it gives
+        if self.report_to is None:  # type: ignore[has-type]
+            self.report_to = "none"
         super().__post_init__()
 
 

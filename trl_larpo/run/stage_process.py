@@ -5,7 +5,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..storage import explain_full_disk, read_yaml
+from ..full_disk import explain_full_disk
+from ..storage import read_yaml
 from .context import RunContext
 from .folder import RunFolder
 from .hidden import with_hidden_options

@@ -1,15 +1,23 @@
 """Logs what happens across the iterations of a run to W&B, trackio, TensorBoard, or wherever `report_to` says."""
 
+import contextlib
 import importlib.util
+import inspect
 import itertools
 import os
 import sys
 import uuid
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas
 from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..candidates import CandidateList
 from ..errors import ConfigError
@@ -18,6 +26,10 @@ from .folder import RunFolder
 from .health import Check
 
 _MAX_TABLE_ROWS = 1000  # of candidates, for each iteration
+
+_WITHOUT_KEY = ("offline", "dryrun", "disabled")  # modes of W&B
+
+logger = get_logger(__name__)
 
 
 class Tracking:
@@ -28,30 +40,35 @@ class Tracking:
     it.
 
     Args:
-        folder: Folder of the run.
+        folder: Folder of the run, whose trackers [`check_trackers`] has checked.
 
-    Raises:
-        ConfigError: If the package of a tracker is missing.
+    Attributes:
+        path: Its file: the run's name at W&B, and which trackers have the numbers of which iterations.
     """
 
     def __init__(self, folder: RunFolder):
-        self.folder = folder
+        self.folder, self.path = folder, folder.path / "tracking.json"
         known = {str(kind.value) for kind in LoggerType}  # the trainer knows some more
         self.names = [name for name in _as_list(folder.training.report_to) if name in known - {"all"}]
-        for name in self.names:
-            if importlib.util.find_spec(name) is None:
-                raise ConfigError(
-                    f"`report_to` names {name!r}, and that package is not installed: pip install {name}. Or set "
-                    "`report_to: none`."
-                )
         self.group = folder.training.run_name or folder.path.resolve().name
         os.environ.setdefault("WANDB_RUN_GROUP", self.group)  # of the trainer's runs
 
     def log(self, iteration: int, checks: list[Check]) -> None:
-        """Numbers and the candidate table of one iteration."""
-        if not self.names:
+        """Numbers and the candidate table of one iteration, for the trackers that do not have them yet."""
+        record = {"run_id": uuid.uuid4().hex[:12], "logged": {}} | (read_json(self.path) if self.path.exists() else {})
+        names = [name for name in self.names if name not in record["logged"].get(str(iteration), [])]
+        if not names:
             return
+        write_json(self.path, record)  # the run at W&B is the same for all iterations, also after a restart
         finish_trainer_runs()
+        try:
+            self._log(iteration, checks, names, record["run_id"])
+        finally:
+            AcceleratorState._reset_state()  # without mixed precision; the next stage has its own
+        record["logged"].setdefault(str(iteration), []).extend(names)
+        write_json(self.path, record)
+
+    def _log(self, iteration: int, checks: list[Check], names: list[str], run_id: str) -> None:
         training, name = self.folder.training, f"{self.group}-loop"
         project = getattr(training, "project", None) or os.environ.get("WANDB_PROJECT", "larpo")
         settings = {name: str(value) for name, value in self.folder.configuration().items()}
@@ -59,15 +76,13 @@ class Tracking:
             "wandb": {
                 "group": os.environ["WANDB_RUN_GROUP"],
                 "name": name,
-                "id": self._run_id(),
+                "id": run_id,
                 "resume": "allow",
             },
             "trackio": {"group": self.group, "name": name, "resume": "allow"},
         }
-        accelerator = Accelerator(
-            log_with=self.names, project_dir=str(self.folder.path / "tracking"), cpu=training.use_cpu
-        )
-        accelerator.init_trackers(project, settings, {k: v for k, v in init.items() if k in self.names})
+        accelerator = Accelerator(log_with=names, project_dir=str(self.folder.path / "tracking"), cpu=training.use_cpu)
+        accelerator.init_trackers(project, settings, {k: v for k, v in init.items() if k in names})
         accelerator.log(self.numbers(iteration, checks), step=iteration)
         for tracker in accelerator.trackers:
             columns, rows = self.candidate_table(iteration)
@@ -79,13 +94,6 @@ class Tracking:
             elif hasattr(tracker, "log_table"):
                 tracker.log_table("candidates", columns=columns, data=rows, step=iteration)
             tracker.finish()
-
-    def _run_id(self) -> str:
-        """The same for all iterations, also after a restart."""
-        path = self.folder.path / "tracking.json"
-        if not path.exists():
-            write_json(path, {"run_id": uuid.uuid4().hex[:12]})
-        return read_json(path)["run_id"]
 
     def numbers(self, iteration: int, checks: list[Check]) -> dict[str, float]:
         path = self.folder.iteration(iteration)
@@ -110,6 +118,106 @@ class Tracking:
             for c in made.selected
         )
         return columns, list(itertools.islice(rows, _MAX_TABLE_ROWS))
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """
+    Checks the trackers of a run, without a network.
+
+    Args:
+        report_to: Their names, as the trainer's options have them.
+
+    Raises:
+        ConfigError: If one is unknown, its package is missing, or W&B has no API key.
+    """
+    for name in _as_list(report_to):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"`report_to` names {name!r}; the trackers are {', '.join(INTEGRATION_TO_CALLBACK)}, or 'all' or "
+                "'none' alone."
+            )
+        if name in {str(kind.value) for kind in LoggerType} and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"`report_to` names {name!r}, and that package is not installed: pip install {name}. Or set "
+                "`report_to: none`."
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()  # as the trainer makes it, hours later
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(f"`report_to` names {name!r}, which cannot be used: {error}") from None
+        if name == "wandb":
+            _check_wandb()
+
+
+def _check_wandb() -> None:
+    """
+    Without a key W&B asks for one, or ends the run, where the first training begins.
+
+    Raises:
+        ConfigError: If there is no API key, or no valid one.
+    """
+    import wandb
+
+    if wandb.run is not None or os.environ.get("WANDB_MODE") in _WITHOUT_KEY:
+        return
+    with contextlib.suppress(ImportError, AttributeError):  # of versions that keep it elsewhere
+        from wandb.sdk import wandb_setup
+
+        if wandb_setup.singleton().settings.mode in _WITHOUT_KEY:  # by `wandb offline`
+            return
+    try:
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            has_key = wandb.login(prompt=False, verify=False)
+        else:
+            has_key = bool(wandb.api.api_key)
+    except wandb.Error as error:
+        raise ConfigError(f"`report_to` names 'wandb', which cannot be used: {error}") from None
+    if not has_key:
+        raise ConfigError(
+            "`report_to` names 'wandb', and there is no API key: run `wandb login`, set the environment variable "
+            "WANDB_API_KEY, or set WANDB_MODE=offline and upload the run later with `wandb sync`."
+        )
+
+
+def guard_trackers(callbacks: list[TrainerCallback], folder: Path) -> None:
+    """
+    Makes a warning of the first error of each of a trainer's trackers, which then logs no more in this training.
+
+    Args:
+        callbacks: All of the trainer's; those that are no trackers stay as they are.
+        folder: Where the same numbers are, for the warning.
+    """
+    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
+    for callback in callbacks:
+        if type(callback) in names:
+            guarded = _guard(names[type(callback)], folder)
+            for event in dir(callback):
+                if event.startswith("on_"):
+                    setattr(callback, event, guarded(getattr(callback, event)))
+
+
+def _guard(name: str, folder: Path) -> Callable[[Callable], Callable]:
+    """What makes of a tracker's methods ones that do not fail; all of them are silent after the first error of one."""
+    has_failed = False
+
+    def guarded(method: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal has_failed
+            if has_failed:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:  # of any tracker's, the network's
+                has_failed = True
+                logger.warning(
+                    f"`report_to`: {name} gets no more numbers of this training ({type(error).__name__}: {error}). "
+                    f"The same numbers are in {folder}."
+                )
+                return None
+
+        return call
+
+    return guarded
 
 
 def finish_trainer_runs() -> None:

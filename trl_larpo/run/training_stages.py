@@ -36,6 +36,7 @@ from .context import RunContext
 from .loading import model_init_kwargs, quantization_of
 from .monitor import TrainingMonitor
 from .timings import seconds_of_stages
+from .tracking import guard_trackers
 
 logger = get_logger(__name__)
 
@@ -157,6 +158,7 @@ class TrainingStage:
             save_adapter(trainer, self.scratch / "start")  # what is kept if the training does harm
         if monitor is not None:
             trainer.add_callback(monitor)
+        guard_trackers(trainer.callback_handler.callbacks, self.context.folder.path)
         if checkpoint is not None and not trainer.args.auto_find_batch_size:
             if PartialState().is_main_process:
                 set_batch_size(checkpoint, trainer.args.train_batch_size)
