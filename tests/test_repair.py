@@ -18,7 +18,7 @@ from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
 from trl_larpo.run.timings import TIMINGS, seconds_of_stages
-from trl_larpo.storage import partial_files, write_json, write_jsonl
+from trl_larpo.storage import partial_files, read_json, write_json, write_jsonl
 from trl_larpo.training.checkpoints import last_whole_checkpoint, set_batch_size
 
 
@@ -149,6 +149,16 @@ def test_checkpoints_are_deleted_where_a_kill_left_them_beside_the_model(run):
     checkpoint = save_checkpoint(run.iteration(1) / "trainer", 3)
     repair(run)
     assert not checkpoint.parent.exists() and (run.iteration(1) / "model").exists()
+
+
+def test_adapters_of_a_training_that_was_killed_name_their_base_where_it_is_now(run):
+    run.model.use_peft = True
+    configs = [run.iteration(1) / "trainer" / name / "adapter_config.json" for name in ("start", "best-2")]
+    for config in configs:
+        config.parent.mkdir(parents=True)
+        write_json(config, {"base_model_name_or_path": "old", "r": 4})
+    repair(run)
+    assert [read_json(config) for config in configs] == [{"base_model_name_or_path": "model", "r": 4}] * 2
 
 
 def save_model(folder):

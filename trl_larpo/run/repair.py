@@ -3,9 +3,10 @@ Finds what is damaged or incomplete in the folder of a run before it resumes, so
 
 Files of a run appear whole or not at all. But disks fail, power goes, and copies of a folder are interrupted. What the
 rest of the run reads is checked: damaged lines are dropped and computed again, a damaged file that can be made again
-is, and whatever was made of it.
+is, and whatever was made of it. Adapters name their base where it is now.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..errors import DataError
 from ..prompts import Row
 from ..rewards.scorer import saved_scores_of_row
 from ..set_aside import set_aside_in
-from ..storage import read_json, reopen, whole_rows, write_jsonl
+from ..storage import read_json, reopen, whole_rows, write_json, write_jsonl
 from ..training.checkpoints import checkpoints, damage_of
 from .folder import RunFolder
 from .stages import STAGES
@@ -60,6 +61,8 @@ def repair(folder: RunFolder) -> None:
             _repair_held_out(folder, path)
         if is_done and folder.options.memory != "none" and iteration:
             _reopen_if_incomplete(path / "rewarded.jsonl", (), saved_scores_of_row)
+        if folder.keeps_adapter:
+            _set_base(path, folder.model_path(0))
 
 
 def _repair_lists(folder: RunFolder, iteration: int) -> None:
@@ -172,6 +175,15 @@ def _drop_damaged_model(path: Path) -> None:
     if problem is not None:
         logger.warning(f"{path} is damaged ({problem}): it is deleted, and trained again.")
         shutil.rmtree(path)
+
+
+def _set_base(path: Path, base: str) -> None:
+    """Adapters of an iteration are loaded with the base that they name, which may have moved."""
+    for config in (*path.glob("model/adapter_config.json"), *path.glob("trainer/*/adapter_config.json")):
+        with contextlib.suppress(DataError):  # of an iteration whose adapter is not needed any more
+            settings = read_json(config)
+            if settings["base_model_name_or_path"] != base:
+                write_json(config, settings | {"base_model_name_or_path": base})
 
 
 def _drop_if_damaged(path: Path) -> None:
