@@ -8,18 +8,19 @@ import tiny
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
-from small_run import larpo_run, rows_of
+from small_run import change_options, larpo_run, rows_of
 from trl import ModelConfig
 
-from trl_larpo import DataError, LarPOTrainer, cli
+from trl_larpo import ConfigError, DataError, LarPOTrainer, cli
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
 from trl_larpo.run.timings import TIMINGS, seconds_of_stages
+from trl_larpo.run.training_stages import TrainingStage
 from trl_larpo.storage import partial_files, read_json, write_json, write_jsonl
-from trl_larpo.training.checkpoints import last_whole_checkpoint, set_batch_size
+from trl_larpo.training.checkpoints import check_optimizer, last_whole_checkpoint, set_batch_size
 
 
 @pytest.fixture
@@ -170,7 +171,8 @@ def save_model(folder):
 def save_checkpoint(folder: Path, step):
     path = folder / f"checkpoint-{step}"
     save_model(path)
-    torch.save({"state": torch.zeros(100)}, path / "optimizer.pt")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({"state": torch.zeros(100)}, path / name)
     write_json(path / "trainer_state.json", {"global_step": step})
     return path
 
@@ -178,7 +180,7 @@ def save_checkpoint(folder: Path, step):
 @pytest.mark.parametrize("name, damage", [
     ("optimizer.pt", lambda data: data[: len(data) // 2]), ("model.safetensors", lambda data: data[:-50]),
     ("model.safetensors", lambda data: b""), ("trainer_state.json", lambda data: data[:5]), ("config.json", None),
-    ("trainer_state.json", None),
+    ("trainer_state.json", None), ("optimizer.pt", None), ("scheduler.pt", None), ("model.safetensors", None),
 ])  # fmt: skip
 def test_a_training_resumes_from_the_last_whole_checkpoint(tmp_path, run, name, damage, caplog):
     trainer = run.iteration(1) / "trainer"
@@ -197,6 +199,49 @@ def test_a_training_resumes_from_the_last_whole_checkpoint(tmp_path, run, name, 
     repair(run)
     assert first.exists() and not second.exists()
     assert last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_checkpoints_of_weights_alone_are_whole_where_a_training_saves_no_more(tmp_path):
+    path = save_checkpoint(tmp_path, 1)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (path / name).unlink()
+    assert last_whole_checkpoint(tmp_path, only_model=True) == str(path)
+    (path / "model.safetensors").unlink()
+    assert last_whole_checkpoint(tmp_path, only_model=True) is None
+
+
+@pytest.mark.parametrize("files, saved_by", [
+    ([], None), (["global_step3/mp_rank_00_model_states.pt"], "DeepSpeed"), (["pytorch_model_fsdp.bin"], "FSDP"),
+    (["pytorch_model_fsdp_0/0.pt"], "FSDP"),
+])  # fmt: skip
+def test_a_training_does_not_resume_without_the_state_of_its_optimizer(tmp_path, files, saved_by):
+    path = save_checkpoint(tmp_path, 3)
+    for name in files:
+        (path / name).parent.mkdir(exist_ok=True)
+        torch.save({}, path / name)
+    for sharded_by in (None, "DeepSpeed", "FSDP"):
+        if sharded_by == saved_by:
+            check_optimizer(str(path), sharded_by)
+            continue
+        with pytest.raises(ConfigError, match=r"cannot read the state of its optimizer\. .* or delete .*checkpoint-\*"):
+            check_optimizer(str(path), sharded_by)
+
+
+@pytest.mark.slow
+def test_a_run_refuses_a_checkpoint_whose_optimizer_it_cannot_read(project, monkeypatch, capsys):
+    change_options(project, num_iterations=1, monitor_evals=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingStage, "_save_model", killed)
+        assert larpo_run() == 130
+    last = Path(last_whole_checkpoint("out/iteration_1/trainer"))
+    (last / "global_step3").mkdir()
+    torch.save({}, last / "global_step3/mp_rank_00_model_states.pt")
+    assert larpo_run() == 2
+    assert f"{last} was saved with DeepSpeed, and the training would resume without" in capsys.readouterr().err
+
+
+def killed(*args):
+    raise KeyboardInterrupt
 
 
 def test_weights_that_an_index_names_must_be_there(tmp_path):

@@ -19,7 +19,7 @@ from ..prompts import Row
 from ..rewards.scorer import saved_scores_of_row
 from ..set_aside import set_aside_in
 from ..storage import read_json, reopen, whole_rows, write_json, write_jsonl
-from ..training.checkpoints import checkpoints, damage_of
+from ..training.checkpoints import checkpoints, damage_of, damage_of_checkpoint
 from .folder import RunFolder
 from .stages import STAGES
 from .timings import TIMINGS, WORK
@@ -82,7 +82,7 @@ def _repair_lists(folder: RunFolder, iteration: int) -> None:
         for name in ("ref_logps.jsonl", "trainer"):
             _remove(path / name)
     for checkpoint in checkpoints(path / "trainer"):
-        problem = damage_of(checkpoint, "trainer_state.json")
+        problem = damage_of_checkpoint(checkpoint)
         if problem is not None:
             logger.warning(f"{checkpoint} is not whole ({problem}): it is deleted.")
             shutil.rmtree(checkpoint)

@@ -25,7 +25,7 @@ from ..pools import read_pools
 from ..preparation import preparing
 from ..prompts import Prompt, Row
 from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
-from ..training.checkpoints import last_whole_checkpoint, set_batch_size
+from ..training.checkpoints import check_optimizer, last_whole_checkpoint, set_batch_size
 from ..training.config import LarPOConfig
 from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
@@ -153,6 +153,9 @@ class TrainingStage:
         """Trains, or resumes from the last checkpoint, and saves the model and the log."""
         trainer, monitor = self.trainer, self._monitor()
         checkpoint = last_whole_checkpoint(self.scratch)
+        if checkpoint is not None:
+            sharded_by = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else None
+            check_optimizer(checkpoint, sharded_by)
         if self.keeps_adapter and checkpoint is None:
             save_adapter(trainer, self.scratch / "start")  # what is kept if the training does harm
         if monitor is not None:
