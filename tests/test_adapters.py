@@ -77,8 +77,9 @@ def test_one_adapter_goes_through_all_iterations(project, talkative_model, flags
 
 
 @pytest.mark.slow
-def test_a_training_that_does_harm_keeps_the_adapter_it_started_from(project, monkeypatch):
-    monkeypatch.setattr(TrainingMonitor, "kept_step", property(lambda self: 0))
+@pytest.mark.parametrize("kept_step", [0, 7], ids=["start", "weights that are gone"])
+def test_a_training_that_does_harm_keeps_the_adapter_it_started_from(project, monkeypatch, kept_step):
+    monkeypatch.setattr(TrainingMonitor, "kept_step", property(lambda self: kept_step))
     monkeypatch.setattr(TrainingMonitor, "explanation", lambda self: "harm")
     assert larpo_run(*ADAPTER, "--num_iterations", 1, "--monitor_evals", 1, "--monitor_time_share", 1) == 0
     adapter = load_file(project / "out/iteration_1/model/adapter_model.safetensors")

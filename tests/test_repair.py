@@ -240,6 +240,25 @@ def test_a_run_refuses_a_checkpoint_whose_optimizer_it_cannot_read(project, monk
     assert f"{last} was saved with DeepSpeed, and the training would resume without" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_training_forgets_the_best_weights_of_one_that_it_does_not_resume(project, monkeypatch):
+    change_options(project, num_iterations=1, save_strategy="no")
+    folder, found = project / "out/iteration_1", []
+
+    def killed_later(self, **options):
+        found.append(sorted(path.name for pattern in ("best-*", "monitor.json") for path in folder.rglob(pattern)))
+        for name in ("best-90", "best-91", "best-92.partial"):
+            (folder / "trainer" / name).mkdir(exist_ok=True)
+        write_json(folder / "monitor.json", {"stopped_at": None, "points": []})
+        killed()
+
+    monkeypatch.setattr(LarPOTrainer, "train", killed_later)
+    assert larpo_run() == larpo_run() == 130
+    save_checkpoint(folder / "trainer", 1)
+    assert larpo_run("--monitor_evals", 0) == 130  # resumes, and ends with its last weights
+    assert found == [[], [], []]
+
+
 def killed(*args):
     raise KeyboardInterrupt
 

@@ -183,12 +183,14 @@ class TrainingStage:
     def _monitor(self) -> TrainingMonitor | None:
         """What samples held-out prompts during the training; `None` if it is switched off."""
         options, folder = self.context.options, self.context.folder
-        if options.monitor_evals == 0:
-            return None
-        found = self.path.with_name("monitor.json")
-        if PartialState().is_main_process and last_whole_checkpoint(self.scratch) is None:
-            found.unlink(missing_ok=True)  # of a training that starts over
+        found, is_off = self.path.with_name("monitor.json"), options.monitor_evals == 0
+        if PartialState().is_main_process and (is_off or last_whole_checkpoint(self.scratch) is None):
+            found.unlink(missing_ok=True)  # of a training that starts over, or was sampled before it was killed
+            for weights in self.scratch.glob("best-*"):
+                shutil.rmtree(weights)
         PartialState().wait_for_everyone()
+        if is_off:
+            return None
         seconds = seconds_of_stages(folder.path)
         start = list(read_pools(folder.iteration(self.iteration - 1) / "held_out.jsonl"))
         return TrainingMonitor(
@@ -250,12 +252,12 @@ class TrainingStage:
         use_peft = self.context.folder.model.use_peft
         if trainer.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        weights = self.scratch / ("start" if kept_step == 0 and self.keeps_adapter else f"best-{kept_step}")
-        if kept_step and not weights.is_dir():
+        if kept_step and not (self.scratch / f"best-{kept_step}").is_dir():
             logger.warning(
                 f"The weights of step {kept_step} are gone; the model that the training started from is kept."
             )
             kept_step = 0
+        weights = self.scratch / ("start" if kept_step == 0 and self.keeps_adapter else f"best-{kept_step}")
         if kept_step is None:
             weights = self.scratch / "adapter" if use_peft and not self.keeps_adapter else partial
             _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
