@@ -145,6 +145,20 @@ def test_a_model_that_is_cut_off_is_trained_again(run):
     assert not model.exists() and (run.iteration(1) / "ref_logps.jsonl").exists()
 
 
+@pytest.mark.parametrize("use_peft, name", [
+    (False, "config.json"), (True, "adapter_config.json"), (False, "tokenizer_config.json")
+])  # fmt: skip
+def test_a_model_that_was_not_copied_to_its_end_is_trained_again(run, caplog, use_peft, name):
+    model, run.model.use_peft = run.iteration(1) / "model", use_peft
+    save_model(model)
+    write_json(model / "adapter_config.json", {"base_model_name_or_path": "model"})
+    repair(run)
+    assert model.exists()
+    (model / name).unlink()
+    repair(run)
+    assert not model.exists() and f"is damaged (it has no {name}): it is deleted, and trained again" in caplog.text
+
+
 def test_checkpoints_are_deleted_where_a_kill_left_them_beside_the_model(run):
     save_model(run.iteration(1) / "model")
     checkpoint = save_checkpoint(run.iteration(1) / "trainer", 3)
@@ -165,7 +179,8 @@ def test_adapters_of_a_training_that_was_killed_name_their_base_where_it_is_now(
 def save_model(folder):
     folder.mkdir(parents=True)
     save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")
-    write_json(folder / "config.json", {})
+    for name in ("config.json", "tokenizer_config.json"):
+        write_json(folder / name, {})
 
 
 def save_checkpoint(folder: Path, step):

@@ -51,7 +51,7 @@ def repair(folder: RunFolder) -> None:
         _drop_damaged_lines(path / "training_log.jsonl")
         is_start = iteration == last or not (folder.iteration(iteration + 1) / "model").exists()
         if is_start:  # what the next training begins with
-            _drop_damaged_model(path / "model")
+            _drop_damaged_model(path / "model", "adapter_config.json" if folder.keeps_adapter else "config.json")
         if (path / "model").exists():
             shutil.rmtree(path / "trainer", ignore_errors=True)  # left by a kill just after a training
         is_done = all((path / stage.output).exists() for stage in STAGES.values() if iteration or stage.at_start)
@@ -166,10 +166,10 @@ def _ids(path: Path, condition: Callable[[Row], bool] = lambda row: True) -> tup
     return found, bool(damaged)
 
 
-def _drop_damaged_model(path: Path) -> None:
+def _drop_damaged_model(path: Path, config: str) -> None:
     if not path.is_dir():
         return
-    problem = damage_of(path)
+    problem = damage_of(path, config, "tokenizer_config.json")
     if problem is None and not any(path.glob("*.safetensors")):
         problem = "it has no weights"
     if problem is not None:
