@@ -125,6 +125,34 @@ def test_held_out_samples_are_completed_and_evaluated_again(run):
     assert [row["scores"][0]["reward"] for row in rows] == [1.0, 1.0]
 
 
+def test_held_out_samples_that_the_next_evaluation_compares_with_are_completed(run):
+    run.options.num_iterations = 2
+    first, second = run.iteration(1), run.iteration(2)
+    for path in (first, second):
+        shutil.copytree(run.iteration(0), path, dirs_exist_ok=True)
+        save_model(path / "model")
+    (second / "evaluation.json").write_text("{")
+    before = files_of(run)
+    damage_first_line(first / "held_out.jsonl")
+    repair(run)
+    gone = {f"iteration_{name}" for name in ("1/held_out.jsonl", "1/evaluation.json", "2/evaluation.json")}
+    assert files_of(run) == before - gone | {"iteration_1/held_out.jsonl.partial-reopened"}
+
+
+@pytest.mark.parametrize("memory", ["none", "all"])
+def test_rewards_that_the_next_iteration_remembers_are_completed(run, memory):
+    run.options.num_iterations, run.options.memory = 2, memory
+    save_model(run.iteration(1) / "model")
+    path = run.iteration(1) / "rewarded.jsonl"
+    damage_first_line(path)
+    repair(run)
+    assert path.exists() == (memory == "none") and (run.iteration(1) / "model").exists()
+
+
+def damage_first_line(path):
+    path.write_bytes(b"{" + path.read_bytes())
+
+
 def test_damaged_results_are_made_again(run, caplog):
     (run.iteration(1) / "selection.json").write_text("")
     (run.iteration(0) / "evaluation.json").write_text('{"reward": ')

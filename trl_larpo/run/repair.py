@@ -42,7 +42,7 @@ def repair(folder: RunFolder) -> None:
     for name in (WORK, "progress.json", "tracking.json"):
         _drop_if_damaged(folder.path / name)
     last = folder.options.num_iterations
-    for iteration in range(last + 1):
+    for iteration in reversed(range(last + 1)):  # what one reads of an earlier one, once it is known what is done again
         path = folder.iteration(iteration)
         if not path.is_dir():
             continue
@@ -54,15 +54,20 @@ def repair(folder: RunFolder) -> None:
             _drop_damaged_model(path / "model", "adapter_config.json" if folder.keeps_adapter else "config.json")
         if (path / "model").exists():
             shutil.rmtree(path / "trainer", ignore_errors=True)  # left by a kill just after a training
-        is_done = all((path / stage.output).exists() for stage in STAGES.values() if iteration or stage.at_start)
+        is_done, next_is_done = (_is_done(folder, number) for number in (iteration, iteration + 1))
         if iteration and not is_done and not (path / "model").exists():
             _repair_lists(folder, iteration)
-        if not is_done or iteration == 0 or is_start:  # later evaluations compare with the first one and the last
+        if not is_done or not next_is_done or iteration == 0:  # evaluations compare with the first one and the last
             _repair_held_out(folder, path)
-        if is_done and folder.options.memory != "none" and iteration:
+        if iteration and folder.options.memory != "none" and (is_done or (path / "model").exists()):
             _reopen_if_incomplete(path / "rewarded.jsonl", (), saved_scores_of_row)
         if folder.keeps_adapter:
             _set_base(path, folder.model_path(0))
+
+
+def _is_done(folder: RunFolder, iteration: int) -> bool:
+    path = folder.iteration(iteration)
+    return all((path / stage.output).exists() for stage in STAGES.values() if iteration or stage.at_start)
 
 
 def _repair_lists(folder: RunFolder, iteration: int) -> None:
