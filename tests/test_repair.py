@@ -20,7 +20,7 @@ from trl_larpo.run.repair import repair
 from trl_larpo.run.timings import TIMINGS, seconds_of_stages
 from trl_larpo.run.training_stages import TrainingStage
 from trl_larpo.storage import partial_files, read_json, write_json, write_jsonl
-from trl_larpo.training.checkpoints import check_optimizer, last_whole_checkpoint, set_batch_size
+from trl_larpo.training.checkpoints import check_optimizer, last_whole_checkpoint, set_options
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def save_checkpoint(folder: Path, step):
     save_model(path)
     for name in ("optimizer.pt", "scheduler.pt"):
         torch.save({"state": torch.zeros(100)}, path / name)
-    write_json(path / "trainer_state.json", {"global_step": step})
+    write_json(path / "trainer_state.json", {"global_step": step, "max_steps": 10})
     return path
 
 
@@ -399,20 +399,24 @@ def test_a_run_that_is_stopped_as_it_writes_prompts_starts_again(project, config
     assert len(start().held_out) == 4
 
 
-def test_a_training_resumes_with_another_batch_size(tmp_path, tiny_model, config):
-    def train(batch_size, steps, checkpoint=None):
-        args = config(
-            output_dir=str(tmp_path), per_device_train_batch_size=batch_size, max_steps=steps, save_strategy="steps",
-            save_steps=1,
-        )  # fmt: skip
+def test_a_training_resumes_with_another_batch_size_and_other_steps(tmp_path, tiny_model, config):
+    def arguments(batch_size=4, **options):
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1} | options
+        return config(output_dir=str(tmp_path), per_device_train_batch_size=batch_size, **options)
+
+    def train(args, checkpoint=None):
         trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=tiny.lists())
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
-    train(4, 1)
+    train(arguments(max_steps=1))
     checkpoint = last_whole_checkpoint(tmp_path)
     before = {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()}
-    set_batch_size(checkpoint, 4)
+    set_options(checkpoint, arguments())
     assert {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()} == before
-    set_batch_size(checkpoint, 2)
-    assert train(2, 2, checkpoint)._train_batch_size == 2
+    args = arguments(2, save_steps=3, logging_steps=2)
+    set_options(checkpoint, args)
+    trainer = train(args, checkpoint)
+    assert trainer._train_batch_size == 2
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 4]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 3, 4)}

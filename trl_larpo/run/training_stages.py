@@ -25,7 +25,7 @@ from ..pools import read_pools
 from ..preparation import preparing
 from ..prompts import Prompt, Row
 from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
-from ..training.checkpoints import check_optimizer, last_whole_checkpoint, set_batch_size
+from ..training.checkpoints import check_optimizer, last_whole_checkpoint, set_options
 from ..training.config import LarPOConfig
 from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
@@ -156,14 +156,13 @@ class TrainingStage:
         if checkpoint is not None:
             sharded_by = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else None
             check_optimizer(checkpoint, sharded_by)
+            if PartialState().is_main_process:
+                set_options(checkpoint, trainer.args)
+            PartialState().wait_for_everyone()
         if self.keeps_adapter and checkpoint is None:
             save_adapter(trainer, self.scratch / "start")  # what is kept if the training does harm
         if monitor is not None:
             trainer.add_callback(monitor)
-        if checkpoint is not None and not trainer.args.auto_find_batch_size:
-            if PartialState().is_main_process:
-                set_batch_size(checkpoint, trainer.args.train_batch_size)
-            PartialState().wait_for_everyone()
         trainer.train(resume_from_checkpoint=checkpoint)
         log = [
             {key: value for key, value in entry.items() if not key.startswith("train_") or key == "train_loss"}

@@ -5,11 +5,15 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
 from ..storage import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _STATE = "trainer_state.json"  # which the trainer writes last
 
@@ -45,19 +49,26 @@ def last_whole_checkpoint(folder: str | Path, only_model: bool = False) -> str |
     return None
 
 
-def set_batch_size(checkpoint: str, batch_size: int) -> None:
+def set_options(checkpoint: str, args: "TrainingArguments") -> None:
     """
-    Sets the batch size with which a training resumes from a checkpoint. transformers 4 takes the one that it finds
-    there, whatever the arguments say, so that a smaller one would not help where memory ran out.
+    Sets the options with which a training resumes from a checkpoint. transformers takes how often it logs and saves
+    from there, whatever the arguments say, and transformers 4 the batch size, so that a smaller one would not help
+    where memory ran out.
 
     Args:
         checkpoint: Its folder.
-        batch_size: Lists in a batch of one process, on all of its devices.
+        args: Options of the training.
     """
+    from transformers import TrainerState  # here: `larpo status` does without torch
+
     path = Path(checkpoint) / _STATE
-    state = read_json(path)
-    if state.get("train_batch_size") not in (None, batch_size):
-        write_json(path, state | {"train_batch_size": batch_size})
+    state, steps = read_json(path), TrainerState()
+    steps.compute_steps(args, state["max_steps"])
+    options = {"logging_steps": steps.logging_steps, "save_steps": steps.save_steps}
+    if not args.auto_find_batch_size:  # then what was found is kept
+        options["train_batch_size"] = args.train_batch_size
+    if state | options != state:
+        write_json(path, state | options)
 
 
 def checkpoints(folder: Path) -> Iterator[Path]:
