@@ -17,6 +17,8 @@ from trl_larpo.prompts import Prompt
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
+from trl_larpo.run.stages import STAGES, is_done
+from trl_larpo.run.status import status_of
 from trl_larpo.run.timings import TIMINGS, seconds_of_stages
 from trl_larpo.run.training_stages import TrainingStage
 from trl_larpo.storage import partial_files, read_json, write_json, write_jsonl
@@ -375,6 +377,38 @@ def test_a_damaged_run_ends_with_the_files_of_an_undamaged_one(finished_run, pro
         if path.name in ("samples.jsonl", "rewarded.jsonl", "lists.jsonl") or path.parent.name == "iteration_1":
             assert (project / "out" / path).read_bytes() == data, path
     assert all((project / "out" / path).exists() for path in whole)
+
+
+def test_what_was_deleted_to_free_space_is_not_made_again(finished_run, project):
+    shutil.copytree(finished_run, project / "out")
+    first, second = project / "out/iteration_1", project / "out/iteration_2"
+    shutil.rmtree(first / "model")
+    (first / "samples.jsonl").unlink()
+    assert status_of("out")["state"] == "finished"
+    for name in ("evaluation.json", "health.json"):
+        (second / name).unlink()
+    timings = len(rows_of("out/timings.jsonl"))
+    assert larpo_run() == 0
+    ran = [(row["iteration"], row["stage"]) for row in rows_of("out/timings.jsonl")[timings:]]
+    assert ran == [(2, "evaluate")] and not (first / "model").exists() and not (first / "samples.jsonl").exists()
+    now, before = (read_json(path / "health.json") for path in (second, finished_run / "iteration_2"))
+    assert [check["value"] for check in now] == pytest.approx([check["value"] for check in before], rel=1e-3)
+
+
+@pytest.mark.parametrize("deleted, done", [
+    (["1/model"], [1, 2, 3]), (["1/model", "2/model"], [1, 2, 3]), (["1/samples.jsonl", "3/samples.jsonl"], [1, 2, 3]),
+    (["3/model"], [1, 2]), (["2/model", "3/model"], [1]), (["1/model", "2/ref_logps.jsonl"], [2, 3]),
+    (["1/model", "2/model", "2/evaluation.json"], [3]), (["1/model", "2/samples.jsonl", "2/rewarded.jsonl"], [3]),
+    (["1/model", "1/evaluation.json"], [2, 3]), (["1/samples.jsonl", "1/rewarded.jsonl"], [2, 3]),
+])  # fmt: skip
+def test_deleted_outputs_that_the_run_still_needs_are_made_again(tmp_path, deleted, done):
+    for iteration in (1, 2, 3):
+        for stage in STAGES.values():
+            (tmp_path / f"iteration_{iteration}" / stage.output).mkdir(parents=True)
+    for name in deleted:
+        (tmp_path / f"iteration_{name}").rmdir()
+    stages = [STAGES["generate"], STAGES["train"]]
+    assert [i for i in (1, 2, 3) if all(is_done(tmp_path, stage, i, 3) for stage in stages)] == done
 
 
 def test_a_run_that_is_stopped_as_it_writes_prompts_starts_again(project, config, talkative_model, monkeypatch):

@@ -21,7 +21,7 @@ from ..set_aside import set_aside_in
 from ..storage import read_json, reopen, whole_rows, write_json, write_jsonl
 from ..training.checkpoints import checkpoints, damage_of, damage_of_checkpoint
 from .folder import RunFolder
-from .stages import STAGES
+from .stages import STAGES, is_done
 from .timings import TIMINGS, WORK
 
 logger = get_logger(__name__)
@@ -66,8 +66,8 @@ def repair(folder: RunFolder) -> None:
 
 
 def _is_done(folder: RunFolder, iteration: int) -> bool:
-    path = folder.iteration(iteration)
-    return all((path / stage.output).exists() for stage in STAGES.values() if iteration or stage.at_start)
+    stages = [stage for stage in STAGES.values() if iteration or stage.at_start]
+    return all(is_done(folder.path, stage, iteration, folder.options.num_iterations) for stage in stages)
 
 
 def _repair_lists(folder: RunFolder, iteration: int) -> None:
