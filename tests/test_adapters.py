@@ -1,13 +1,15 @@
 """LoRA through the loop: the base stays, iterations train one adapter, the reference is the adapter at the start."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
-from small_run import larpo_run, log_probability, rows_of, without_kernels_of_bfloat16
+from small_run import change_options, larpo_run, log_probability, rows_of, without_kernels_of_bfloat16
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_larpo.generation.in_process import generate_completions
@@ -75,13 +77,34 @@ def test_one_adapter_goes_through_all_iterations(project, talkative_model, flags
 
 
 @pytest.mark.slow
-def test_a_training_that_does_harm_keeps_the_adapter_it_started_from(project, monkeypatch):
-    monkeypatch.setattr(TrainingMonitor, "kept_step", property(lambda self: 0))
+@pytest.mark.parametrize("kept_step", [0, 7], ids=["start", "weights that are gone"])
+def test_a_training_that_does_harm_keeps_the_adapter_it_started_from(project, monkeypatch, kept_step):
+    monkeypatch.setattr(TrainingMonitor, "kept_step", property(lambda self: kept_step))
     monkeypatch.setattr(TrainingMonitor, "explanation", lambda self: "harm")
     assert larpo_run(*ADAPTER, "--num_iterations", 1, "--monitor_evals", 1, "--monitor_time_share", 1) == 0
     adapter = load_file(project / "out/iteration_1/model/adapter_model.safetensors")
     outputs = [value for name, value in adapter.items() if "lora_B" in name]
     assert outputs and not any(torch.any(value) for value in outputs), "as LoRA begins"
+
+
+@pytest.mark.slow
+def test_a_base_that_moves_between_iterations_is_the_same_one(project, talkative_model):
+    shutil.copytree(talkative_model, project / "base")
+    change_options(project, model_name_or_path="base", monitor_evals=0)
+    assert larpo_run(*ADAPTER, "--num_iterations", 1) == 0
+    shutil.copytree("out", "moved")
+    assert larpo_run(*ADAPTER) == 0
+    (project / "base").rename("elsewhere")
+    tiny.save_tiny_model(project / "base", initializer_range=0.2)  # other weights in its old place
+    assert larpo_run(*ADAPTER, "--output_dir", "moved", "--model_name_or_path", "elsewhere") == 0
+    names = ("samples.jsonl", "rewarded.jsonl", "lists.jsonl", "ref_logps.jsonl", "held_out.jsonl", "evaluation.json",
+             "model/adapter_model.safetensors")  # fmt: skip
+    for name in names:
+        still, moved = (project / folder / "iteration_2" / name for folder in ("out", "moved"))
+        assert still.read_bytes() == moved.read_bytes(), name
+    for number in (1, 2):
+        settings = json.loads((project / f"moved/iteration_{number}/model/adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == "elsewhere"
 
 
 @pytest.mark.parametrize("keeps_adapter, revision", [(True, "v2"), (False, "main")])

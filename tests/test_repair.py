@@ -8,18 +8,21 @@ import tiny
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
-from small_run import larpo_run, rows_of
+from small_run import change_options, larpo_run, rows_of
 from trl import ModelConfig
 
-from trl_larpo import DataError, LarPOTrainer, cli
+from trl_larpo import ConfigError, DataError, LarPOTrainer, cli
 from trl_larpo.candidates import Candidate, CandidateList, CandidatePool
 from trl_larpo.prompts import Prompt
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.options import RunConfig, RunTrainingConfig
 from trl_larpo.run.repair import repair
+from trl_larpo.run.stages import STAGES, is_done
+from trl_larpo.run.status import status_of
 from trl_larpo.run.timings import TIMINGS, seconds_of_stages
-from trl_larpo.storage import partial_files, write_json, write_jsonl
-from trl_larpo.training.checkpoints import last_whole_checkpoint, set_batch_size
+from trl_larpo.run.training_stages import TrainingStage
+from trl_larpo.storage import partial_files, read_json, write_json, write_jsonl
+from trl_larpo.training.checkpoints import check_optimizer, last_whole_checkpoint, set_options
 
 
 @pytest.fixture
@@ -124,6 +127,34 @@ def test_held_out_samples_are_completed_and_evaluated_again(run):
     assert [row["scores"][0]["reward"] for row in rows] == [1.0, 1.0]
 
 
+def test_held_out_samples_that_the_next_evaluation_compares_with_are_completed(run):
+    run.options.num_iterations = 2
+    first, second = run.iteration(1), run.iteration(2)
+    for path in (first, second):
+        shutil.copytree(run.iteration(0), path, dirs_exist_ok=True)
+        save_model(path / "model")
+    (second / "evaluation.json").write_text("{")
+    before = files_of(run)
+    damage_first_line(first / "held_out.jsonl")
+    repair(run)
+    gone = {f"iteration_{name}" for name in ("1/held_out.jsonl", "1/evaluation.json", "2/evaluation.json")}
+    assert files_of(run) == before - gone | {"iteration_1/held_out.jsonl.partial-reopened"}
+
+
+@pytest.mark.parametrize("memory", ["none", "all"])
+def test_rewards_that_the_next_iteration_remembers_are_completed(run, memory):
+    run.options.num_iterations, run.options.memory = 2, memory
+    save_model(run.iteration(1) / "model")
+    path = run.iteration(1) / "rewarded.jsonl"
+    damage_first_line(path)
+    repair(run)
+    assert path.exists() == (memory == "none") and (run.iteration(1) / "model").exists()
+
+
+def damage_first_line(path):
+    path.write_bytes(b"{" + path.read_bytes())
+
+
 def test_damaged_results_are_made_again(run, caplog):
     (run.iteration(1) / "selection.json").write_text("")
     (run.iteration(0) / "evaluation.json").write_text('{"reward": ')
@@ -144,6 +175,20 @@ def test_a_model_that_is_cut_off_is_trained_again(run):
     assert not model.exists() and (run.iteration(1) / "ref_logps.jsonl").exists()
 
 
+@pytest.mark.parametrize("use_peft, name", [
+    (False, "config.json"), (True, "adapter_config.json"), (False, "tokenizer_config.json")
+])  # fmt: skip
+def test_a_model_that_was_not_copied_to_its_end_is_trained_again(run, caplog, use_peft, name):
+    model, run.model.use_peft = run.iteration(1) / "model", use_peft
+    save_model(model)
+    write_json(model / "adapter_config.json", {"base_model_name_or_path": "model"})
+    repair(run)
+    assert model.exists()
+    (model / name).unlink()
+    repair(run)
+    assert not model.exists() and f"is damaged (it has no {name}): it is deleted, and trained again" in caplog.text
+
+
 def test_checkpoints_are_deleted_where_a_kill_left_them_beside_the_model(run):
     save_model(run.iteration(1) / "model")
     checkpoint = save_checkpoint(run.iteration(1) / "trainer", 3)
@@ -151,24 +196,36 @@ def test_checkpoints_are_deleted_where_a_kill_left_them_beside_the_model(run):
     assert not checkpoint.parent.exists() and (run.iteration(1) / "model").exists()
 
 
+def test_adapters_of_a_training_that_was_killed_name_their_base_where_it_is_now(run):
+    run.model.use_peft = True
+    configs = [run.iteration(1) / "trainer" / name / "adapter_config.json" for name in ("start", "best-2")]
+    for config in configs:
+        config.parent.mkdir(parents=True)
+        write_json(config, {"base_model_name_or_path": "old", "r": 4})
+    repair(run)
+    assert [read_json(config) for config in configs] == [{"base_model_name_or_path": "model", "r": 4}] * 2
+
+
 def save_model(folder):
     folder.mkdir(parents=True)
     save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")
-    write_json(folder / "config.json", {})
+    for name in ("config.json", "tokenizer_config.json"):
+        write_json(folder / name, {})
 
 
 def save_checkpoint(folder: Path, step):
     path = folder / f"checkpoint-{step}"
     save_model(path)
-    torch.save({"state": torch.zeros(100)}, path / "optimizer.pt")
-    write_json(path / "trainer_state.json", {"global_step": step})
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({"state": torch.zeros(100)}, path / name)
+    write_json(path / "trainer_state.json", {"global_step": step, "max_steps": 10})
     return path
 
 
 @pytest.mark.parametrize("name, damage", [
     ("optimizer.pt", lambda data: data[: len(data) // 2]), ("model.safetensors", lambda data: data[:-50]),
     ("model.safetensors", lambda data: b""), ("trainer_state.json", lambda data: data[:5]), ("config.json", None),
-    ("trainer_state.json", None),
+    ("trainer_state.json", None), ("optimizer.pt", None), ("scheduler.pt", None), ("model.safetensors", None),
 ])  # fmt: skip
 def test_a_training_resumes_from_the_last_whole_checkpoint(tmp_path, run, name, damage, caplog):
     trainer = run.iteration(1) / "trainer"
@@ -187,6 +244,68 @@ def test_a_training_resumes_from_the_last_whole_checkpoint(tmp_path, run, name, 
     repair(run)
     assert first.exists() and not second.exists()
     assert last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_checkpoints_of_weights_alone_are_whole_where_a_training_saves_no_more(tmp_path):
+    path = save_checkpoint(tmp_path, 1)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (path / name).unlink()
+    assert last_whole_checkpoint(tmp_path, only_model=True) == str(path)
+    (path / "model.safetensors").unlink()
+    assert last_whole_checkpoint(tmp_path, only_model=True) is None
+
+
+@pytest.mark.parametrize("files, saved_by", [
+    ([], None), (["global_step3/mp_rank_00_model_states.pt"], "DeepSpeed"), (["pytorch_model_fsdp.bin"], "FSDP"),
+    (["pytorch_model_fsdp_0/0.pt"], "FSDP"),
+])  # fmt: skip
+def test_a_training_does_not_resume_without_the_state_of_its_optimizer(tmp_path, files, saved_by):
+    path = save_checkpoint(tmp_path, 3)
+    for name in files:
+        (path / name).parent.mkdir(exist_ok=True)
+        torch.save({}, path / name)
+    for sharded_by in (None, "DeepSpeed", "FSDP"):
+        if sharded_by == saved_by:
+            check_optimizer(str(path), sharded_by)
+            continue
+        with pytest.raises(ConfigError, match=r"cannot read the state of its optimizer\. .* or delete .*checkpoint-\*"):
+            check_optimizer(str(path), sharded_by)
+
+
+@pytest.mark.slow
+def test_a_run_refuses_a_checkpoint_whose_optimizer_it_cannot_read(project, monkeypatch, capsys):
+    change_options(project, num_iterations=1, monitor_evals=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingStage, "_save_model", killed)
+        assert larpo_run() == 130
+    last = Path(last_whole_checkpoint("out/iteration_1/trainer"))
+    (last / "global_step3").mkdir()
+    torch.save({}, last / "global_step3/mp_rank_00_model_states.pt")
+    assert larpo_run() == 2
+    assert f"{last} was saved with DeepSpeed, and the training would resume without" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_training_forgets_the_best_weights_of_one_that_it_does_not_resume(project, monkeypatch):
+    change_options(project, num_iterations=1, save_strategy="no")
+    folder, found = project / "out/iteration_1", []
+
+    def killed_later(self, **options):
+        found.append(sorted(path.name for pattern in ("best-*", "monitor.json") for path in folder.rglob(pattern)))
+        for name in ("best-90", "best-91", "best-92.partial"):
+            (folder / "trainer" / name).mkdir(exist_ok=True)
+        write_json(folder / "monitor.json", {"stopped_at": None, "points": []})
+        killed()
+
+    monkeypatch.setattr(LarPOTrainer, "train", killed_later)
+    assert larpo_run() == larpo_run() == 130
+    save_checkpoint(folder / "trainer", 1)
+    assert larpo_run("--monitor_evals", 0) == 130  # resumes, and ends with its last weights
+    assert found == [[], [], []]
+
+
+def killed(*args):
+    raise KeyboardInterrupt
 
 
 def test_weights_that_an_index_names_must_be_there(tmp_path):
@@ -260,6 +379,38 @@ def test_a_damaged_run_ends_with_the_files_of_an_undamaged_one(finished_run, pro
     assert all((project / "out" / path).exists() for path in whole)
 
 
+def test_what_was_deleted_to_free_space_is_not_made_again(finished_run, project):
+    shutil.copytree(finished_run, project / "out")
+    first, second = project / "out/iteration_1", project / "out/iteration_2"
+    shutil.rmtree(first / "model")
+    (first / "samples.jsonl").unlink()
+    assert status_of("out")["state"] == "finished"
+    for name in ("evaluation.json", "health.json"):
+        (second / name).unlink()
+    timings = len(rows_of("out/timings.jsonl"))
+    assert larpo_run() == 0
+    ran = [(row["iteration"], row["stage"]) for row in rows_of("out/timings.jsonl")[timings:]]
+    assert ran == [(2, "evaluate")] and not (first / "model").exists() and not (first / "samples.jsonl").exists()
+    now, before = (read_json(path / "health.json") for path in (second, finished_run / "iteration_2"))
+    assert [check["value"] for check in now] == pytest.approx([check["value"] for check in before], rel=1e-3)
+
+
+@pytest.mark.parametrize("deleted, done", [
+    (["1/model"], [1, 2, 3]), (["1/model", "2/model"], [1, 2, 3]), (["1/samples.jsonl", "3/samples.jsonl"], [1, 2, 3]),
+    (["3/model"], [1, 2]), (["2/model", "3/model"], [1]), (["1/model", "2/ref_logps.jsonl"], [2, 3]),
+    (["1/model", "2/model", "2/evaluation.json"], [3]), (["1/model", "2/samples.jsonl", "2/rewarded.jsonl"], [3]),
+    (["1/model", "1/evaluation.json"], [2, 3]), (["1/samples.jsonl", "1/rewarded.jsonl"], [2, 3]),
+])  # fmt: skip
+def test_deleted_outputs_that_the_run_still_needs_are_made_again(tmp_path, deleted, done):
+    for iteration in (1, 2, 3):
+        for stage in STAGES.values():
+            (tmp_path / f"iteration_{iteration}" / stage.output).mkdir(parents=True)
+    for name in deleted:
+        (tmp_path / f"iteration_{name}").rmdir()
+    stages = [STAGES["generate"], STAGES["train"]]
+    assert [i for i in (1, 2, 3) if all(is_done(tmp_path, stage, i, 3) for stage in stages)] == done
+
+
 def test_a_run_that_is_stopped_as_it_writes_prompts_starts_again(project, config, talkative_model, monkeypatch):
     from transformers import AutoTokenizer
 
@@ -282,20 +433,24 @@ def test_a_run_that_is_stopped_as_it_writes_prompts_starts_again(project, config
     assert len(start().held_out) == 4
 
 
-def test_a_training_resumes_with_another_batch_size(tmp_path, tiny_model, config):
-    def train(batch_size, steps, checkpoint=None):
-        args = config(
-            output_dir=str(tmp_path), per_device_train_batch_size=batch_size, max_steps=steps, save_strategy="steps",
-            save_steps=1,
-        )  # fmt: skip
+def test_a_training_resumes_with_another_batch_size_and_other_steps(tmp_path, tiny_model, config):
+    def arguments(batch_size=4, **options):
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1} | options
+        return config(output_dir=str(tmp_path), per_device_train_batch_size=batch_size, **options)
+
+    def train(args, checkpoint=None):
         trainer = LarPOTrainer(model=tiny_model, args=args, train_dataset=tiny.lists())
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
-    train(4, 1)
+    train(arguments(max_steps=1))
     checkpoint = last_whole_checkpoint(tmp_path)
     before = {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()}
-    set_batch_size(checkpoint, 4)
+    set_options(checkpoint, arguments())
     assert {path.name: path.read_bytes() for path in Path(checkpoint).iterdir()} == before
-    set_batch_size(checkpoint, 2)
-    assert train(2, 2, checkpoint)._train_batch_size == 2
+    args = arguments(2, save_steps=3, logging_steps=2)
+    set_options(checkpoint, args)
+    trainer = train(args, checkpoint)
+    assert trainer._train_batch_size == 2
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 4]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 3, 4)}

@@ -213,6 +213,21 @@ def test_a_folder_of_another_version_is_refused(project, capsys):
     assert "made by another version of trl-larpo, which had no option `per_token_scores`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option, path, output", [
+    ("model_name_or_path", "sft", "sft/larpo"), ("prompts", "data", "data/x/../runs"),
+    ("reward_funcs", "sft/", "./sft/x"),
+])  # fmt: skip
+def test_a_run_inside_the_folder_of_its_model_or_prompts_is_refused(
+    project, talkative_model, capsys, option, path, output
+):
+    (project / "data").mkdir()
+    shutil.copy(project / "prompts.jsonl", project / "data/train.jsonl")
+    shutil.copytree(talkative_model, project / "sft")
+    assert larpo_run(f"--{option}", path, "--output_dir", output, "--dry_run") == 2
+    said = f"`output_dir` is {str(Path(output))!r}, inside the folder of `{option}`, {path!r}."
+    assert said in capsys.readouterr().err
+
+
 def test_a_beta_for_sums_is_noted(project, capsys):
     assert larpo_run("--dry_run", "--beta", 0.1) == 0
     assert "beta 0.1 is weak for scores per token" in capsys.readouterr().out

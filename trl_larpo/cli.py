@@ -361,7 +361,8 @@ def _train_and_save(trainer, script_args) -> None:
 
     checkpoint = args.resume_from_checkpoint
     if isinstance(checkpoint, str) and checkpoint.lower() in _LAST_CHECKPOINT:
-        checkpoint = last_whole_checkpoint(args.output_dir)  # None, a fresh start, where there is none yet
+        # None, a fresh start, where there is none yet
+        checkpoint = last_whole_checkpoint(args.output_dir, args.save_only_model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=_hub_name(script_args.dataset_name))

@@ -86,14 +86,37 @@ def describe_change(name: str, was: Any, now: Any, made: str) -> str:
 
 def fingerprints(settings: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
     """What the paths hold that some settings name, by path. Hub ids, URLs and functions have no entry."""
-    found: dict[str, str] = {}
+    prints = {path: fingerprint(path) for _, path in _paths_in(settings, names)}
+    return {path: found for path, found in prints.items() if found is not None}
+
+
+def check_is_outside(output: Path, option: str, settings: dict[str, Any], names: Iterable[str]) -> None:
+    """
+    Checks that no output changes what the paths hold that some settings name.
+
+    Args:
+        output: Where files will be written.
+        option: The option that names it.
+        settings: By name.
+        names: Of the settings that hold paths.
+
+    Raises:
+        ConfigError: If it is in a folder that one of them names.
+    """
+    for name, path in _paths_in(settings, names):
+        if _place(path).is_dir() and output.resolve().is_relative_to(_place(path).resolve()):
+            raise ConfigError(
+                f"`{option}` is {str(output)!r}, inside the folder of `{name}`, {path!r}. What is written there would "
+                f"change that folder, and the same command could not resume. Take another `{option}`."
+            )
+
+
+def _paths_in(settings: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         value: Any = settings.get(name)
         for path in value if isinstance(value, list) else [value]:
-            print_of_path = fingerprint(path) if path and (name not in _JUDGES or _is_model(path)) else None
-            if print_of_path is not None:
-                found[path] = print_of_path
-    return found
+            if path and (name not in _JUDGES or _is_model(path)):
+                yield name, path
 
 
 def _is_model(path: str) -> bool:

@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_larpo.training.checkpoints import check_optimizer, last_whole_checkpoint
+
 pytestmark = pytest.mark.slow
 
 # Name: (options of one process, what two processes have in place of them). `like`: the run it must equal
@@ -110,7 +112,11 @@ def test_two_processes_train_as_one(tiny_model, tmp_path, one_process, launcher)
     if "odd" in alone:  # its incomplete batches stop nobody
         steps = steps_of(tmp_path, "odd")
         assert len(steps) == 6 and all(0 < step["loss"] < 20 for step in steps)
-    if "saved" in alone:  # a checkpoint continues the same trajectory, in new processes
+    if "saved" in alone:
+        last = last_whole_checkpoint(tmp_path / "saved")
+        assert last == str(tmp_path / "saved" / "checkpoint-6")
+        check_optimizer(last, "FSDP" if launcher == "FSDP2" else "DeepSpeed")
+        # It continues the same trajectory, in new processes
         resumed = SAVED | {"resume_from_checkpoint": str(tmp_path / "saved" / "checkpoint-3"), "save_strategy": "no"}
         run(tiny_model, tmp_path, {"resumed": BATCH | resumed}, launcher)
         differences = largest_differences(tmp_path, tmp_path, "saved", "resumed")

@@ -121,13 +121,14 @@ class SampleCounts:
 
 def sample_statistics(folder: Path) -> SampleStatistics:
     """
-    Statistics of `samples.jsonl`: as they were kept, or counted where they are missing or the file has changed.
+    Statistics of `samples.jsonl`: as they were kept, or counted where they are missing or the file has changed. Once
+    they are kept, the file may be deleted.
 
     Args:
         folder: That of the iteration.
     """
     known = _kept(folder).get(_SAMPLED, {})
-    if known.get("made_of") == _state_of_samples(folder):
+    if known and (not (folder / "samples.jsonl").exists() or known["made_of"] == _state_of_samples(folder)):
         return SampleStatistics(**{each.name: known[each.name] for each in dataclasses.fields(SampleStatistics)})
     counts = SampleCounts()
     for _ in counts.counted(read_pools(folder / "samples.jsonl", skip_damaged=True)):

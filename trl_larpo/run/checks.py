@@ -107,6 +107,7 @@ def check_run(folder: RunFolder) -> int | None:
         load_random_prompts(options, tokenizer)
     for name in options.reward_funcs:
         _check_reward_model(name)
+    folder.check_is_outside_inputs()
     return check_disk(folder, config)
 
 

@@ -16,6 +16,7 @@ from ..storage import partial_files
 from .folder import RunFolder
 from .loading import model_init_kwargs
 from .plan import list_size, times_of_prompts
+from .stages import STAGES, is_done
 
 logger = get_logger(__name__)
 
@@ -91,18 +92,24 @@ def bytes_of_candidates(folder: RunFolder) -> int:
         if number:
             own, times = len(folder.prompts_of(number)), times_of_prompts(folder, number)
             joined = len(times) * per_prompt + times.total() * pool * per_candidate
-            sizes["samples.jsonl"] = own * (per_prompt + pool * per_candidate)
+            of_samples = own * (per_prompt + pool * per_candidate)
             sizes |= {"rewarded.jsonl": joined, "lists.jsonl": joined}
-            if options.random_prompts:
-                sizes["unrelated_samples.jsonl"] = own * (per_prompt + options.num_negatives * per_candidate)
-            if not (path / "model").exists():
+            if not _is_done(folder, "generate", number):
+                sizes["samples.jsonl"] = of_samples
+                if options.random_prompts:
+                    sizes["unrelated_samples.jsonl"] = own * (per_prompt + options.num_negatives * per_candidate)
+            if not _is_done(folder, "train", number):
                 selected = sum(list_size(options, pool * each) for each in times.values())
-                meanwhile = max(meanwhile, sizes["samples.jsonl"], selected * per_candidate)
+                meanwhile = max(meanwhile, of_samples, selected * per_candidate)
         for name, size in sizes.items():
             if not (path / name).exists():
                 saved = sum(file.stat().st_size for file in partial_files(path / name))
                 needed += max(0.0, size - saved)
     return math.ceil(needed + meanwhile)
+
+
+def _is_done(folder: RunFolder, stage: str, iteration: int) -> bool:
+    return is_done(folder.path, STAGES[stage], iteration, folder.options.num_iterations)
 
 
 def existing_folder(path: Path) -> Path:
@@ -121,8 +128,8 @@ def bytes_of_models(folder: RunFolder, config: PretrainedConfig) -> int | None:
     dtype = model_init_kwargs(folder.model, training)["dtype"]
     own = getattr(config, "dtype", None) or torch.float32
     weights = num_parameters * (own if dtype == "auto" else getattr(torch, dtype)).itemsize
-    iterations = map(folder.iteration, range(1, folder.options.num_iterations + 1))
-    missing = [path for path in iterations if not (path / "model").exists()]
+    numbers = range(1, folder.options.num_iterations + 1)
+    missing = [folder.iteration(number) for number in numbers if not _is_done(folder, "train", number)]
 
     def left(num_bytes: int, pattern: str) -> int:
         return max(0, num_bytes - sum(_bytes_in(found) for path in missing for found in path.glob(pattern)))

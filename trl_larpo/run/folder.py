@@ -27,7 +27,7 @@ from ..iterations import iteration_folder
 from ..prompts import Prompt
 from ..redaction import hide_secrets
 from ..rewards.functions import check_columns, load_rewards
-from ..settings import changed_settings, describe_change, fingerprints
+from ..settings import changed_settings, check_is_outside, describe_change, fingerprints
 from ..storage import append_jsonl, iter_jsonl, read_json, read_yaml, whole_rows, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
 from .options import RunConfig
@@ -139,6 +139,13 @@ class RunFolder:
         """Those of which `configuration` hides a part, as they are: for processes of this run, never for a file."""
         shown = self.configuration()
         return {name: value for name, value in self._all_options().items() if shown[name] != value}
+
+    def check_is_outside_inputs(self) -> None:
+        """
+        Raises:
+            ConfigError: If the folder is in one that prompts or models are read from.
+        """
+        check_is_outside(self.path, "output_dir", self._all_options(), _PATHS)
 
     def check_configuration(self) -> None:
         """

@@ -42,7 +42,7 @@ from .notify import Notifier
 from .options import RunConfig
 from .plan import plan
 from .repair import repair
-from .stages import STAGES, Stage, run_stage
+from .stages import STAGES, Stage, is_done, run_stage
 from .status import forget_warnings, keep_warnings, note_stage
 from .timings import note_timing
 from .tracking import Tracking
@@ -177,13 +177,14 @@ def _what_was_set_aside(folder: RunFolder) -> list[str]:
 
 
 def _best_model(folder: RunFolder, iteration: int) -> str:
-    """Path of the model with the highest held-out reward, among those of iterations 0 to `iteration`."""
+    """Path of the model with the highest held-out reward, among those of iterations 0 to `iteration` that are there."""
 
     def reward(number: int) -> float:
         mean = read_json(folder.iteration(number) / "evaluation.json")["reward"]["mean"]
         return -math.inf if mean is None else mean
 
-    return folder.model_path(max(range(iteration + 1), key=reward))
+    there = [number for number in range(iteration + 1) if number == 0 or Path(folder.model_path(number)).exists()]
+    return folder.model_path(max(there, key=reward))
 
 
 def _write_page(folder: RunFolder, with_plots: bool) -> None:
@@ -198,9 +199,9 @@ def _write_page(folder: RunFolder, with_plots: bool) -> None:
 
 
 def _run_stage(context: RunContext, stage: Stage, iteration: int) -> bool:
-    """Runs a stage, unless its result is there. Returns whether it ran."""
+    """Runs a stage, unless it is done. Returns whether it ran."""
     folder, options = context.folder, context.options
-    if stage.path(folder, iteration).exists():
+    if is_done(folder.path, stage, iteration, options.num_iterations):
         return False
     resumed_at, started = note_stage(folder.path, iteration, stage), time.monotonic()
     num_processes = stage.num_processes(options)

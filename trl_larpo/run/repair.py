@@ -3,9 +3,10 @@ Finds what is damaged or incomplete in the folder of a run before it resumes, so
 
 Files of a run appear whole or not at all. But disks fail, power goes, and copies of a folder are interrupted. What the
 rest of the run reads is checked: damaged lines are dropped and computed again, a damaged file that can be made again
-is, and whatever was made of it.
+is, and whatever was made of it. Adapters name their base where it is now.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,10 +18,10 @@ from ..errors import DataError
 from ..prompts import Row
 from ..rewards.scorer import saved_scores_of_row
 from ..set_aside import set_aside_in
-from ..storage import read_json, reopen, whole_rows, write_jsonl
-from ..training.checkpoints import checkpoints, damage_of
+from ..storage import read_json, reopen, whole_rows, write_json, write_jsonl
+from ..training.checkpoints import checkpoints, damage_of, damage_of_checkpoint
 from .folder import RunFolder
-from .stages import STAGES
+from .stages import STAGES, is_done
 from .timings import TIMINGS, WORK
 
 logger = get_logger(__name__)
@@ -41,7 +42,7 @@ def repair(folder: RunFolder) -> None:
     for name in (WORK, "progress.json", "tracking.json"):
         _drop_if_damaged(folder.path / name)
     last = folder.options.num_iterations
-    for iteration in range(last + 1):
+    for iteration in reversed(range(last + 1)):  # what one reads of an earlier one, once it is known what is done again
         path = folder.iteration(iteration)
         if not path.is_dir():
             continue
@@ -50,16 +51,23 @@ def repair(folder: RunFolder) -> None:
         _drop_damaged_lines(path / "training_log.jsonl")
         is_start = iteration == last or not (folder.iteration(iteration + 1) / "model").exists()
         if is_start:  # what the next training begins with
-            _drop_damaged_model(path / "model")
+            _drop_damaged_model(path / "model", "adapter_config.json" if folder.keeps_adapter else "config.json")
         if (path / "model").exists():
             shutil.rmtree(path / "trainer", ignore_errors=True)  # left by a kill just after a training
-        is_done = all((path / stage.output).exists() for stage in STAGES.values() if iteration or stage.at_start)
+        is_done, next_is_done = (_is_done(folder, number) for number in (iteration, iteration + 1))
         if iteration and not is_done and not (path / "model").exists():
             _repair_lists(folder, iteration)
-        if not is_done or iteration == 0 or is_start:  # later evaluations compare with the first one and the last
+        if not is_done or not next_is_done or iteration == 0:  # evaluations compare with the first one and the last
             _repair_held_out(folder, path)
-        if is_done and folder.options.memory != "none" and iteration:
+        if iteration and folder.options.memory != "none" and (is_done or (path / "model").exists()):
             _reopen_if_incomplete(path / "rewarded.jsonl", (), saved_scores_of_row)
+        if folder.keeps_adapter:
+            _set_base(path, folder.model_path(0))
+
+
+def _is_done(folder: RunFolder, iteration: int) -> bool:
+    stages = [stage for stage in STAGES.values() if iteration or stage.at_start]
+    return all(is_done(folder.path, stage, iteration, folder.options.num_iterations) for stage in stages)
 
 
 def _repair_lists(folder: RunFolder, iteration: int) -> None:
@@ -79,7 +87,7 @@ def _repair_lists(folder: RunFolder, iteration: int) -> None:
         for name in ("ref_logps.jsonl", "trainer"):
             _remove(path / name)
     for checkpoint in checkpoints(path / "trainer"):
-        problem = damage_of(checkpoint, "trainer_state.json")
+        problem = damage_of_checkpoint(checkpoint)
         if problem is not None:
             logger.warning(f"{checkpoint} is not whole ({problem}): it is deleted.")
             shutil.rmtree(checkpoint)
@@ -163,15 +171,24 @@ def _ids(path: Path, condition: Callable[[Row], bool] = lambda row: True) -> tup
     return found, bool(damaged)
 
 
-def _drop_damaged_model(path: Path) -> None:
+def _drop_damaged_model(path: Path, config: str) -> None:
     if not path.is_dir():
         return
-    problem = damage_of(path)
+    problem = damage_of(path, config, "tokenizer_config.json")
     if problem is None and not any(path.glob("*.safetensors")):
         problem = "it has no weights"
     if problem is not None:
         logger.warning(f"{path} is damaged ({problem}): it is deleted, and trained again.")
         shutil.rmtree(path)
+
+
+def _set_base(path: Path, base: str) -> None:
+    """Adapters of an iteration are loaded with the base that they name, which may have moved."""
+    for config in (*path.glob("model/adapter_config.json"), *path.glob("trainer/*/adapter_config.json")):
+        with contextlib.suppress(DataError):  # of an iteration whose adapter is not needed any more
+            settings = read_json(config)
+            if settings["base_model_name_or_path"] != base:
+                write_json(config, settings | {"base_model_name_or_path": base})
 
 
 def _drop_if_damaged(path: Path) -> None:

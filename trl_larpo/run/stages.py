@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LarPOError
+from ..iterations import iteration_folder
 from ..preparation import preparing, seconds_of_preparation
 from ..storage import write_json
 from .timings import WORK
@@ -129,6 +130,23 @@ STAGES = {
     )
 }
 """All stages by name, in the order of an iteration."""
+
+
+def is_done(run: Path, stage: Stage, iteration: int, num_iterations: int) -> bool:
+    """
+    Whether nothing is left to do of a stage: its output is there, or was deleted when the run had no more use for it.
+    That is so for the samples of an evaluated iteration that are in its rewarded file, and for the model of one whose
+    next iteration needs it no more.
+    """
+    folder = iteration_folder(run, iteration)
+    if (folder / stage.output).exists():
+        return True
+    if stage.name not in ("generate", "train") or not (folder / STAGES["evaluate"].output).exists():
+        return False
+    if stage.name == "generate":
+        return (folder / STAGES["reward"].output).exists()
+    users = [STAGES[name] for name in ("generate", "reference", "train")]
+    return iteration < num_iterations and all(is_done(run, user, iteration + 1, num_iterations) for user in users)
 
 
 def run_stage(context: "RunContext", stage: Stage, iteration: int) -> None:

@@ -24,7 +24,7 @@ from ..set_aside import set_aside_in
 from ..storage import StoredRows, partial_files, read_json, read_yaml, write_json
 from ..training.checkpoints import checkpoints
 from .memory import earlier_iterations
-from .stages import STAGES, Stage
+from .stages import STAGES, Stage, is_done
 from .timings import seconds_of_stages
 
 PROGRESS, WARNINGS = "progress.json", "warnings.log"
@@ -163,7 +163,7 @@ def _left(run: Path, num_iterations: int) -> list[tuple[int, Stage]]:
         (iteration, stage)
         for iteration in range(num_iterations + 1)
         for stage in STAGES.values()
-        if (iteration or stage.at_start) and not (iteration_folder(run, iteration) / stage.output).exists()
+        if (iteration or stage.at_start) and not is_done(run, stage, iteration, num_iterations)
     ]
     begun = read_json(run / PROGRESS) if (run / PROGRESS).exists() else {}
     # With `server_command` the next iteration is sampled before this one is evaluated

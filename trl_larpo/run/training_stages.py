@@ -25,7 +25,7 @@ from ..pools import read_pools
 from ..preparation import preparing
 from ..prompts import Prompt, Row
 from ..storage import StoredRows, iter_jsonl, partial_path, replace_folder, write_jsonl
-from ..training.checkpoints import last_whole_checkpoint, set_batch_size
+from ..training.checkpoints import check_optimizer, last_whole_checkpoint, set_options
 from ..training.config import LarPOConfig
 from ..training.datasets import dataset_on_disk
 from ..training.log_probabilities import log_probabilities_under
@@ -154,15 +154,17 @@ class TrainingStage:
         """Trains, or resumes from the last checkpoint, and saves the model and the log."""
         trainer, monitor = self.trainer, self._monitor()
         checkpoint = last_whole_checkpoint(self.scratch)
+        if checkpoint is not None:
+            sharded_by = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else None
+            check_optimizer(checkpoint, sharded_by)
+            if PartialState().is_main_process:
+                set_options(checkpoint, trainer.args)
+            PartialState().wait_for_everyone()
         if self.keeps_adapter and checkpoint is None:
             save_adapter(trainer, self.scratch / "start")  # what is kept if the training does harm
         if monitor is not None:
             trainer.add_callback(monitor)
         guard_trackers(trainer.callback_handler.callbacks, self.context.folder.path)
-        if checkpoint is not None and not trainer.args.auto_find_batch_size:
-            if PartialState().is_main_process:
-                set_batch_size(checkpoint, trainer.args.train_batch_size)
-            PartialState().wait_for_everyone()
         trainer.train(resume_from_checkpoint=checkpoint)
         log = [
             {key: value for key, value in entry.items() if not key.startswith("train_") or key == "train_loss"}
@@ -182,12 +184,14 @@ class TrainingStage:
     def _monitor(self) -> TrainingMonitor | None:
         """What samples held-out prompts during the training; `None` if it is switched off."""
         options, folder = self.context.options, self.context.folder
-        if options.monitor_evals == 0:
-            return None
-        found = self.path.with_name("monitor.json")
-        if PartialState().is_main_process and last_whole_checkpoint(self.scratch) is None:
-            found.unlink(missing_ok=True)  # of a training that starts over
+        found, is_off = self.path.with_name("monitor.json"), options.monitor_evals == 0
+        if PartialState().is_main_process and (is_off or last_whole_checkpoint(self.scratch) is None):
+            found.unlink(missing_ok=True)  # of a training that starts over, or was sampled before it was killed
+            for weights in self.scratch.glob("best-*"):
+                shutil.rmtree(weights)
         PartialState().wait_for_everyone()
+        if is_off:
+            return None
         seconds = seconds_of_stages(folder.path)
         start = list(read_pools(folder.iteration(self.iteration - 1) / "held_out.jsonl"))
         return TrainingMonitor(
@@ -249,12 +253,12 @@ class TrainingStage:
         use_peft = self.context.folder.model.use_peft
         if trainer.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        weights = self.scratch / ("start" if kept_step == 0 and self.keeps_adapter else f"best-{kept_step}")
-        if kept_step and not weights.is_dir():
+        if kept_step and not (self.scratch / f"best-{kept_step}").is_dir():
             logger.warning(
                 f"The weights of step {kept_step} are gone; the model that the training started from is kept."
             )
             kept_step = 0
+        weights = self.scratch / ("start" if kept_step == 0 and self.keeps_adapter else f"best-{kept_step}")
         if kept_step is None:
             weights = self.scratch / "adapter" if use_peft and not self.keeps_adapter else partial
             _sample_by_default(trainer.accelerator.unwrap_model(trainer.model))
