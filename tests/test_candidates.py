@@ -1,5 +1,6 @@
 """Candidate lists against an oracle in plain Python, and their parts."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -291,6 +292,15 @@ def test_random_prompts_are_others_and_repeatable():
 def test_prompt_ids_depend_on_content_alone():
     assert prompt_id([{"role": "user", "content": "é"}]) == prompt_id([{"content": "é", "role": "user"}])
     assert prompt_id("a") != prompt_id("b")
+
+
+def test_lists_are_read_as_they_were_written():
+    prompt = Prompt.of("p", {"answer": "é", "of mixed types": [1, "a", {"b": None}], "tools": [{"a": 1}]})
+    made = build_list(CandidatePool(prompt, [Candidate("a", 1.0), Candidate("b", 0.0), Candidate("")]), Selection())
+    row = json.loads(json.dumps(made.to_row()))
+    assert CandidateList.from_row(row) == made and row["tools"] == '[{"a": 1}]'
+    earlier = {name: value for name, value in row.items() if name not in ("columns", "tools")}  # of an earlier version
+    assert CandidateList.from_row(earlier) == replace(made, prompt=Prompt.of("p"))
 
 
 def test_rows_of_pools_keep_rewards_and_never_mix_judges():

@@ -6,18 +6,21 @@ import re
 import sys
 
 import pytest
+import tiny
 from datasets import Dataset
 from fake_server import FakeServer
 from small_run import rows_of
 from transformers import AutoModelForCausalLM
 
-from trl_larpo import cli
+from trl_larpo import DataError, cli
 from trl_larpo.candidates import Candidate
 from trl_larpo.prompts import Prompt, prompt_id
 from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.options import PromptOptions
 from trl_larpo.run.prompts import load_prompts
 from trl_larpo.storage import write_jsonl
+from trl_larpo.training.datasets import load_splits
+from trl_larpo.training.tokenization import tokenize_dataset
 
 
 def larpo(*words):
@@ -107,6 +110,41 @@ def test_whole_lists_of_simpo_and_ultrafeedback(project, as_messages):
     assert (second["completions"][0], second["rewards"]) == (wrapped("y", "assistant"), [8.5, 4.0])
 
 
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["objects", "text"])
+def test_lists_keep_tools_and_all_other_columns(project, tools):
+    """A training on selected lists left the tools of its rows out, and a reward their columns."""
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "rewards": [0.0, 1.0], "answer": answer,
+         "completions": [[{"role": "assistant", "content": each}] for each in ("aaa", "e")]}
+        for text, answer in (("why", 3), ("how", "1"), ("who", None))
+    ]  # fmt: skip
+    rows[1]["tools"] = tools
+    rows[2]["chat_template_kwargs"] = {"shout": True}
+    write_jsonl(project / "a.jsonl", rows)
+    assert larpo("select", "--candidates", "a.jsonl", "--output", "lists.jsonl") == 0
+    assert larpo("select", "--candidates", "lists.jsonl", "--output", "again.jsonl") == 0
+
+    def rendered(dataset):
+        options = {"where": "d", "max_length": None, "truncation_mode": "keep_start", "eos_token": tiny.EOS}
+        tokens = tokenize_dataset(dataset, tiny.tiny_tokenizer(), **options)
+        return [tiny.tiny_tokenizer().decode(ids) for ids in tokens["prompt_ids"]]
+
+    expected = [text for row in rows for text in rendered(Dataset.from_list([row]))]
+    assert "look_up" in expected[1] and "SHOUT" in expected[2]
+    for file in ("lists.jsonl", "again.jsonl"):
+        assert rendered(load_splits(file)["train"]) == expected
+    with open(project / "run_rewards.py", "a") as file:
+        file.write("def of_answers(completions, answer, **_): return [len(str(each)) for each in answer]")
+    flags = ["--samples", "lists.jsonl", "--reward_funcs", "run_rewards:of_answers", "--output", "r.jsonl"]
+    assert larpo("reward", *flags) == 0
+    assert [row["columns"]["answer"] for row in rows_of("r.jsonl")] == [3, "1", None]
+    with pytest.raises(DataError, match="column `tools`, with which completions cannot be sampled"):
+        load_prompts("r.jsonl", PromptOptions())
+
+
 BAD = {
     "no prompts": (["generate", "--output", "x.jsonl"], "No prompts: give `prompts`"),
     "no output": (["generate", "--prompts", "prompts.jsonl"], "`output` is missing"),
@@ -173,7 +211,9 @@ def test_columns_of_times_are_refused_by_name(project, capsys):
     times = [datetime.datetime(2024, 1, 1)]
     columns = {"prompt": ["when?"], "completions": [["then", "now"]], "rewards": [[1.0, 0.0]], "created_at": times}
     Dataset.from_dict(columns).to_parquet("times.parquet")
-    assert larpo("select", "--candidates", "times.parquet", "--output", "lists.jsonl") == 0  # which writes no columns
+    assert larpo("select", "--candidates", "times.parquet", "--output", "lists.jsonl") == 0
+    assert "Columns that JSON cannot hold are left out: created_at" in capsys.readouterr().out
+    assert [row["columns"] for row in rows_of("lists.jsonl")] == ["{}"]
     flags = ["--samples", "times.parquet", "--reward_funcs", "run_rewards:vowels", "--output", "out.jsonl"]
     assert larpo("reward", *flags) == 2
     assert "The prompt 'when?', column `created_at`: holds datetime;" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, SelectionCounts, each_list
+from .candidates import CandidatePool, SelectionCounts, each_list
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
 from .generation.sampler import PolicySampler, device_of, finish_samples, generation_dtype
@@ -23,7 +23,7 @@ from .generation.server_process import check_servers
 from .options import option
 from .outputs import check_output, continue_output, resumable_output
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
-from .prompts import Prompt, checked_columns
+from .prompts import Prompt, checked_columns, is_plain
 from .rewards.functions import load_rewards
 from .rewards.options import JudgeOptions, RewardOptions
 from .rewards.scorer import RewardScorer, saved_scores_of_row
@@ -31,6 +31,7 @@ from .rewards.trl_convention import as_function
 from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts
+from .selection import TRUNCATED_COMPLETIONS
 from .set_aside import set_aside_files, set_aside_in
 from .storage import GrowingFile, write_jsonl
 
@@ -294,9 +295,13 @@ def select(options: SelectConfig) -> None:
     check_output(output, "candidates", paths)
     files = [read_candidate_pools(path, options.as_messages) for path in paths]
     judges: dict[str | None, str] = {}
+    columns: dict[str, None] = {}
+    not_plain: set[str] = set()
     for path, pools in zip(paths, files, strict=True):
         has_rewards = False
         for pool in pools:
+            columns.update(dict.fromkeys(pool.prompt.columns))
+            not_plain.update(name for name, value in pool.prompt.columns.items() if not is_plain(value))
             if any(candidate.reward is not None for candidate in pool.candidates):
                 has_rewards = True
                 judges.setdefault(pool.candidates[0].scored_by, path)
@@ -308,8 +313,12 @@ def select(options: SelectConfig) -> None:
             "Score all of them again: larpo reward."
         )
     counts = SelectionCounts()
-    lists = each_list(merge_pools(chain_pools(files)), options.selection(options.truncated_completions), counts)
+    kept = [name for name in columns if name not in not_plain]
+    pools = merge_pools(chain_pools(files)).map(lambda pool: pool.with_columns(kept))
+    lists = each_list(pools, options.selection(options.truncated_completions), counts)
     write_jsonl(output, (made.to_row() for made in lists if made.problem is None))
+    if not_plain:
+        print(f"Columns that JSON cannot hold are left out: {', '.join(sorted(not_plain))}")
     print(f"{counts.summary()}\nLists in {output}")
 
 

@@ -48,7 +48,7 @@ class Prompt:
     @classmethod
     def from_row(cls, row: Row) -> "Prompt":
         """From a row of a run's files."""
-        return cls(row["prompt_id"], row["prompt"], row.get("columns") or {})
+        return cls(row["prompt_id"], row["prompt"], columns_of(row) or {})
 
     def to_row(self) -> Row:
         return {"prompt_id": self.id, "prompt": self.content, "columns": self.columns}
@@ -121,6 +121,17 @@ def prompt_id(prompt: Content) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def columns_of(row: Row) -> dict[str, Any] | None:
+    """The user's columns in a row of a file of ours; lists hold them as JSON. `None` if there are none like that."""
+    columns = row.get("columns")
+    if isinstance(columns, str):
+        try:
+            columns = json.loads(columns)
+        except ValueError:
+            return None
+    return columns if isinstance(columns, dict) else None
+
+
 def checked_columns(columns: Row, where: str) -> Row:
     """
     A user's columns, as they are.
@@ -129,7 +140,7 @@ def checked_columns(columns: Row, where: str) -> Row:
         DataError: If one holds what JSON files cannot, such as times.
     """
     for column, value in columns.items():
-        if not _is_plain(value):
+        if not is_plain(value):
             raise DataError(
                 f"{where}, column `{column}`: holds {type(value).__name__}; prompts may have text, numbers and lists "
                 "of them. Write it as text, or remove the column."
@@ -137,11 +148,12 @@ def checked_columns(columns: Row, where: str) -> Row:
     return columns
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
     if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+        return all(isinstance(k, str) and is_plain(v) for k, v in value.items())
     if isinstance(value, list):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return value is None or isinstance(value, str | int | float | bool)
 
 

@@ -13,6 +13,7 @@ from ..prompts import (
     NOT_UNICODE,
     Prompt,
     Row,
+    columns_of,
     completion_for,
     form_problem,
     is_unicode,
@@ -130,7 +131,8 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
         raise DataError(
             f"{where}, column `candidates`: each entry describes a completion by `source`, `iteration`, ..."
         )
-    is_ours = all("source" in about for about in candidates) and isinstance(row.get("columns") or {}, dict)
+    columns = columns_of(row)
+    is_ours = all("source" in about for about in candidates) and (columns is not None or not row.get("columns"))
     token_ids = row.get("completion_ids")
     if token_ids is None or len(token_ids) != len(completions):
         token_ids = [None] * len(completions)
@@ -147,8 +149,8 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
         )
     ]
     known = {name, column, reward_column, "finished", "completion_ids", "candidates", *(_OURS if is_ours else ())}
-    columns = (row.get("columns") or {}) if is_ours else {}
-    return CandidatePool(Prompt.of(prompt, columns | {k: v for k, v in row.items() if k not in known}), made)
+    others = {k: v for k, v in row.items() if k not in known}
+    return CandidatePool(Prompt.of(prompt, others | (columns or {} if is_ours else {})), made)
 
 
 def _token_ids(ids: Any) -> list[int] | None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
 from ..generation.in_process import encode_prompt
-from ..prompts import Content, Prompt, Row, checked_columns, prompt_id, prompt_problem, without_none
+from ..prompts import Content, Prompt, Row, checked_columns, columns_of, prompt_id, prompt_problem, without_none
 from ..storage import rows_as_written
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
@@ -179,8 +179,9 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             f"{path!r} has no column `{column}`. Its columns: {', '.join(names)}. Name the one that holds the prompts "
             "in `prompt_column`."
         )
+    no_tools = DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
     if "tools" in names:
-        raise DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
+        raise no_tools
     prompts, answered = [], []
     for number, row in enumerate(rows):
         prompt = row.pop(column)
@@ -195,8 +196,11 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             if options.prompts_as_messages:
                 prompt = [{"role": "user", "content": prompt}]
         row.pop("prompt", None)  # of another form, where it is not the column asked for
-        if isinstance(row.get("columns"), dict) and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
-            row = row["columns"]
+        columns = columns_of(row)
+        if columns is not None and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
+            row = columns
+            if row.get("tools") is not None:
+                raise no_tools
         if options.system_prompt is not None:
             prompt = _with_system_prompt(prompt, options.system_prompt)
         prompts.append(Prompt.of(prompt, checked_columns(row, f"{path!r} row {number}")))
