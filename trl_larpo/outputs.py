@@ -12,6 +12,7 @@ from accelerate import PartialState
 from .errors import ConfigError
 from .locks import exclusive_lock
 from .prompts import Row
+from .set_aside import set_aside_in
 from .settings import keep_settings
 from .storage import partial_files, reopen, whole_rows
 from .waiting import wait_for_all
@@ -52,7 +53,8 @@ def resumable_output(
                 f"`output`: there is {str(output)!r} already, or a part of it, and no {record.name} beside it says how "
                 "it was made. Take another `output`, or delete the file."
             )
-        keep_settings(record, settings, "`output`", paths, made=output)
+        is_whole = output.exists() and not set_aside_in(output.parent).get(output.stem)
+        keep_settings(record, settings, "`output`", paths, made=output, is_whole=is_whole)
         yield
 
 
@@ -102,6 +104,11 @@ def continue_output(
             print(f"{output} lacks {len(missing)} of {len(ids)} prompts, which are done now: {named}{more}")
         if missing or damaged:
             reopen(output, map(as_grown, whole_rows(output, [])))
+        else:
+            print(
+                f"{output} was complete already; nothing was computed. Delete it, or take another `output`, to compute "
+                "it again."
+            )
     wait_for_all()
     is_whole = output.exists()
     PartialState().wait_for_everyone()

@@ -415,4 +415,5 @@ def _keep_settings(options: RecallConfig, model: ModelConfig, folder: Path) -> N
     names = ("candidates", "greedy", "best_of_n_reward", *REWARD_SETTINGS)
     now = sampling_settings(options, model) | {name: getattr(options, name) for name in names}
     paths = (*PATHS_OF_SAMPLING, "reward_funcs", "best_of_n_reward")
-    keep_settings(folder / "settings.json", now, "`output`", paths)
+    is_whole = (folder / "recall.json").exists()
+    keep_settings(folder / "settings.json", now, "`output`", paths, is_whole=is_whole)
