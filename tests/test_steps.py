@@ -177,6 +177,14 @@ def test_mistakes_are_one_line(project, capsys, name):
     assert len(errors) == 1 and errors[0].startswith("larpo: error: ") and message in errors[0]
 
 
+def test_lists_go_into_a_new_folder(project, capsys):
+    write_jsonl(project / "a.jsonl", [{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]}])
+    assert larpo("select", "--candidates", "a.jsonl", "--output", "new/folder/lists.jsonl") == 0
+    assert len(rows_of("new/folder/lists.jsonl")) == 1
+    assert larpo("select", "--candidates", "none.jsonl", "--output", "a.jsonl/lists.jsonl") == 2
+    assert "`output` is 'a.jsonl', but a.jsonl is a file, not a folder" in capsys.readouterr().err
+
+
 def test_unrewarded_files_cannot_be_selected_from(project, generate, capsys):
     assert generate() == 0
     assert larpo("select", "--candidates", "samples.jsonl", "--output", "x.jsonl") == 2

@@ -33,7 +33,7 @@ from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts
 from .selection import TRUNCATED_COMPLETIONS
 from .set_aside import set_aside_files, set_aside_in
-from .storage import GrowingFile, write_jsonl
+from .storage import GrowingFile, make_folder, write_jsonl
 
 if TYPE_CHECKING:
     from .training.online_config import OnlineLarPOConfig
@@ -293,6 +293,7 @@ def select(options: SelectConfig) -> None:
     """Makes candidate lists."""
     paths, output = _path(options, "candidates"), Path(_path(options, "output"))
     check_output(output, "candidates", paths)
+    make_folder(output.parent, "output")
     files = [read_candidate_pools(path, options.as_messages) for path in paths]
     judges: dict[str | None, str] = {}
     columns: dict[str, None] = {}
