@@ -266,6 +266,29 @@ def test_shapes_of_candidate_files(tmp_path):
         ({"prompt": "p", "responses": ["a"], "rewards": [float("nan")]}, "entry 0 is nan, not a finite number"),
         ({"prompt": "p", "responses": ["a"], "rewards": ["x"]}, "entry 0 is 'x', not a finite number"),
         ({"prompt": "p", "completions": ["a"], "candidates": []}, "column `candidates`: has 0 entries for 1"),
+        ({"prompt": "p", "completions": ["a"], "candidates": 5}, "row 0, column `candidates`: is 5; give a list with"),
+        (
+            {"prompt": "p", "completions": ["a"], "rewards": 1.0},
+            "row 0, column `rewards`: is 1.0; give a list with one",
+        ),
+        (
+            {"prompt": "p", "completions": ["a"], "finished": True},
+            "row 0, column `finished`: is True; give a list with",
+        ),
+        ({"prompt": "p", "completions": ["a"], "finished": [1]}, "column `finished`: give true or false for each of"),
+        (
+            {"prompt": "p", "completions": ["a"], "completion_ids": 5},
+            "row 0, column `completion_ids`: is 5; give a list",
+        ),
+        (
+            {"prompt": "p", "completions": ["a"], "completion_ids": ["a b"]},
+            "`completion_ids`: entry 0 is 'a b'; give a",
+        ),
+        (
+            {"prompt": "p", "completions": ["a"], "completion_ids": [[1, -2]]},
+            "`completion_ids`: entry 0 is [1, -2]; give",
+        ),
+        ({"prompt": "p", "completions": list("abc"), "completion_ids": ["", "1 2", 7]}, "entry 2 is 7; give a list of"),
         ({"prompt": "p", "completions": ["a"], "candidates": ["a"]}, "column `candidates`: each entry describes"),
         (
             {"instruction": "p", "completions": [{"response": "a", "overall_score": "good"}]},

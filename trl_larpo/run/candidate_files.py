@@ -101,12 +101,7 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
             problem = NOT_UNICODE
         if problem:
             raise DataError(f"{where}, column `{column}`: entry {position} {problem}")
-    if rewards is None:
-        rewards = [None] * len(completions)
-    if len(rewards) != len(completions):
-        raise DataError(
-            f"{where}, column `{reward_column}`: has {len(rewards)} numbers for {len(completions)} completions."
-        )
+    rewards = _for_each(rewards, reward_column, completions, where, "numbers") or [None] * len(completions)
     for position, reward in enumerate(rewards):
         if reward is not None and not (isinstance(reward, Real) and math.isfinite(reward)):
             raise DataError(f"{where}, column `{reward_column}`: entry {position} is {reward!r}, not a finite number.")
@@ -115,18 +110,12 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     elif as_messages:
         prompt = [{"role": "user", "content": prompt}]
     completions = [completion_for(prompt, text) if isinstance(text, str) else text for text in completions]
-    finished = [True] * len(completions) if row.get("finished") is None else list(row["finished"])
-    if [type(x) for x in finished] != [bool] * len(completions):
+    finished = _for_each(row.get("finished"), "finished", completions, where) or [True] * len(completions)
+    if not all(isinstance(ended, bool) for ended in finished):
         raise DataError(
             f"{where}, column `finished`: give true or false for each of the {len(completions)} completions."
         )
-    candidates = row.get("candidates")
-    if candidates is None:
-        candidates = [{}] * len(completions)
-    if len(candidates) != len(completions):
-        raise DataError(
-            f"{where}, column `candidates`: has {len(candidates)} entries for {len(completions)} completions."
-        )
+    candidates = _for_each(row.get("candidates"), "candidates", completions, where) or [{}] * len(completions)
     if not all(isinstance(about, dict) for about in candidates):
         raise DataError(
             f"{where}, column `candidates`: each entry describes a completion by `source`, `iteration`, ..."
@@ -134,14 +123,17 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     columns = columns_of(row)
     is_ours = all("source" in about for about in candidates) and (columns is not None or not row.get("columns"))
     token_ids = row.get("completion_ids")
+    if token_ids is not None and not isinstance(token_ids, list):
+        raise DataError(f"{where}, column `completion_ids`: is {token_ids!r}; give a list, or drop the column.")
     if token_ids is None or len(token_ids) != len(completions):
         token_ids = [None] * len(completions)
+    token_ids = [_token_ids(ids, f"{where}, column `completion_ids`: entry {i}") for i, ids in enumerate(token_ids)]
     defaults = {"iteration": 0, "source": source}
     made = [
         Candidate.from_row(
             completion,
             reward,
-            defaults | {"finished": ended, "token_ids": _token_ids(ids)} | about,
+            defaults | {"finished": ended, "token_ids": ids} | about,
             scored_by=row.get("reward_id") if is_ours else None,
         )
         for completion, reward, ended, ids, about in zip(
@@ -153,9 +145,38 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     return CandidatePool(Prompt.of(prompt, others | (columns or {} if is_ours else {})), made)
 
 
-def _token_ids(ids: Any) -> list[int] | None:
-    """Tokens from a list of ids or a text of ids; `None` where there are none."""
-    return (list(map(int, ids.split())) if isinstance(ids, str) else ids) or None
+def _for_each(values: Any, column: str, completions: list[Any], where: str, what: str = "entries") -> list[Any] | None:
+    """
+    Values of a column, one for each completion; `None` without the column.
+
+    Raises:
+        DataError: If they are no list, or another number.
+    """
+    if values is not None and not isinstance(values, list):
+        raise DataError(
+            f"{where}, column `{column}`: is {values!r}; give a list with one entry for each of the "
+            f"{len(completions)} completions."
+        )
+    if values is not None and len(values) != len(completions):
+        raise DataError(f"{where}, column `{column}`: has {len(values)} {what} for {len(completions)} completions.")
+    return values
+
+
+def _token_ids(ids: Any, where: str) -> list[int] | None:
+    """
+    Tokens from a list of ids or a text of ids; `None` where there are none.
+
+    Raises:
+        DataError: If they are anything else.
+    """
+    found = ids.split() if isinstance(ids, str) else ids
+    if not found and (found is None or isinstance(found, list)):
+        return None
+    if isinstance(ids, str) and all(each.isdecimal() for each in found):
+        return list(map(int, found))
+    if isinstance(ids, list) and all(type(each) is int and each >= 0 for each in ids):
+        return ids
+    raise DataError(f"{where} is {ids!r}; give a list of token ids, or null if unknown.")
 
 
 def _score(completion: Row, where: str) -> float | None:
