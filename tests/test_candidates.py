@@ -105,6 +105,22 @@ def test_duplicates_are_counted_and_the_first_stays():
     assert made.num_duplicates == 1
 
 
+def test_completions_of_several_messages_are_compared_in_all_of_them():
+    def said(first, last):
+        return [{"role": "assistant", "content": first}, {"role": "user", "content": "?"}, {"role": "assistant"} | last]
+
+    def called(name):
+        return [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": {}}}]}]
+
+    completions = [said("a", {"content": "z"}), said("b", {"content": "z"}), called("f"), called("g")]
+    again = [{"content": "", "name": None, **called("g")[0]}]  # as Parquet gives it
+    empty = said("a", {"content": " "})
+    pool = [Candidate(each, float(reward)) for reward, each in enumerate([*completions, again, empty])]
+    made = build_list(pool_of(pool), Selection())
+    assert [c.completion for c in made.selected] == completions[::-1] and made.num_duplicates == 1
+    assert made.left_out == [(pool[-1], "empty")]
+
+
 def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
     pool = [
         Candidate("best", 3.0, iteration=2, temperature=0.8),

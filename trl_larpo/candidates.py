@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .errors import DataError
-from .prompts import Content, Prompt, Row, completion_text
+from .prompts import Content, Prompt, Row, completion_key, completion_text, is_empty
 from .selection import Selection
 
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")  # the user's columns that a training looks for in each row
@@ -169,11 +169,11 @@ class SelectionCounts:
         lists: Lists to train on.
         candidates: Candidates in them.
         not_selected: Usable candidates that the selection passed over.
-        duplicates: Completions that the same prompt had already, word for word.
+        duplicates: Completions that the same prompt had already, word for word in all messages.
         truncated: Cut-off candidates in the lists, trained on without an end token.
         unfinished: Cut-off completions that were left out: all with `truncated_completions="drop"`, else those beyond
             [`Selection.max_truncated`].
-        empty: Completions without any text.
+        empty: Completions whose last message has neither text nor calls of tools.
         unrewarded: Completions to which the reward did not apply.
         prompts_too_few: Prompts with fewer than two usable candidates.
         prompts_tied: Prompts whose candidates all have the same reward.
@@ -316,10 +316,10 @@ def build_list(pool: CandidatePool, selection: Selection) -> CandidateList:
         return selection.truncated_completions == "rank_last" and not candidate.finished
 
     for candidate in pool.candidates:
-        key = candidate.text, candidate.finished
+        key = completion_key(candidate.completion), candidate.finished
         if not candidate.finished and selection.truncated_completions == "drop":
             result.left_out.append((candidate, "cut off"))
-        elif not candidate.text.strip():
+        elif is_empty(candidate.completion):
             result.left_out.append((candidate, "empty"))
         elif candidate.reward is None and not ranks_last(candidate):
             result.left_out.append((candidate, "no reward"))

@@ -183,6 +183,18 @@ def completion_text(completion: Content) -> str:
     return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
 
 
+def completion_key(completion: Content) -> str:
+    """A text that is the same for completions that are equal, in all of their messages."""
+    return (
+        completion if isinstance(completion, str) else json.dumps(without_none(completion), sort_keys=True, default=str)
+    )
+
+
+def is_empty(completion: Content) -> bool:
+    """Whether a completion says nothing in the end, and calls no tool: the training refuses it."""
+    return not (completion.strip() if isinstance(completion, str) else says_something(completion[-1]))
+
+
 def completion_for(prompt: Content, text: str) -> Content:
     """A completion with some text, as text or messages, whichever its prompt is."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
