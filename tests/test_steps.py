@@ -301,6 +301,31 @@ def test_bad_rows_are_named(tmp_path, row, message):
         read_pool(tmp_path, row)
 
 
+def test_rows_that_lack_completions_are_counted_and_the_others_selected(project, caplog, capsys):
+    """One of the 64,000 rows of UltraFeedback without completions ended the work on all."""
+    scored = [{"response": "a", "overall_score": 8}, {"response": "b", "overall_score": "2"}]
+    rows = [
+        {"instruction": "p", "completions": scored},
+        {"instruction": "q", "completions": []},
+        {"instruction": "r", "completions": None},
+        {"instruction": "s", "completions": [*scored, {"response": None, "overall_score": 9}, None]},
+        {"instruction": "t", "completions": [*scored, {"response": "c", "overall_score": "N/A"}]},
+    ]
+    write_jsonl(project / "a.jsonl", rows)
+    assert larpo("select", "--candidates", "a.jsonl", "--output", "lists.jsonl") == 0
+    assert [(row["prompt"], row["completions"]) for row in rows_of("lists.jsonl")] == [(x, ["a", "b"]) for x in "pst"]
+    said = "3 lists of 6 candidates; left out: 2 prompts with fewer than 2 usable completions, 2 empty, 1 without a"
+    assert said in capsys.readouterr().out
+    for said in ("2 of 5 rows have no completions and are left out (first: row 1).",
+                 "1 of 5 rows have completions that are null, which count as empty (first: row 3).",
+                 "1 of 5 rows have an `overall_score` that says there is none"):  # fmt: skip
+        assert f"'a.jsonl': {said}" in caplog.text
+    flags = ["--samples", "a.jsonl", "--reward_funcs", "run_rewards:vowels", "--output", "r.jsonl"]
+    assert larpo("reward", *flags) == 0 and larpo("reward", *flags) == 0
+    assert larpo("select", "--candidates", "r.jsonl", "--output", "lists.jsonl") == 0
+    assert [row["prompt"] for row in rows_of("lists.jsonl")] == list("pst")
+
+
 def test_columns_of_the_user_have_any_name_in_files_of_others(tmp_path):
     mine = {"problem": "1 + 1", "prompt_id": 3, "left_out": "x", "columns": "c", "reward_id": 5}
     pool = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | mine)

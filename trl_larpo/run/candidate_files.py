@@ -1,7 +1,8 @@
 """Reads files of candidates: this package's own, RLHFlow's, SimPO's and UltraFeedback's."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,16 @@ from ..prompts import (
 from ..storage import StoredRows, rows_as_written
 from ..training.datasets import load_splits
 
+logger = logging.getLogger(__name__)
+
 _PROMPT_COLUMNS = ("prompt", "instruction", "question")
 
 _COMPLETION_COLUMNS = {"completions": "file", "responses": "rlhflow", "all_generated_responses": "simpo"}
 """Column of the completions: where it comes from."""
 
 _REWARD_COLUMNS = ("rewards", "all_rm_scores")
+
+_NO_SCORE = ("", "n/a", "na", "none", "null", "nan")
 
 _OURS = ("prompt_id", "columns", "left_out", "problem", "reward_id", "reward_parts", "ref_logps")
 """Columns of this package's files that are read from, or made again. In files of others these are the user's."""
@@ -47,7 +52,8 @@ def read_candidate_pools(path: str, as_messages: bool = False) -> StoredPools:
 
     Returns:
         One pool for each prompt, and for each of the rewards that scored its completions; other columns are the
-        prompt's. All rows are checked now, and read again when their pool is asked for.
+        prompt's. All rows are checked now, and read again when their pool is asked for. Rows without completions give
+        pools without candidates, and completions that are null are empty; warnings count them and name the first.
 
     Raises:
         DataError: Names the file, the row and what is wrong with it.
@@ -63,10 +69,17 @@ def read_candidate_pools(path: str, as_messages: bool = False) -> StoredPools:
     def pool(number: int) -> CandidatePool:
         return _pool(dict(raw[number]), f"{path!r} row {number}", as_messages)
 
+    lacking: dict[str, list[int]] = {}
     groups: dict[tuple[str, str | None], list[int]] = {}
     for number in range(len(raw)):
-        new = pool(number)
-        groups.setdefault((new.prompt.id, new.candidates[0].scored_by), []).append(number)
+        row = dict(raw[number])
+        new = _pool(row, f"{path!r} row {number}", as_messages)
+        judge = new.candidates[0].scored_by if new.candidates else None
+        groups.setdefault((new.prompt.id, judge), []).append(number)
+        for what in _lacks(row):
+            lacking.setdefault(what, []).append(number)
+    for what, numbers in lacking.items():
+        logger.warning(f"{path!r}: {len(numbers)} of {len(raw)} rows {what} (first: row {numbers[0]}).")
     rows_of = list(groups.values())
 
     def merged(place: int) -> CandidatePool:
@@ -74,6 +87,19 @@ def read_candidate_pools(path: str, as_messages: bool = False) -> StoredPools:
         return first.with_candidates([c for each in (first, *others) for c in each.candidates])
 
     return StoredPools([prompt_id for prompt_id, _ in groups], merged)
+
+
+def _lacks(row: Row) -> Iterator[str]:
+    """What a row lacks without being refused, to be read after the number of such rows."""
+    completions = next(row[column] for column in _COMPLETION_COLUMNS if column in row)
+    if not completions:
+        yield "have no completions and are left out"
+        return
+    feedback = [each for each in completions if isinstance(each, dict)]
+    if None in completions or any(each["response"] is None for each in feedback):
+        yield "have completions that are null, which count as empty"
+    if any(each.get("overall_score") is not None and _score(each, "") is None for each in feedback):
+        yield "have an `overall_score` that says there is none, and completions without a reward"
 
 
 def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
@@ -84,15 +110,19 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     if problem := prompt_problem(prompt):
         raise DataError(f"{where}, column `{name}`: {problem}")
     column = next((column for column in _COMPLETION_COLUMNS if column in row), None)
-    completions = None if column is None else row[column]
-    if column is None or not isinstance(completions, list) or not completions:
+    completions = [] if column is None or row[column] is None else row[column]
+    if column is None or not isinstance(completions, list):
         raise DataError(f"{where} has no list of completions; give a column `completions` or `responses`.")
     reward_column = next((column for column in _REWARD_COLUMNS if column in row), "rewards")
     rewards, source = row.get(reward_column), _COMPLETION_COLUMNS[column]
-    if all(isinstance(completion, dict) and "response" in completion for completion in completions):
+    if any(isinstance(each, dict) for each in completions) and all(
+        each is None or (isinstance(each, dict) and "response" in each) for each in completions
+    ):
         source = "ultrafeedback"
+        completions = [each or {"response": None} for each in completions]
         rewards = [_score(completion, where) for completion in completions] if rewards is None else rewards
         completions = [completion["response"] for completion in completions]
+    completions = ["" if completion is None else completion for completion in completions]
     for position, completion in enumerate(completions):
         if not isinstance(completion, str | list):
             raise DataError(f"{where}, column `{column}`: entry {position} is {type(completion).__name__}, not a text.")
@@ -180,9 +210,11 @@ def _token_ids(ids: Any, where: str) -> list[int] | None:
 
 
 def _score(completion: Row, where: str) -> float | None:
-    """UltraFeedback's overall score, a number or the text of one."""
+    """UltraFeedback's overall score, a number or the text of one; `None` without one."""
     value = completion.get("overall_score")
     if isinstance(value, str):
+        if value.strip().lower() in _NO_SCORE:
+            return None
         try:
             value = float(value)
         except ValueError:
