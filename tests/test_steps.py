@@ -96,10 +96,13 @@ def test_whole_lists_of_simpo_and_ultrafeedback(project, as_messages):
         "instruction": "q",
         "completions": [{"response": "x", "overall_score": "4"}, {"response": "y", "overall_score": 8.5}],
     }
-    (project / "candidates.jsonl").write_text(f"{json.dumps(simpo)}\n{json.dumps(feedback)}\n")
-    flags = ["--as_messages"] if as_messages else []
-    assert larpo("select", "--candidates", "candidates.jsonl", "--output", "lists.jsonl", *flags) == 0
-    first, second = rows_of(project / "lists.jsonl")
+    flags = ["--output", "lists.jsonl", *(["--as_messages"] if as_messages else [])]
+    lists = []
+    for name, row in (("simpo.jsonl", simpo), ("feedback.jsonl", feedback)):
+        write_jsonl(project / name, [row])
+        assert larpo("select", "--candidates", name, *flags) == 0
+        lists += rows_of(project / "lists.jsonl")
+    first, second = lists
 
     def wrapped(text, role):
         return [{"role": role, "content": text}] if as_messages else text
@@ -143,6 +146,22 @@ def test_lists_keep_tools_and_all_other_columns(project, tools):
     assert [row["columns"]["answer"] for row in rows_of("r.jsonl")] == [3, "1", None]
     with pytest.raises(DataError, match="column `tools`, with which completions cannot be sampled"):
         load_prompts("r.jsonl", PromptOptions())
+
+
+def test_rewards_of_other_scales_do_not_mix(project, capsys):
+    """Of 0.1 and 0.2 of SimPO's judge and 8 and 2 of UltraFeedback's one list was made."""
+    scored = [{"response": "x", "overall_score": 8}, {"response": "y", "overall_score": 2}]
+    rows = {"simpo": {"prompt": "p", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.1, 0.2]},
+            "feedback": {"instruction": "p", "completions": scored}}  # fmt: skip
+    for name, row in rows.items():
+        write_jsonl(project / f"{name}.jsonl", [row])
+        assert larpo("select", "--candidates", f"{name}.jsonl", "--output", f"lists_{name}.jsonl") == 0
+    write_jsonl(project / "both.jsonl", rows.values())
+    for files in (["simpo.jsonl", "feedback.jsonl"], ["lists_simpo.jsonl", "lists_feedback.jsonl"], ["both.jsonl"]):
+        assert larpo("select", "--candidates", *files, "--output", "lists.jsonl") == 2
+        said = f"Completions in {' and '.join(map(repr, files))} were scored by different rewards, which cannot be"
+        assert said in capsys.readouterr().err
+    assert larpo("select", "--candidates", "simpo.jsonl", "lists_simpo.jsonl", "--output", "lists.jsonl") == 0
 
 
 BAD = {
@@ -329,7 +348,7 @@ def test_rows_that_lack_completions_are_counted_and_the_others_selected(project,
 def test_columns_of_the_user_have_any_name_in_files_of_others(tmp_path):
     mine = {"problem": "1 + 1", "prompt_id": 3, "left_out": "x", "columns": "c", "reward_id": 5}
     pool = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | mine)
-    assert pool.prompt == Prompt(prompt_id("p"), "p", mine) and told(pool, "scored_by") == [None, None]
+    assert pool.prompt == Prompt(prompt_id("p"), "p", mine) and told(pool, "scored_by") == ["file"] * 2
     ours = {"candidates": [{"source": "policy"}] * 2, "columns": {"answer": "2"}, "reward_id": "r", "problem": None}
     pool = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | ours)
     assert pool.prompt.columns == {"answer": "2"}

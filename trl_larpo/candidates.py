@@ -259,8 +259,9 @@ class CandidateList:
         """
         A row of a dataset of lists (`prompt`, `completions`, `rewards`, `finished`, `completion_ids`, and `ref_logps`
         if known), with what else there is to know: `candidates` (source, iteration, temperature, rank, ... of each),
-        `left_out` (the other candidates, and why), `problem`, and `columns`, the user's, with `tools` and
-        `chat_template_kwargs` once more for the training. These are JSON: Arrow has one type for all rows of a column.
+        `left_out` (the other candidates, and why), `problem`, `reward_id` if known, and `columns`, the user's, with
+        `tools` and `chat_template_kwargs` once more for the training. These are JSON: Arrow has one type for all rows
+        of a column.
         """
         row: Row = {
             "prompt_id": self.prompt.id,
@@ -281,19 +282,26 @@ class CandidateList:
         }
         given = {name: self.prompt.columns[name] for name in _OF_TEMPLATES if name in self.prompt.columns}
         row |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+        judge = next((candidate.scored_by for candidate in self.all_candidates if candidate.scored_by), None)
+        row |= {} if judge is None else {"reward_id": judge}
         ref_logps = [candidate.ref_logp for candidate in self.selected]
         return row if None in ref_logps or not ref_logps else row | {"ref_logps": ref_logps}
 
     @classmethod
     def from_row(cls, row: Row) -> "CandidateList":
         """What `to_row` keeps, without the log-probabilities under the reference."""
+        judge = row.get("reward_id")
         token_ids = row.get("completion_ids") or [""] * len(row["completions"])
         columns = zip(row["completions"], row["rewards"], row["candidates"], token_ids, strict=True)
         selected = [
-            Candidate.from_row(completion, reward, about, token_ids=[int(x) for x in ids.split()] or None)
+            Candidate.from_row(
+                completion, reward, about, token_ids=[int(x) for x in ids.split()] or None, scored_by=judge
+            )
             for completion, reward, about, ids in columns
         ]
-        left_out = [(Candidate.from_row(x["completion"], x["reward"], x), x["why"]) for x in row["left_out"]]
+        left_out = [
+            (Candidate.from_row(x["completion"], x["reward"], x, scored_by=judge), x["why"]) for x in row["left_out"]
+        ]
         return cls(Prompt.from_row(row), selected, left_out, row["problem"])
 
 

@@ -309,9 +309,10 @@ def select(options: SelectConfig) -> None:
         if not has_rewards:
             raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
     if len(judges) > 1:
+        named = " and ".join(map(repr, dict.fromkeys(judges.values())))
         raise DataError(
-            f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
-            "Score all of them again: larpo reward."
+            f"Completions in {named} were scored by different rewards, which cannot be compared. Score all of them "
+            "again: larpo reward."
         )
     counts = SelectionCounts()
     kept = [name for name in columns if name not in not_plain]

@@ -158,13 +158,16 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     if token_ids is None or len(token_ids) != len(completions):
         token_ids = [None] * len(completions)
     token_ids = [_token_ids(ids, f"{where}, column `completion_ids`: entry {i}") for i, ids in enumerate(token_ids)]
+    judge = row.get("reward_id") if is_ours else None
+    if judge is None and any(reward is not None for reward in rewards):
+        judge = source  # of files of one form the same one, as far as is known
     defaults = {"iteration": 0, "source": source}
     made = [
         Candidate.from_row(
             completion,
             reward,
             defaults | {"finished": ended, "token_ids": ids} | about,
-            scored_by=row.get("reward_id") if is_ours else None,
+            scored_by=judge,
         )
         for completion, reward, ended, ids, about in zip(
             completions, rewards, finished, token_ids, candidates, strict=True
