@@ -393,6 +393,20 @@ def test_prompts_of_a_run_can_be_prompts_again(tmp_path):
     assert load_prompts(str(tmp_path / "b.jsonl"), options) == prompts
 
 
+@pytest.mark.parametrize("form", ["samples", "lists"])
+def test_columns_of_a_file_of_ours_stay_with_prompts_that_change_their_form(project, form):
+    rows = [{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0], "answer": "2"}]
+    write_jsonl(project / "a.jsonl", rows)
+    if form == "lists":
+        assert larpo("select", "--candidates", "a.jsonl", "--output", "b.jsonl") == 0
+    else:
+        flags = ["--samples", "a.jsonl", "--reward_funcs", "run_rewards:vowels", "--output", "b.jsonl"]
+        assert larpo("reward", *flags) == 0
+    for options in ({"prompts_as_messages": True}, {"prompt_template": "Q: {prompt}"}):
+        [prompt] = load_prompts("b.jsonl", PromptOptions(**options))
+        assert prompt.columns == {"answer": "2"} and prompt.content != "p"
+
+
 def test_a_reward_gets_the_same_columns_in_every_call(project):
     (project / "mixed.jsonl").write_text(
         "".join(json.dumps({"prompt": f"p{i}", "responses": ["a", "b"]} | ({"answer": "2"} if i == 0 else {})) + "\n"

@@ -187,20 +187,20 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         prompt = row.pop(column)
         if problem := prompt_problem(prompt):
             raise DataError(f"{path!r} row {number}, column `{column}`: {problem}")
-        if isinstance(prompt, list):
-            prompt = without_none(prompt)
-            answered += [number] if prompt[-1]["role"] == "assistant" else []
-        else:
-            if options.prompt_template is not None:
-                prompt = options.prompt_template.replace("{prompt}", prompt)
-            if options.prompts_as_messages:
-                prompt = [{"role": "user", "content": prompt}]
+        prompt = without_none(prompt) if isinstance(prompt, list) else prompt
         row.pop("prompt", None)  # of another form, where it is not the column asked for
         columns = columns_of(row)
         if columns is not None and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
             row = columns
             if row.get("tools") is not None:
                 raise no_tools
+        if isinstance(prompt, list):
+            answered += [number] if prompt[-1]["role"] == "assistant" else []
+        else:
+            if options.prompt_template is not None:
+                prompt = options.prompt_template.replace("{prompt}", prompt)
+            if options.prompts_as_messages:
+                prompt = [{"role": "user", "content": prompt}]
         if options.system_prompt is not None:
             prompt = _with_system_prompt(prompt, options.system_prompt)
         prompts.append(Prompt.of(prompt, checked_columns(row, f"{path!r} row {number}")))
