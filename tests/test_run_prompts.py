@@ -68,6 +68,13 @@ def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
     assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
 
 
+def test_a_template_of_texts_is_refused_for_conversations(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": [{"role": "user", "content": "x"}]}))
+    with pytest.raises(ConfigError, match=r"`prompt_template` is for texts, and .* row 1 is a conversation. Leave it"):
+        load_prompts(str(path), RunConfig(prompt_template="Q: {prompt}"))
+
+
 def test_prompts_that_end_with_an_answer_are_told(tmp_path, caplog):
     question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
     path = tmp_path / "a.jsonl"

@@ -170,6 +170,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         The prompts in the order of the file.
 
     Raises:
+        ConfigError: If `prompt_template` or `system_prompt` is not for prompts of this form.
         DataError: Names the file, the row and what is wrong with it.
     """
     names, rows = _read(path, config, split)
@@ -195,6 +196,11 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             if row.get("tools") is not None:
                 raise no_tools
         if isinstance(prompt, list):
+            if options.prompt_template is not None:
+                raise ConfigError(
+                    f"`prompt_template` is for texts, and {path!r} row {number} is a conversation. Leave it out, and "
+                    "write its text into the messages, or into `system_prompt`."
+                )
             answered += [number] if prompt[-1]["role"] == "assistant" else []
         else:
             if options.prompt_template is not None:
