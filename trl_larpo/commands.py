@@ -333,8 +333,9 @@ def make_online_trainer(
 ) -> "OnlineLarPOTrainer":
     """The trainer of `larpo online`. `reward_weights` are TRL's."""
     from .run.loading import model_init_kwargs
-    from .training.online_trainer import OnlineLarPOTrainer
+    from .training.online_trainer import OnlineLarPOTrainer, check_prompts
 
+    check_prompts(train_dataset, eval_dataset)  # before reward models are loaded
     options = RewardOptions(**dataclasses.asdict(judges))
     options.check_rewards()
     load_rewards(options.reward_funcs, args.reward_weights)  # an error here, before a model is loaded
