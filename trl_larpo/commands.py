@@ -4,7 +4,6 @@ What the commands beside `larpo run` do: the steps of an iteration one at a time
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,14 @@ from .generation.server_process import check_servers
 from .options import option
 from .outputs import check_output, continue_output, resumable_output
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
-from .prompts import Prompt, checked_columns, is_plain
+from .prompts import Prompt, changed_columns, checked_columns, is_plain
 from .rewards.functions import load_rewards
 from .rewards.options import JudgeOptions, RewardOptions
 from .rewards.scorer import RewardScorer, saved_scores_of_row
 from .rewards.trl_convention import as_function
 from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
-from .run.prompts import load_prompts
+from .run.prompts import load_prompts, warn_of_other_columns
 from .selection import TRUNCATED_COMPLETIONS
 from .set_aside import set_aside_files, set_aside_in
 from .storage import GrowingFile, make_folder, write_jsonl
@@ -138,13 +137,15 @@ def sampling_settings(options: Any, model: ModelConfig) -> dict[str, Any]:
 
 
 def prompts_of(options: PromptOptions) -> list[Prompt]:
-    """All prompts, each once."""
-    prompts = [
-        prompt
-        for path in options.prompt_sources
-        for prompt in load_prompts(path, options, options.prompts_config, options.prompts_split)
-    ]
-    return list({prompt.id: prompt for prompt in prompts}.values())
+    """All prompts, each once; a warning counts those that occur again with other columns."""
+    first: dict[str, Prompt] = {}
+    others = []
+    for path in options.prompt_sources:
+        for prompt in load_prompts(path, options, options.prompts_config, options.prompts_split):
+            if changed_columns(first.setdefault(prompt.id, prompt), prompt):
+                others.append(prompt)
+    warn_of_other_columns(others)
+    return list(first.values())
 
 
 def sample_file(
@@ -275,18 +276,12 @@ def _with_same_completions(kept: StoredPools, pools: Sequence[CandidatePool], ou
         found = kept[place_of[pool.prompt.id]]
         if [c.completion for c in found.candidates] != [c.completion for c in pool.candidates]:
             raise ConfigError(f"{output} holds rewards of other completions. Take another `output`.")
-        if changed := _changed_columns(found.prompt, pool.prompt):
+        if changed := changed_columns(found.prompt, pool.prompt):
             raise ConfigError(
                 f"{output} holds rewards of the prompt {pool.prompt.text[:60]!r} with another `{changed[0]}`. Take "
                 "another `output`."
             )
     return kept
-
-
-def _changed_columns(prompt: Prompt, other: Prompt) -> list[str]:
-    """Names of the columns in which two prompts differ, as they are written."""
-    before, now = ({name: json.dumps(value) for name, value in each.columns.items()} for each in (prompt, other))
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def select(options: SelectConfig) -> None:

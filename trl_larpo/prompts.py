@@ -132,6 +132,14 @@ def columns_of(row: Row) -> dict[str, Any] | None:
     return columns if isinstance(columns, dict) else None
 
 
+def changed_columns(prompt: Prompt, other: Prompt) -> list[str]:
+    """Names of the columns in which two prompts differ, as they are written."""
+    if prompt.columns is other.columns:
+        return []
+    before, now = ({name: json.dumps(value) for name, value in each.columns.items()} for each in (prompt, other))
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
 def checked_columns(columns: Row, where: str) -> Row:
     """
     A user's columns, as they are.

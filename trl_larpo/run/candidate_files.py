@@ -1,5 +1,6 @@
 """Reads files of candidates: this package's own, RLHFlow's, SimPO's and UltraFeedback's."""
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -70,14 +71,18 @@ def read_candidate_pools(path: str, as_messages: bool = False) -> StoredPools:
         return _pool(dict(raw[number]), f"{path!r} row {number}", as_messages)
 
     lacking: dict[str, list[int]] = {}
+    first_columns: dict[str, int] = {}  # hashes
     groups: dict[tuple[str, str | None], list[int]] = {}
     for number in range(len(raw)):
         row = dict(raw[number])
         new = _pool(row, f"{path!r} row {number}", as_messages)
         judge = new.candidates[0].scored_by if new.candidates else None
         groups.setdefault((new.prompt.id, judge), []).append(number)
+        columns = hash(json.dumps(new.prompt.columns, sort_keys=True, default=str))
         for what in _lacks(row):
             lacking.setdefault(what, []).append(number)
+        if first_columns.setdefault(new.prompt.id, columns) != columns:
+            lacking.setdefault("have the prompt of an earlier row, whose columns count, with others", []).append(number)
     for what, numbers in lacking.items():
         logger.warning(f"{path!r}: {len(numbers)} of {len(raw)} rows {what} (first: row {numbers[0]}).")
     rows_of = list(groups.values())

@@ -11,7 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
 from ..generation.in_process import encode_prompt
-from ..prompts import Content, Prompt, Row, checked_columns, columns_of, prompt_id, prompt_problem, without_none
+from ..prompts import (
+    Content,
+    Prompt,
+    Row,
+    changed_columns,
+    checked_columns,
+    columns_of,
+    prompt_id,
+    prompt_problem,
+    without_none,
+)
 from ..storage import rows_as_written
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
@@ -64,7 +74,7 @@ def choose_prompts(
         except DataError as error:
             raise DataError(f"{path!r}: {error}") from error
 
-    def load(path: str, split: str, known: set[str], file_of: dict[type, str]) -> list[Prompt]:
+    def load(path: str, split: str, known: dict[str, Prompt], file_of: dict[type, str]) -> list[Prompt]:
         prompts = []
         config = options.prompts_config if path in options.prompt_sources else None
         for prompt in load_prompts(path, options, config, split):
@@ -77,14 +87,16 @@ def choose_prompts(
                 )
             if prompt.id in known:
                 counts["duplicates"] += 1
+                others.extend([prompt] if changed_columns(known[prompt.id], prompt) else [])
             elif limit is not None and num_tokens(prompt, path) > limit:
                 counts["too_long"] += 1
             else:
                 prompts.append(prompt)
-            known.add(prompt.id)
+            known.setdefault(prompt.id, prompt)
         return prompts
 
-    known: set[str] = set()
+    known: dict[str, Prompt] = {}
+    others: list[Prompt] = []
     file_of: dict[type, str] = {}  # form of prompts: a file that has it
     sources = [load(path, options.prompts_split, known, file_of) for path in options.prompt_sources]
     if options.prompt_schedule != "fresh":
@@ -97,10 +109,11 @@ def choose_prompts(
         held_out = [prompt for prompts, share in zip(sources, shares, strict=True) for prompt in prompts[:share]]
         sources = [prompts[share:] for prompts, share in zip(sources, shares, strict=True)]
     else:
-        held_out = load(options.held_out_prompts, options.held_out_split, set(), {})[: options.num_held_out]
+        held_out = load(options.held_out_prompts, options.held_out_split, {}, {})[: options.num_held_out]
         ids = {prompt.id for prompt in held_out}
         counts["also_held_out"] = sum(prompt.id in ids for prompts in sources for prompt in prompts)
         sources = [[prompt for prompt in prompts if prompt.id not in ids] for prompts in sources]
+    warn_of_other_columns(others)
     if len(held_out) < options.num_held_out:
         raise ConfigError(
             f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
@@ -112,6 +125,15 @@ def choose_prompts(
     if options.prompt_schedule != "same":
         counts["slices"] = list(map(len, slices))
     return ChosenPrompts([prompt for prompts in slices for prompt in prompts], held_out, counts)
+
+
+def warn_of_other_columns(others: list[Prompt]) -> None:
+    """Says that of rows with the same prompt the first counts, if there are others that differ from it."""
+    if others:
+        logger.warning(
+            f"{len(others)} rows have the prompt of an earlier row with other columns, and are not used. The first: "
+            f"{others[0].text[:60]!r}."
+        )
 
 
 def _about_length(counts: dict[str, Any], limit: int | None) -> str:
