@@ -169,20 +169,25 @@ BAD = {
     "no output": (["generate", "--prompts", "prompts.jsonl"], "`output` is missing"),
     "no model": (["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl"], "No model: give"),
     "temperature": (
-        ["generate", "--prompts", "prompts.jsonl", "--output", "x", "--model_name_or_path", "m", "--temperature", "0"],
+        ["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl", "--model_name_or_path", "m", "--temperature",
+         "0"],
         "`temperature=0` decodes greedily",
     ),
     "server": (
-        ["generate", "--prompts", "prompts.jsonl", "--output", "x", "--model_name_or_path", "m", "--server_urls",
+        ["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl", "--model_name_or_path", "m", "--server_urls",
          "http://127.0.0.1:9/v1"],
         "does not answer",
     ),
-    "no reward": (["reward", "--samples", "prompts.jsonl", "--output", "x"], "No reward: give `reward_funcs`"),
+    "no reward": (["reward", "--samples", "prompts.jsonl", "--output", "x.jsonl"], "No reward: give `reward_funcs`"),
     "no completions": (
-        ["reward", "--samples", "prompts.jsonl", "--reward_funcs", "gsm8k", "--output", "x"],
+        ["reward", "--samples", "prompts.jsonl", "--reward_funcs", "gsm8k", "--output", "x.jsonl"],
         "'prompts.jsonl' row 0 has no list of completions",
     ),
-    "missing file": (["select", "--candidates", "none.jsonl", "--output", "x"], "There is no file 'none.jsonl'"),
+    "missing file": (["select", "--candidates", "none.jsonl", "--output", "x.jsonl"], "There is no file 'none.jsonl'"),
+    "kind of output": (
+        ["select", "--candidates", "prompts.jsonl", "--output", "lists.parquet"],
+        "`output` is 'lists.parquet'; it is written as JSON lines, so let its name end in .jsonl",
+    ),
     "no run": (["report", "."], "'.' is no folder of a run"),
     "report without a folder": (["report"], "the following arguments are required: run"),
 }  # fmt: skip
@@ -419,6 +424,17 @@ def test_a_reward_gets_the_same_columns_in_every_call(project):
     assert larpo(*words) == 0
     rows = [json.loads(line) for line in (project / "scored.jsonl").read_text().splitlines()]
     assert [row["rewards"][0] for row in rows] == [1.0] + [0.0] * 299
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "array.json"])
+def test_a_mark_of_the_encoding_is_passed_over(project, name):
+    """Editors on Windows write it; a training read such files, and `larpo select` did not."""
+    rows = [{"prompt": text, "completions": ["a", "b"], "rewards": [1, 0]} for text in "pq"]
+    text = json.dumps(rows) if name == "array.json" else "".join(json.dumps(row) + "\n" for row in rows)
+    (project / name).write_text(text, encoding="utf-8-sig")
+    assert larpo("select", "--candidates", name, "--output", "lists.jsonl") == 0
+    assert [row["prompt"] for row in rows_of("lists.jsonl")] == ["p", "q"]
+    assert [prompt.content for prompt in load_prompts(name, PromptOptions())] == ["p", "q"]
 
 
 def test_an_empty_file_is_named(tmp_path):

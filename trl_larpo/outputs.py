@@ -61,10 +61,13 @@ def resumable_output(
 def check_output(output: Path, name: str, inputs: str | list[str] | None) -> None:
     """
     Raises:
-        ConfigError: If the output is a folder, or one of the files that an option names: it would be lost.
+        ConfigError: If the output is a folder, has a name by which no command would read it, or is one of the files
+            that an option names: it would be lost.
     """
     if output.is_dir():
         raise ConfigError(f"`output` is {str(output)!r}, which is a folder; name a file in it.")
+    if output.suffix not in (".jsonl", ".json"):
+        raise ConfigError(f"`output` is {str(output)!r}; it is written as JSON lines, so let its name end in .jsonl.")
     for path in [inputs] if isinstance(inputs, str) else inputs or []:
         if os.path.realpath(os.path.expanduser(path)) == os.path.realpath(output):
             raise ConfigError(f"`output` is {str(output)!r}, the file of `{name}`, which would be lost. Take another.")
