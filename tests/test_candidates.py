@@ -1,5 +1,6 @@
 """Candidate lists against an oracle in plain Python, and their parts."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -102,6 +103,22 @@ def test_duplicates_are_counted_and_the_first_stays():
     made = build_list(pool_of([first, Candidate("b", 0.0, iteration=3), Candidate("a", 5.0, iteration=1)]), Selection())
     assert made.selected == [replace(first, count=2, rank=1), Candidate("b", 0.0, iteration=3, rank=2)]
     assert made.num_duplicates == 1
+
+
+def test_completions_of_several_messages_are_compared_in_all_of_them():
+    def said(first, last):
+        return [{"role": "assistant", "content": first}, {"role": "user", "content": "?"}, {"role": "assistant"} | last]
+
+    def called(name):
+        return [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": {}}}]}]
+
+    completions = [said("a", {"content": "z"}), said("b", {"content": "z"}), called("f"), called("g")]
+    again = [{"content": "", "name": None, **called("g")[0]}]  # as Parquet gives it
+    empty = said("a", {"content": " "})
+    pool = [Candidate(each, float(reward)) for reward, each in enumerate([*completions, again, empty])]
+    made = build_list(pool_of(pool), Selection())
+    assert [c.completion for c in made.selected] == completions[::-1] and made.num_duplicates == 1
+    assert made.left_out == [(pool[-1], "empty")]
 
 
 def test_rows_say_where_candidates_come_from_and_what_became_of_the_rest():
@@ -291,6 +308,15 @@ def test_random_prompts_are_others_and_repeatable():
 def test_prompt_ids_depend_on_content_alone():
     assert prompt_id([{"role": "user", "content": "é"}]) == prompt_id([{"content": "é", "role": "user"}])
     assert prompt_id("a") != prompt_id("b")
+
+
+def test_lists_are_read_as_they_were_written():
+    prompt = Prompt.of("p", {"answer": "é", "of mixed types": [1, "a", {"b": None}], "tools": [{"a": 1}]})
+    made = build_list(CandidatePool(prompt, [Candidate("a", 1.0), Candidate("b", 0.0), Candidate("")]), Selection())
+    row = json.loads(json.dumps(made.to_row()))
+    assert CandidateList.from_row(row) == made and row["tools"] == '[{"a": 1}]'
+    earlier = {name: value for name, value in row.items() if name not in ("columns", "tools")}  # of an earlier version
+    assert CandidateList.from_row(earlier) == replace(made, prompt=Prompt.of("p"))
 
 
 def test_rows_of_pools_keep_rewards_and_never_mix_judges():

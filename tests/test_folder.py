@@ -94,3 +94,22 @@ def test_moved_files_are_the_same_and_changed_ones_are_not(start, tmp_path):
     (tmp_path / "new-prompts.jsonl").write_text('{"prompt": "another"}\n')
     with pytest.raises(ConfigError, match=r"`prompts` is \['new-prompts.jsonl'\], and what it holds has changed since"):
         start(model=f"{tmp_path}/new-model/", **moved)
+
+
+def test_an_edited_reward_function_is_warned_of_and_recorded(start, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    source, names = tmp_path / "edited_rewards.py", ["edited_rewards:best"]
+    source.write_text("def best(**_): return [1.0]")
+    begin = lambda: start({"output_dir": "new"}, reward_funcs=names)  # noqa: E731
+    begin()
+    begin()
+    assert not caplog.records
+    source.write_text("def best(**_): return [2.0]")
+    begin()
+    assert "Changed:" not in capsys.readouterr().out
+    [record] = caplog.records
+    assert f"{source}, which holds the reward 'edited_rewards:best', has changed since the last start" in record.message
+    [row] = rows_of(f"new/{CHANGES}")
+    assert list(row["changed"]) == [f"{source}, which holds edited_rewards:best"]
+    begin()
+    assert len(caplog.records) == 1

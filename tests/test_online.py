@@ -291,6 +291,26 @@ def test_rewards_know_what_ended(online):
     assert all((last == eos) is ended for last, ended in seen) and {True, False} == {ended for _, ended in seen}
 
 
+def test_columns_named_as_arguments_of_rewards_are_not_passed_on(online):
+    """Any file of lists as prompts was a TypeError: multiple values for keyword argument 'completions'."""
+    seen = set()
+
+    def reward(completions, **columns):
+        seen.update(columns)
+        return [float(len(text)) for text in completions]
+
+    rows = [{"prompt": f"{i} why", "completions": ["x"], "prompts": "y", "finished": "z", "more": i} for i in range(4)]
+    online({"max_steps": 1}, dataset=Dataset.from_list(rows), reward_funcs=reward)
+    assert "more" in seen and "completions" not in seen
+
+
+def test_prompts_are_looked_for_before_models_are_loaded(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"question": "why", "answer": "so"}\n')
+    flags = ["--model_name_or_path", "org/none", "--reward_funcs", "org/judge", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["online", "--dataset_name", str(tmp_path / "a.jsonl"), "--use_cpu", *flags]) == 2
+    assert "train_dataset has no column `prompt`. Its columns: question, answer." in capsys.readouterr().err
+
+
 def test_tokens_of_tools_are_seen_and_not_scored(online, tiny_model, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # of `rollout_func`
 

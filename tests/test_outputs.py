@@ -205,3 +205,47 @@ def test_a_folder_called_as_a_reward_is_not_the_reward(tmp_path, monkeypatch):
     found = fingerprints({"reward_funcs": ["gsm8k", "pairwise:judge"], "prompts": ["gsm8k"]}, ["reward_funcs"])
     assert found.keys() == {"pairwise:judge"}
     assert fingerprints({"prompts": ["gsm8k"]}, ["prompts"]).keys() == {"gsm8k"}
+
+
+def test_an_edited_reward_function_is_noticed(reward, project, capsys):
+    """After a fix in the reward, the same command printed the earlier rewards as its result."""
+    assert reward() == 0
+    whole = (project / "rewarded.jsonl").read_bytes()
+    assert reward() == 0
+    assert "rewarded.jsonl was complete already; nothing was computed. Delete it, or take" in capsys.readouterr().out
+    source = project / "run_rewards.py"
+    source.write_text(source.read_text().replace("len(text) + number", "-len(text)"))
+    assert reward() == 2
+    said = f"{source}, which holds the reward 'run_rewards:counted', has changed since 'rewarded.jsonl'"
+    error = capsys.readouterr().err
+    assert said in error and "take another `output`, or delete 'rewarded.jsonl'." in error
+    assert (project / "rewarded.jsonl").read_bytes() == whole
+    (project / "rewarded.jsonl").unlink()
+    sys.modules.pop("run_rewards")
+    assert reward() == 0
+    assert rows_of("rewarded.jsonl")[0]["rewards"] == [-1.0, -3.0, -5.0]
+
+
+def test_functions_of_one_file_are_not_one_reward(reward, project, capsys):
+    assert reward() == 0
+    assert reward("--reward_funcs", "run_rewards:vowels") == 2
+    assert "`reward_funcs` is ['run_rewards:vowels'], but 'rewarded.jsonl' was made with" in capsys.readouterr().err
+    record = json.loads((project / "rewarded.jsonl.settings.json").read_text())
+    assert record["fingerprints"].keys() == {"samples.jsonl", "run_rewards:counted"}
+    assert fingerprints({"reward_funcs": ["gsm8k", "none:f", "org/model"]}, ["reward_funcs"]) == {}
+
+
+@pytest.mark.parametrize("failing, status", [("1 // number", 0), ("1 // 0", 2)], ids=["on one prompt", "on all"])
+def test_a_reward_function_that_failed_may_be_fixed(reward, project, caplog, failing, status):
+    source = project / "run_rewards.py"
+    fixed = source.read_text()
+    source.write_text(fixed.replace("len(text) + number", failing))
+    assert reward() == status
+    source.write_text(fixed)
+    sys.modules.pop("run_rewards")
+    assert reward() == 0 and reward() == 0
+    assert caplog.text.count("which holds the reward 'run_rewards:counted', has changed since 'rewarded.jsonl'") == (
+        not status
+    )
+    rows = rows_of("rewarded.jsonl")
+    assert rows[0]["rewards"] == [1.0, 3.0, 5.0] and len(rows) == 4

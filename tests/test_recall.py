@@ -210,6 +210,22 @@ def judge(prompts, completions, **columns):
 """
 
 
+def test_an_edited_reward_function_is_noticed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "reward_of_recall.py"
+    source.write_text("def r(completions, **_): return [1.0 for _ in completions]")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "completions": ["a", "b"]}) + "\n")
+    flags = ["recall", "--candidates", "a.jsonl", "--output", "recall", "--num_bootstrap", "10", "--use_cpu"]
+    flags += ["--reward_funcs", "reward_of_recall:r", "--best_of_n_reward", "reward_of_recall:r"]
+    assert cli.main(flags) == 0
+    assert cli.main(flags) == 0
+    assert "recall/judged_0.jsonl was complete already" in capsys.readouterr().out
+    source.write_text("def r(completions, **_): return [0.0 for _ in completions]")
+    assert cli.main(flags) == 2
+    assert f"{source}, which holds the reward 'reward_of_recall:r', has changed since" in capsys.readouterr().err
+
+
 def test_prompts_that_the_judge_could_not_judge_are_left_out(tmp_path, monkeypatch):
     # Judgements were matched by position: those of one prompt were taken for those of the next
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,10 @@ from transformers import LlamaConfig
 
 from trl_larpo import ConfigError, DataError
 from trl_larpo.candidates import Candidate, CandidatePool, build_lists
+from trl_larpo.commands import prompts_of
 from trl_larpo.prompts import Prompt, prompt_problem
 from trl_larpo.run import disk
+from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.folder import RunFolder
 from trl_larpo.run.loading import model_init_kwargs
 from trl_larpo.run.negatives import unrelated_prompts
@@ -66,6 +68,30 @@ def test_a_system_turn_may_be_empty_which_is_not_none(file, tmp_path, text):
         RunConfig(prompts=[file], num_held_out=4, system_prompt=text), tiny.tiny_tokenizer(), 0, None
     )
     assert {p.content[0]["role"] for p in chosen.prompts + chosen.held_out} == {"system"}
+
+
+def test_of_rows_with_the_same_prompt_the_first_counts(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": text, "completions": ["x"], "answer": answer} for text, answer in ("p1", "q1", "p2", "p1")]
+    write_jsonl(path, rows)
+    options = RunConfig(prompts=[str(path)], num_held_out=1)
+    chosen = choose_prompts(options, tiny.tiny_tokenizer(), 0, None)
+    of_run = [*chosen.prompts, *chosen.held_out]
+    assert caplog.text.count("1 rows have the prompt of an earlier row with other columns") == 1
+    caplog.clear()
+    for prompts in (of_run, prompts_of(options), [pool.prompt for pool in read_candidate_pools(str(path))]):
+        assert {prompt.content: prompt.columns["answer"] for prompt in prompts} == {"p": "1", "q": "1"}
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "1 rows have the prompt of an earlier row with other columns",
+        f"{str(path)!r}: 1 of 4 rows have the prompt of an earlier row",
+    ]
+
+
+def test_a_template_of_texts_is_refused_for_conversations(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": [{"role": "user", "content": "x"}]}))
+    with pytest.raises(ConfigError, match=r"`prompt_template` is for texts, and .* row 1 is a conversation. Leave it"):
+        load_prompts(str(path), RunConfig(prompt_template="Q: {prompt}"))
 
 
 def test_prompts_that_end_with_an_answer_are_told(tmp_path, caplog):

@@ -6,18 +6,21 @@ import re
 import sys
 
 import pytest
+import tiny
 from datasets import Dataset
 from fake_server import FakeServer
 from small_run import rows_of
 from transformers import AutoModelForCausalLM
 
-from trl_larpo import cli
+from trl_larpo import DataError, cli
 from trl_larpo.candidates import Candidate
 from trl_larpo.prompts import Prompt, prompt_id
 from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.options import PromptOptions
 from trl_larpo.run.prompts import load_prompts
 from trl_larpo.storage import write_jsonl
+from trl_larpo.training.datasets import load_splits
+from trl_larpo.training.tokenization import tokenize_dataset
 
 
 def larpo(*words):
@@ -93,10 +96,13 @@ def test_whole_lists_of_simpo_and_ultrafeedback(project, as_messages):
         "instruction": "q",
         "completions": [{"response": "x", "overall_score": "4"}, {"response": "y", "overall_score": 8.5}],
     }
-    (project / "candidates.jsonl").write_text(f"{json.dumps(simpo)}\n{json.dumps(feedback)}\n")
-    flags = ["--as_messages"] if as_messages else []
-    assert larpo("select", "--candidates", "candidates.jsonl", "--output", "lists.jsonl", *flags) == 0
-    first, second = rows_of(project / "lists.jsonl")
+    flags = ["--output", "lists.jsonl", *(["--as_messages"] if as_messages else [])]
+    lists = []
+    for name, row in (("simpo.jsonl", simpo), ("feedback.jsonl", feedback)):
+        write_jsonl(project / name, [row])
+        assert larpo("select", "--candidates", name, *flags) == 0
+        lists += rows_of(project / "lists.jsonl")
+    first, second = lists
 
     def wrapped(text, role):
         return [{"role": role, "content": text}] if as_messages else text
@@ -107,25 +113,81 @@ def test_whole_lists_of_simpo_and_ultrafeedback(project, as_messages):
     assert (second["completions"][0], second["rewards"]) == (wrapped("y", "assistant"), [8.5, 4.0])
 
 
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["objects", "text"])
+def test_lists_keep_tools_and_all_other_columns(project, tools):
+    """A training on selected lists left the tools of its rows out, and a reward their columns."""
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "rewards": [0.0, 1.0], "answer": answer,
+         "completions": [[{"role": "assistant", "content": each}] for each in ("aaa", "e")]}
+        for text, answer in (("why", 3), ("how", "1"), ("who", None))
+    ]  # fmt: skip
+    rows[1]["tools"] = tools
+    rows[2]["chat_template_kwargs"] = {"shout": True}
+    write_jsonl(project / "a.jsonl", rows)
+    assert larpo("select", "--candidates", "a.jsonl", "--output", "lists.jsonl") == 0
+    assert larpo("select", "--candidates", "lists.jsonl", "--output", "again.jsonl") == 0
+
+    def rendered(dataset):
+        options = {"where": "d", "max_length": None, "truncation_mode": "keep_start", "eos_token": tiny.EOS}
+        tokens = tokenize_dataset(dataset, tiny.tiny_tokenizer(), **options)
+        return [tiny.tiny_tokenizer().decode(ids) for ids in tokens["prompt_ids"]]
+
+    expected = [text for row in rows for text in rendered(Dataset.from_list([row]))]
+    assert "look_up" in expected[1] and "SHOUT" in expected[2]
+    for file in ("lists.jsonl", "again.jsonl"):
+        assert rendered(load_splits(file)["train"]) == expected
+    with open(project / "run_rewards.py", "a") as file:
+        file.write("def of_answers(completions, answer, **_): return [len(str(each)) for each in answer]")
+    flags = ["--samples", "lists.jsonl", "--reward_funcs", "run_rewards:of_answers", "--output", "r.jsonl"]
+    assert larpo("reward", *flags) == 0
+    assert [row["columns"]["answer"] for row in rows_of("r.jsonl")] == [3, "1", None]
+    with pytest.raises(DataError, match="column `tools`, with which completions cannot be sampled"):
+        load_prompts("r.jsonl", PromptOptions())
+
+
+def test_rewards_of_other_scales_do_not_mix(project, capsys):
+    """Of 0.1 and 0.2 of SimPO's judge and 8 and 2 of UltraFeedback's one list was made."""
+    scored = [{"response": "x", "overall_score": 8}, {"response": "y", "overall_score": 2}]
+    rows = {"simpo": {"prompt": "p", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.1, 0.2]},
+            "feedback": {"instruction": "p", "completions": scored}}  # fmt: skip
+    for name, row in rows.items():
+        write_jsonl(project / f"{name}.jsonl", [row])
+        assert larpo("select", "--candidates", f"{name}.jsonl", "--output", f"lists_{name}.jsonl") == 0
+    write_jsonl(project / "both.jsonl", rows.values())
+    for files in (["simpo.jsonl", "feedback.jsonl"], ["lists_simpo.jsonl", "lists_feedback.jsonl"], ["both.jsonl"]):
+        assert larpo("select", "--candidates", *files, "--output", "lists.jsonl") == 2
+        said = f"Completions in {' and '.join(map(repr, files))} were scored by different rewards, which cannot be"
+        assert said in capsys.readouterr().err
+    assert larpo("select", "--candidates", "simpo.jsonl", "lists_simpo.jsonl", "--output", "lists.jsonl") == 0
+
+
 BAD = {
     "no prompts": (["generate", "--output", "x.jsonl"], "No prompts: give `prompts`"),
     "no output": (["generate", "--prompts", "prompts.jsonl"], "`output` is missing"),
     "no model": (["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl"], "No model: give"),
     "temperature": (
-        ["generate", "--prompts", "prompts.jsonl", "--output", "x", "--model_name_or_path", "m", "--temperature", "0"],
+        ["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl", "--model_name_or_path", "m", "--temperature",
+         "0"],
         "`temperature=0` decodes greedily",
     ),
     "server": (
-        ["generate", "--prompts", "prompts.jsonl", "--output", "x", "--model_name_or_path", "m", "--server_urls",
+        ["generate", "--prompts", "prompts.jsonl", "--output", "x.jsonl", "--model_name_or_path", "m", "--server_urls",
          "http://127.0.0.1:9/v1"],
         "does not answer",
     ),
-    "no reward": (["reward", "--samples", "prompts.jsonl", "--output", "x"], "No reward: give `reward_funcs`"),
+    "no reward": (["reward", "--samples", "prompts.jsonl", "--output", "x.jsonl"], "No reward: give `reward_funcs`"),
     "no completions": (
-        ["reward", "--samples", "prompts.jsonl", "--reward_funcs", "gsm8k", "--output", "x"],
+        ["reward", "--samples", "prompts.jsonl", "--reward_funcs", "gsm8k", "--output", "x.jsonl"],
         "'prompts.jsonl' row 0 has no list of completions",
     ),
-    "missing file": (["select", "--candidates", "none.jsonl", "--output", "x"], "There is no file 'none.jsonl'"),
+    "missing file": (["select", "--candidates", "none.jsonl", "--output", "x.jsonl"], "There is no file 'none.jsonl'"),
+    "kind of output": (
+        ["select", "--candidates", "prompts.jsonl", "--output", "lists.parquet"],
+        "`output` is 'lists.parquet'; it is written as JSON lines, so let its name end in .jsonl",
+    ),
     "no run": (["report", "."], "'.' is no folder of a run"),
     "report without a folder": (["report"], "the following arguments are required: run"),
 }  # fmt: skip
@@ -137,6 +199,14 @@ def test_mistakes_are_one_line(project, capsys, name):
     assert larpo(*words) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("larpo: error: ") and message in errors[0]
+
+
+def test_lists_go_into_a_new_folder(project, capsys):
+    write_jsonl(project / "a.jsonl", [{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]}])
+    assert larpo("select", "--candidates", "a.jsonl", "--output", "new/folder/lists.jsonl") == 0
+    assert len(rows_of("new/folder/lists.jsonl")) == 1
+    assert larpo("select", "--candidates", "none.jsonl", "--output", "a.jsonl/lists.jsonl") == 2
+    assert "`output` is 'a.jsonl', but a.jsonl is a file, not a folder" in capsys.readouterr().err
 
 
 def test_unrewarded_files_cannot_be_selected_from(project, generate, capsys):
@@ -173,7 +243,9 @@ def test_columns_of_times_are_refused_by_name(project, capsys):
     times = [datetime.datetime(2024, 1, 1)]
     columns = {"prompt": ["when?"], "completions": [["then", "now"]], "rewards": [[1.0, 0.0]], "created_at": times}
     Dataset.from_dict(columns).to_parquet("times.parquet")
-    assert larpo("select", "--candidates", "times.parquet", "--output", "lists.jsonl") == 0  # which writes no columns
+    assert larpo("select", "--candidates", "times.parquet", "--output", "lists.jsonl") == 0
+    assert "Columns that JSON cannot hold are left out: created_at" in capsys.readouterr().out
+    assert [row["columns"] for row in rows_of("lists.jsonl")] == ["{}"]
     flags = ["--samples", "times.parquet", "--reward_funcs", "run_rewards:vowels", "--output", "out.jsonl"]
     assert larpo("reward", *flags) == 2
     assert "The prompt 'when?', column `created_at`: holds datetime;" in capsys.readouterr().err
@@ -218,6 +290,29 @@ def test_shapes_of_candidate_files(tmp_path):
         ({"prompt": "p", "responses": ["a"], "rewards": [float("nan")]}, "entry 0 is nan, not a finite number"),
         ({"prompt": "p", "responses": ["a"], "rewards": ["x"]}, "entry 0 is 'x', not a finite number"),
         ({"prompt": "p", "completions": ["a"], "candidates": []}, "column `candidates`: has 0 entries for 1"),
+        ({"prompt": "p", "completions": ["a"], "candidates": 5}, "row 0, column `candidates`: is 5; give a list with"),
+        (
+            {"prompt": "p", "completions": ["a"], "rewards": 1.0},
+            "row 0, column `rewards`: is 1.0; give a list with one",
+        ),
+        (
+            {"prompt": "p", "completions": ["a"], "finished": True},
+            "row 0, column `finished`: is True; give a list with",
+        ),
+        ({"prompt": "p", "completions": ["a"], "finished": [1]}, "column `finished`: give true or false for each of"),
+        (
+            {"prompt": "p", "completions": ["a"], "completion_ids": 5},
+            "row 0, column `completion_ids`: is 5; give a list",
+        ),
+        (
+            {"prompt": "p", "completions": ["a"], "completion_ids": ["a b"]},
+            "`completion_ids`: entry 0 is 'a b'; give a",
+        ),
+        (
+            {"prompt": "p", "completions": ["a"], "completion_ids": [[1, -2]]},
+            "`completion_ids`: entry 0 is [1, -2]; give",
+        ),
+        ({"prompt": "p", "completions": list("abc"), "completion_ids": ["", "1 2", 7]}, "entry 2 is 7; give a list of"),
         ({"prompt": "p", "completions": ["a"], "candidates": ["a"]}, "column `candidates`: each entry describes"),
         (
             {"instruction": "p", "completions": [{"response": "a", "overall_score": "good"}]},
@@ -230,10 +325,35 @@ def test_bad_rows_are_named(tmp_path, row, message):
         read_pool(tmp_path, row)
 
 
+def test_rows_that_lack_completions_are_counted_and_the_others_selected(project, caplog, capsys):
+    """One of the 64,000 rows of UltraFeedback without completions ended the work on all."""
+    scored = [{"response": "a", "overall_score": 8}, {"response": "b", "overall_score": "2"}]
+    rows = [
+        {"instruction": "p", "completions": scored},
+        {"instruction": "q", "completions": []},
+        {"instruction": "r", "completions": None},
+        {"instruction": "s", "completions": [*scored, {"response": None, "overall_score": 9}, None]},
+        {"instruction": "t", "completions": [*scored, {"response": "c", "overall_score": "N/A"}]},
+    ]
+    write_jsonl(project / "a.jsonl", rows)
+    assert larpo("select", "--candidates", "a.jsonl", "--output", "lists.jsonl") == 0
+    assert [(row["prompt"], row["completions"]) for row in rows_of("lists.jsonl")] == [(x, ["a", "b"]) for x in "pst"]
+    said = "3 lists of 6 candidates; left out: 2 prompts with fewer than 2 usable completions, 2 empty, 1 without a"
+    assert said in capsys.readouterr().out
+    for said in ("2 of 5 rows have no completions and are left out (first: row 1).",
+                 "1 of 5 rows have completions that are null, which count as empty (first: row 3).",
+                 "1 of 5 rows have an `overall_score` that says there is none"):  # fmt: skip
+        assert f"'a.jsonl': {said}" in caplog.text
+    flags = ["--samples", "a.jsonl", "--reward_funcs", "run_rewards:vowels", "--output", "r.jsonl"]
+    assert larpo("reward", *flags) == 0 and larpo("reward", *flags) == 0
+    assert larpo("select", "--candidates", "r.jsonl", "--output", "lists.jsonl") == 0
+    assert [row["prompt"] for row in rows_of("lists.jsonl")] == list("pst")
+
+
 def test_columns_of_the_user_have_any_name_in_files_of_others(tmp_path):
     mine = {"problem": "1 + 1", "prompt_id": 3, "left_out": "x", "columns": "c", "reward_id": 5}
     pool = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | mine)
-    assert pool.prompt == Prompt(prompt_id("p"), "p", mine) and told(pool, "scored_by") == [None, None]
+    assert pool.prompt == Prompt(prompt_id("p"), "p", mine) and told(pool, "scored_by") == ["file"] * 2
     ours = {"candidates": [{"source": "policy"}] * 2, "columns": {"answer": "2"}, "reward_id": "r", "problem": None}
     pool = read_pool(tmp_path, {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]} | ours)
     assert pool.prompt.columns == {"answer": "2"}
@@ -278,6 +398,20 @@ def test_prompts_of_a_run_can_be_prompts_again(tmp_path):
     assert load_prompts(str(tmp_path / "b.jsonl"), options) == prompts
 
 
+@pytest.mark.parametrize("form", ["samples", "lists"])
+def test_columns_of_a_file_of_ours_stay_with_prompts_that_change_their_form(project, form):
+    rows = [{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0], "answer": "2"}]
+    write_jsonl(project / "a.jsonl", rows)
+    if form == "lists":
+        assert larpo("select", "--candidates", "a.jsonl", "--output", "b.jsonl") == 0
+    else:
+        flags = ["--samples", "a.jsonl", "--reward_funcs", "run_rewards:vowels", "--output", "b.jsonl"]
+        assert larpo("reward", *flags) == 0
+    for options in ({"prompts_as_messages": True}, {"prompt_template": "Q: {prompt}"}):
+        [prompt] = load_prompts("b.jsonl", PromptOptions(**options))
+        assert prompt.columns == {"answer": "2"} and prompt.content != "p"
+
+
 def test_a_reward_gets_the_same_columns_in_every_call(project):
     (project / "mixed.jsonl").write_text(
         "".join(json.dumps({"prompt": f"p{i}", "responses": ["a", "b"]} | ({"answer": "2"} if i == 0 else {})) + "\n"
@@ -290,6 +424,17 @@ def test_a_reward_gets_the_same_columns_in_every_call(project):
     assert larpo(*words) == 0
     rows = [json.loads(line) for line in (project / "scored.jsonl").read_text().splitlines()]
     assert [row["rewards"][0] for row in rows] == [1.0] + [0.0] * 299
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "array.json"])
+def test_a_mark_of_the_encoding_is_passed_over(project, name):
+    """Editors on Windows write it; a training read such files, and `larpo select` did not."""
+    rows = [{"prompt": text, "completions": ["a", "b"], "rewards": [1, 0]} for text in "pq"]
+    text = json.dumps(rows) if name == "array.json" else "".join(json.dumps(row) + "\n" for row in rows)
+    (project / name).write_text(text, encoding="utf-8-sig")
+    assert larpo("select", "--candidates", name, "--output", "lists.jsonl") == 0
+    assert [row["prompt"] for row in rows_of("lists.jsonl")] == ["p", "q"]
+    assert [prompt.content for prompt in load_prompts(name, PromptOptions())] == ["p", "q"]
 
 
 def test_an_empty_file_is_named(tmp_path):

@@ -7,17 +7,16 @@ train on ([`CandidateList`]) to the trainer's dataset and the page. [`build_list
 Optimization", section 3.2 (hard negatives, candidate lists) and Algorithm 1.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .errors import ConfigError, DataError
-from .prompts import Content, Prompt, Row, completion_text
+from .errors import DataError
+from .prompts import Content, Prompt, Row, completion_key, completion_text, is_empty
+from .selection import Selection
 
-TRUNCATED_COMPLETIONS = ("rank_last", "by_reward", "drop")
-"""What becomes of completions that `max_new_tokens` cut off. Those that stay are trained on without an end token."""
-
-_FINISHED_PER_TRUNCATED = 4
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # the user's columns that a training looks for in each row
 
 
 @dataclass(frozen=True, slots=True)  # slots: there are millions of them
@@ -130,6 +129,10 @@ class CandidatePool:
     def with_candidates(self, candidates: list[Candidate]) -> "CandidatePool":
         return CandidatePool(self.prompt, candidates)
 
+    def with_columns(self, names: Iterable[str]) -> "CandidatePool":
+        """The same with these columns of the user alone; those that its prompt lacks are `None`."""
+        return replace(self, prompt=replace(self.prompt, columns={n: self.prompt.columns.get(n) for n in names}))
+
     def without_rewards(self) -> "CandidatePool":
         """The same, still to be scored."""
         return self.with_candidates([replace(c, reward=None, reward_parts={}, scored_by=None) for c in self.candidates])
@@ -157,73 +160,6 @@ def _short_description(candidate: Candidate) -> Row:
     )
 
 
-@dataclass(frozen=True)
-class Selection:
-    """
-    How a list is made of the candidates of a prompt.
-
-    Attributes:
-        num_best: Number of top-ranked ones to keep (paper: 1 for the contrastive loss, 2 for LambdaRank and ListMLE).
-            `None`: all.
-        num_worst: Number of bottom-ranked ones to keep (paper: 3 and 2). `None`: all.
-        min_reward_gap: A list counts only if its best is better than its worst by at least this much, in units of the
-            reward.
-        max_list_size: Longest list if all are taken: candidates are then spread evenly over the ranks, best and worst
-            among them. `None`: no limit.
-        truncated_completions: One of [`TRUNCATED_COMPLETIONS`]. `"rank_last"`: completions that were cut off rank below
-            all that ended, whatever their rewards, and tie with each other; few of them make the list
-            ([`Selection.max_truncated`]), and only beside completions that ended and differ in reward. `"by_reward"`:
-            they rank by their rewards. `"drop"`: they are left out.
-    """
-
-    num_best: int | None = None
-    num_worst: int | None = None
-    min_reward_gap: float = 0.0
-    max_list_size: int | None = None
-    truncated_completions: str = "rank_last"
-
-    def __post_init__(self):
-        check_truncated_completions(self.truncated_completions)
-        if (self.num_best is None) != (self.num_worst is None):
-            raise ConfigError("`num_best` and `num_worst` go together: give both, or neither to take all candidates.")
-        if self.num_best is not None and self.num_worst is not None and min(self.num_best, self.num_worst) < 1:
-            raise ConfigError(
-                f"`num_best` is {self.num_best} and `num_worst` is {self.num_worst}; each must be at least 1."
-            )
-        if self.num_best is not None and self.max_list_size is not None:
-            raise ConfigError("`max_list_size` has no effect beside `num_best` and `num_worst`; remove one of them.")
-        if self.max_list_size is not None and self.max_list_size < 2:
-            raise ConfigError(f"`max_list_size` is {self.max_list_size}; a list has at least 2 candidates.")
-        if not self.min_reward_gap >= 0:
-            raise ConfigError(f"`min_reward_gap` is {self.min_reward_gap}; it must be 0 or more.")
-
-    @property
-    def full_size(self) -> int | None:
-        """Candidates in a list that has as many as `num_best` and `num_worst` ask for; `None` where all are taken."""
-        return None if self.num_best is None or self.num_worst is None else self.num_best + self.num_worst
-
-    def max_truncated(self, num_finished: int) -> int:
-        """
-        Largest number of cut-off candidates in a list that ranks them last.
-
-        Half of `num_worst`, rounded up; where all candidates are taken, one for each four that ended, and at least one.
-        With more of them, ending soon would be what a list teaches.
-        """
-        if self.num_worst is None:
-            return max(1, num_finished // _FINISHED_PER_TRUNCATED)
-        return -(-self.num_worst // 2)
-
-    def places(self, num_candidates: int) -> list[int]:
-        """Which of `num_candidates` ranked candidates make the list, as ascending indices."""
-        best, worst = self.num_best, self.num_worst
-        if best is not None and worst is not None and best + worst < num_candidates:
-            return [*range(best), *range(num_candidates - worst, num_candidates)]
-        if self.max_list_size is not None and self.max_list_size < num_candidates:
-            steps = self.max_list_size - 1
-            return [(place * (num_candidates - 1) + steps // 2) // steps for place in range(self.max_list_size)]
-        return list(range(num_candidates))
-
-
 @dataclass
 class SelectionCounts:
     """
@@ -233,11 +169,11 @@ class SelectionCounts:
         lists: Lists to train on.
         candidates: Candidates in them.
         not_selected: Usable candidates that the selection passed over.
-        duplicates: Completions that the same prompt had already, word for word.
+        duplicates: Completions that the same prompt had already, word for word in all messages.
         truncated: Cut-off candidates in the lists, trained on without an end token.
         unfinished: Cut-off completions that were left out: all with `truncated_completions="drop"`, else those beyond
             [`Selection.max_truncated`].
-        empty: Completions without any text.
+        empty: Completions whose last message has neither text nor calls of tools.
         unrewarded: Completions to which the reward did not apply.
         prompts_too_few: Prompts with fewer than two usable candidates.
         prompts_tied: Prompts whose candidates all have the same reward.
@@ -323,7 +259,9 @@ class CandidateList:
         """
         A row of a dataset of lists (`prompt`, `completions`, `rewards`, `finished`, `completion_ids`, and `ref_logps`
         if known), with what else there is to know: `candidates` (source, iteration, temperature, rank, ... of each),
-        `left_out` (the other candidates, and why) and `problem`.
+        `left_out` (the other candidates, and why), `problem`, `reward_id` if known, and `columns`, the user's, with
+        `tools` and `chat_template_kwargs` once more for the training. These are JSON: Arrow has one type for all rows
+        of a column.
         """
         row: Row = {
             "prompt_id": self.prompt.id,
@@ -340,20 +278,30 @@ class CandidateList:
                 for candidate, reason in self.left_out
             ],
             "problem": self.problem,
+            "columns": json.dumps(self.prompt.columns),
         }
+        given = {name: self.prompt.columns[name] for name in _OF_TEMPLATES if name in self.prompt.columns}
+        row |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+        judge = next((candidate.scored_by for candidate in self.all_candidates if candidate.scored_by), None)
+        row |= {} if judge is None else {"reward_id": judge}
         ref_logps = [candidate.ref_logp for candidate in self.selected]
         return row if None in ref_logps or not ref_logps else row | {"ref_logps": ref_logps}
 
     @classmethod
     def from_row(cls, row: Row) -> "CandidateList":
         """What `to_row` keeps, without the log-probabilities under the reference."""
+        judge = row.get("reward_id")
         token_ids = row.get("completion_ids") or [""] * len(row["completions"])
         columns = zip(row["completions"], row["rewards"], row["candidates"], token_ids, strict=True)
         selected = [
-            Candidate.from_row(completion, reward, about, token_ids=[int(x) for x in ids.split()] or None)
+            Candidate.from_row(
+                completion, reward, about, token_ids=[int(x) for x in ids.split()] or None, scored_by=judge
+            )
             for completion, reward, about, ids in columns
         ]
-        left_out = [(Candidate.from_row(x["completion"], x["reward"], x), x["why"]) for x in row["left_out"]]
+        left_out = [
+            (Candidate.from_row(x["completion"], x["reward"], x, scored_by=judge), x["why"]) for x in row["left_out"]
+        ]
         return cls(Prompt.from_row(row), selected, left_out, row["problem"])
 
 
@@ -376,10 +324,10 @@ def build_list(pool: CandidatePool, selection: Selection) -> CandidateList:
         return selection.truncated_completions == "rank_last" and not candidate.finished
 
     for candidate in pool.candidates:
-        key = candidate.text, candidate.finished
+        key = completion_key(candidate.completion), candidate.finished
         if not candidate.finished and selection.truncated_completions == "drop":
             result.left_out.append((candidate, "cut off"))
-        elif not candidate.text.strip():
+        elif is_empty(candidate.completion):
             result.left_out.append((candidate, "empty"))
         elif candidate.reward is None and not ranks_last(candidate):
             result.left_out.append((candidate, "no reward"))
@@ -435,14 +383,3 @@ def each_list(pools: Iterable[CandidatePool], selection: Selection, counts: Sele
         made = build_list(pool, selection)
         counts.add(made, selection)
         yield made
-
-
-def check_truncated_completions(value: str) -> None:
-    """
-    Raises:
-        ConfigError: If there is no such way to treat cut-off completions.
-    """
-    if value not in TRUNCATED_COMPLETIONS:
-        raise ConfigError(
-            f"`truncated_completions` is {value!r}; it must be one of {', '.join(TRUNCATED_COMPLETIONS)}."
-        )

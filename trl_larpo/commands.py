@@ -4,7 +4,6 @@ What the commands beside `larpo run` do: the steps of an iteration one at a time
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .candidates import TRUNCATED_COMPLETIONS, CandidatePool, SelectionCounts, each_list
+from .candidates import CandidatePool, SelectionCounts, each_list
 from .errors import ConfigError, DataError
 from .generation.options import GenerationOptions
 from .generation.sampler import PolicySampler, device_of, finish_samples, generation_dtype
@@ -23,16 +22,17 @@ from .generation.server_process import check_servers
 from .options import option
 from .outputs import check_output, continue_output, resumable_output
 from .pools import StoredPools, chain_pools, merge_pools, read_pools
-from .prompts import Prompt, checked_columns
+from .prompts import Prompt, changed_columns, checked_columns, is_plain
 from .rewards.functions import load_rewards
 from .rewards.options import JudgeOptions, RewardOptions
 from .rewards.scorer import RewardScorer, saved_scores_of_row
 from .rewards.trl_convention import as_function
 from .run.candidate_files import read_candidate_pools
 from .run.options import PromptOptions, SelectionOptions
-from .run.prompts import load_prompts
+from .run.prompts import load_prompts, warn_of_other_columns
+from .selection import TRUNCATED_COMPLETIONS
 from .set_aside import set_aside_files, set_aside_in
-from .storage import GrowingFile, write_jsonl
+from .storage import GrowingFile, make_folder, write_jsonl
 
 if TYPE_CHECKING:
     from .training.online_config import OnlineLarPOConfig
@@ -137,13 +137,15 @@ def sampling_settings(options: Any, model: ModelConfig) -> dict[str, Any]:
 
 
 def prompts_of(options: PromptOptions) -> list[Prompt]:
-    """All prompts, each once."""
-    prompts = [
-        prompt
-        for path in options.prompt_sources
-        for prompt in load_prompts(path, options, options.prompts_config, options.prompts_split)
-    ]
-    return list({prompt.id: prompt for prompt in prompts}.values())
+    """All prompts, each once; a warning counts those that occur again with other columns."""
+    first: dict[str, Prompt] = {}
+    others = []
+    for path in options.prompt_sources:
+        for prompt in load_prompts(path, options, options.prompts_config, options.prompts_split):
+            if changed_columns(first.setdefault(prompt.id, prompt), prompt):
+                others.append(prompt)
+    warn_of_other_columns(others)
+    return list(first.values())
 
 
 def sample_file(
@@ -274,7 +276,7 @@ def _with_same_completions(kept: StoredPools, pools: Sequence[CandidatePool], ou
         found = kept[place_of[pool.prompt.id]]
         if [c.completion for c in found.candidates] != [c.completion for c in pool.candidates]:
             raise ConfigError(f"{output} holds rewards of other completions. Take another `output`.")
-        if changed := _changed_columns(found.prompt, pool.prompt):
+        if changed := changed_columns(found.prompt, pool.prompt):
             raise ConfigError(
                 f"{output} holds rewards of the prompt {pool.prompt.text[:60]!r} with another `{changed[0]}`. Take "
                 "another `output`."
@@ -282,34 +284,38 @@ def _with_same_completions(kept: StoredPools, pools: Sequence[CandidatePool], ou
     return kept
 
 
-def _changed_columns(prompt: Prompt, other: Prompt) -> list[str]:
-    """Names of the columns in which two prompts differ, as they are written."""
-    before, now = ({name: json.dumps(value) for name, value in each.columns.items()} for each in (prompt, other))
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-
-
 def select(options: SelectConfig) -> None:
     """Makes candidate lists."""
     paths, output = _path(options, "candidates"), Path(_path(options, "output"))
     check_output(output, "candidates", paths)
+    make_folder(output.parent, "output")
     files = [read_candidate_pools(path, options.as_messages) for path in paths]
     judges: dict[str | None, str] = {}
+    columns: dict[str, None] = {}
+    not_plain: set[str] = set()
     for path, pools in zip(paths, files, strict=True):
         has_rewards = False
         for pool in pools:
+            columns.update(dict.fromkeys(pool.prompt.columns))
+            not_plain.update(name for name, value in pool.prompt.columns.items() if not is_plain(value))
             if any(candidate.reward is not None for candidate in pool.candidates):
                 has_rewards = True
                 judges.setdefault(pool.candidates[0].scored_by, path)
         if not has_rewards:
             raise DataError(f"{path!r} has no rewards; score it first: larpo reward --samples {path} --output ...")
     if len(judges) > 1:
+        named = " and ".join(map(repr, dict.fromkeys(judges.values())))
         raise DataError(
-            f"{' and '.join(map(repr, judges.values()))} were scored by different rewards, which cannot be compared. "
-            "Score all of them again: larpo reward."
+            f"Completions in {named} were scored by different rewards, which cannot be compared. Score all of them "
+            "again: larpo reward."
         )
     counts = SelectionCounts()
-    lists = each_list(merge_pools(chain_pools(files)), options.selection(options.truncated_completions), counts)
+    kept = [name for name in columns if name not in not_plain]
+    pools = merge_pools(chain_pools(files)).map(lambda pool: pool.with_columns(kept))
+    lists = each_list(pools, options.selection(options.truncated_completions), counts)
     write_jsonl(output, (made.to_row() for made in lists if made.problem is None))
+    if not_plain:
+        print(f"Columns that JSON cannot hold are left out: {', '.join(sorted(not_plain))}")
     print(f"{counts.summary()}\nLists in {output}")
 
 
@@ -322,8 +328,9 @@ def make_online_trainer(
 ) -> "OnlineLarPOTrainer":
     """The trainer of `larpo online`. `reward_weights` are TRL's."""
     from .run.loading import model_init_kwargs
-    from .training.online_trainer import OnlineLarPOTrainer
+    from .training.online_trainer import OnlineLarPOTrainer, check_prompts
 
+    check_prompts(train_dataset, eval_dataset)  # before reward models are loaded
     options = RewardOptions(**dataclasses.asdict(judges))
     options.check_rewards()
     load_rewards(options.reward_funcs, args.reward_weights)  # an error here, before a model is loaded

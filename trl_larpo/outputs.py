@@ -12,6 +12,7 @@ from accelerate import PartialState
 from .errors import ConfigError
 from .locks import exclusive_lock
 from .prompts import Row
+from .set_aside import set_aside_in
 from .settings import keep_settings
 from .storage import partial_files, reopen, whole_rows
 from .waiting import wait_for_all
@@ -52,17 +53,21 @@ def resumable_output(
                 f"`output`: there is {str(output)!r} already, or a part of it, and no {record.name} beside it says how "
                 "it was made. Take another `output`, or delete the file."
             )
-        keep_settings(record, settings, "`output`", paths, made=output)
+        is_whole = output.exists() and not set_aside_in(output.parent).get(output.stem)
+        keep_settings(record, settings, "`output`", paths, made=output, is_whole=is_whole)
         yield
 
 
 def check_output(output: Path, name: str, inputs: str | list[str] | None) -> None:
     """
     Raises:
-        ConfigError: If the output is a folder, or one of the files that an option names: it would be lost.
+        ConfigError: If the output is a folder, has a name by which no command would read it, or is one of the files
+            that an option names: it would be lost.
     """
     if output.is_dir():
         raise ConfigError(f"`output` is {str(output)!r}, which is a folder; name a file in it.")
+    if output.suffix not in (".jsonl", ".json"):
+        raise ConfigError(f"`output` is {str(output)!r}; it is written as JSON lines, so let its name end in .jsonl.")
     for path in [inputs] if isinstance(inputs, str) else inputs or []:
         if os.path.realpath(os.path.expanduser(path)) == os.path.realpath(output):
             raise ConfigError(f"`output` is {str(output)!r}, the file of `{name}`, which would be lost. Take another.")
@@ -102,6 +107,11 @@ def continue_output(
             print(f"{output} lacks {len(missing)} of {len(ids)} prompts, which are done now: {named}{more}")
         if missing or damaged:
             reopen(output, map(as_grown, whole_rows(output, [])))
+        else:
+            print(
+                f"{output} was complete already; nothing was computed. Delete it, or take another `output`, to compute "
+                "it again."
+            )
     wait_for_all()
     is_whole = output.exists()
     PartialState().wait_for_everyone()

@@ -48,7 +48,7 @@ class Prompt:
     @classmethod
     def from_row(cls, row: Row) -> "Prompt":
         """From a row of a run's files."""
-        return cls(row["prompt_id"], row["prompt"], row.get("columns") or {})
+        return cls(row["prompt_id"], row["prompt"], columns_of(row) or {})
 
     def to_row(self) -> Row:
         return {"prompt_id": self.id, "prompt": self.content, "columns": self.columns}
@@ -121,6 +121,25 @@ def prompt_id(prompt: Content) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def columns_of(row: Row) -> dict[str, Any] | None:
+    """The user's columns in a row of a file of ours; lists hold them as JSON. `None` if there are none like that."""
+    columns = row.get("columns")
+    if isinstance(columns, str):
+        try:
+            columns = json.loads(columns)
+        except ValueError:
+            return None
+    return columns if isinstance(columns, dict) else None
+
+
+def changed_columns(prompt: Prompt, other: Prompt) -> list[str]:
+    """Names of the columns in which two prompts differ, as they are written."""
+    if prompt.columns is other.columns:
+        return []
+    before, now = ({name: json.dumps(value) for name, value in each.columns.items()} for each in (prompt, other))
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
 def checked_columns(columns: Row, where: str) -> Row:
     """
     A user's columns, as they are.
@@ -129,7 +148,7 @@ def checked_columns(columns: Row, where: str) -> Row:
         DataError: If one holds what JSON files cannot, such as times.
     """
     for column, value in columns.items():
-        if not _is_plain(value):
+        if not is_plain(value):
             raise DataError(
                 f"{where}, column `{column}`: holds {type(value).__name__}; prompts may have text, numbers and lists "
                 "of them. Write it as text, or remove the column."
@@ -137,11 +156,12 @@ def checked_columns(columns: Row, where: str) -> Row:
     return columns
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
     if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+        return all(isinstance(k, str) and is_plain(v) for k, v in value.items())
     if isinstance(value, list):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return value is None or isinstance(value, str | int | float | bool)
 
 
@@ -169,6 +189,18 @@ def without_empty_system_turn(prompt: list[Message]) -> list[Message]:
 def completion_text(completion: Content) -> str:
     """The words of a completion."""
     return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
+
+
+def completion_key(completion: Content) -> str:
+    """A text that is the same for completions that are equal, in all of their messages."""
+    return (
+        completion if isinstance(completion, str) else json.dumps(without_none(completion), sort_keys=True, default=str)
+    )
+
+
+def is_empty(completion: Content) -> bool:
+    """Whether a completion says nothing in the end, and calls no tool: the training refuses it."""
+    return not (completion.strip() if isinstance(completion, str) else says_something(completion[-1]))
 
 
 def completion_for(prompt: Content, text: str) -> Content:

@@ -36,6 +36,7 @@ from .locks import exclusive_lock
 from .metrics import best_of_n_accuracy, bootstrap_interval, majority_accuracy, recall_at_n
 from .options import option
 from .pools import StoredPools, merge_pools
+from .prompts import Prompt
 from .rewards.functions import check_columns, import_function, load_rewards
 from .rewards.options import RewardOptions
 from .rewards.verifiers import boxed_answer, final_number
@@ -158,12 +159,13 @@ def recall(options: RecallConfig, model: ModelConfig) -> dict[str, Any]:
     assert options.output is not None  # by `check_recall`
     folder = Path(options.output)
     paths = options.candidates or []
+    prompts = [] if paths else prompts_of(options)
     if not paths:
         judges = [options.best_of_n_reward] if options.best_of_n_reward else []
-        check_columns(load_rewards([*options.reward_funcs, *judges]), prompts_of(options), "prompts")
+        check_columns(load_rewards([*options.reward_funcs, *judges]), prompts, "prompts")
     with exclusive_lock(folder):
         _keep_settings(options, model, folder)
-        sources = _read(options, paths, folder) if paths else _sampled(options, model, folder)
+        sources = _read(options, paths, folder) if paths else _sampled(options, model, prompts, folder)
         groups = [samples for source in sources for samples in _groups(source, answer_of, options)]
         if not groups:
             raise DataError(
@@ -318,11 +320,10 @@ class _Source:
     judged: StoredPools | None = None
 
 
-def _sampled(options: RecallConfig, model: ModelConfig, folder: Path) -> list[_Source]:
+def _sampled(options: RecallConfig, model: ModelConfig, prompts: list[Prompt], folder: Path) -> list[_Source]:
     samples, rewarded = folder / "samples.jsonl", folder / "rewarded.jsonl"
     kinds = [SampleKind("policy", value) for value in options.temperature for _ in range(options.num_samples)]
     kinds += [SampleKind(GREEDY, 0.0)] if options.greedy else []
-    prompts = prompts_of(options)
     pools = sample_file(options, model, prompts, kinds, samples, seed=options.seed, use_cpu=options.use_cpu)
     pools = _rewarded(options, pools, rewarded, "Rewarding")
     return [_Source("", pools, _judged(options, pools, folder / "judged.jsonl"))]
@@ -415,4 +416,5 @@ def _keep_settings(options: RecallConfig, model: ModelConfig, folder: Path) -> N
     names = ("candidates", "greedy", "best_of_n_reward", *REWARD_SETTINGS)
     now = sampling_settings(options, model) | {name: getattr(options, name) for name in names}
     paths = (*PATHS_OF_SAMPLING, "reward_funcs", "best_of_n_reward")
-    keep_settings(folder / "settings.json", now, "`output`", paths)
+    is_whole = (folder / "recall.json").exists()
+    keep_settings(folder / "settings.json", now, "`output`", paths, is_whole=is_whole)

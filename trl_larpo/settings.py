@@ -6,6 +6,8 @@ nothing.
 """
 
 import hashlib
+import importlib.util
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 from .errors import ConfigError
 from .redaction import hide_secrets
 from .storage import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 _PRINTS = "fingerprints"  # among the settings: what the paths in them hold
 
@@ -28,9 +32,16 @@ _RANKER = "pairwise:"  # in front of the path of a ranker
 
 _JUDGES = ("reward_funcs", "best_of_n_reward")  # settings that name functions, too
 
+_SOURCE = "source "  # in front of the fingerprint of a function's file
+
 
 def keep_settings(
-    path: Path, settings: dict[str, Any], output: str, paths: Sequence[str] = (), made: Path | None = None
+    path: Path,
+    settings: dict[str, Any],
+    output: str,
+    paths: Sequence[str] = (),
+    made: Path | None = None,
+    is_whole: bool = True,
 ) -> None:
     """
     Writes how files were made, or compares with how they were made.
@@ -41,6 +52,7 @@ def keep_settings(
         output: The option that names the files' place.
         paths: Names of settings that hold paths, which are compared by content.
         made: What is made with them. `None`: the folder of `path`.
+        is_whole: Whether it is whole. If not, the file of a reward function may change: an error may have been fixed.
 
     Raises:
         ConfigError: If a setting has changed, so that what is there must not be taken for what is asked for.
@@ -54,9 +66,19 @@ def keep_settings(
     before = read_json(path)
     if not isinstance(before, dict):
         raise ConfigError(f"{path} does not hold settings. Delete it, and take another {output}.")
-    for name, was in changed_settings(before, settings, before.get(_PRINTS, {}), prints):
-        change = describe_change(name, was, settings[name], repr(str(made or path.parent)))
-        raise ConfigError(f"{change} Undo the change, or take another {output}.")
+    held, where = before.get(_PRINTS, {}), repr(str(made or path.parent))
+    sources = changed_sources(held, prints)
+    for function, file in sources.items():
+        change = f"{file}, which holds the reward {function!r}, has changed since {where} was made."
+        if is_whole:
+            raise ConfigError(f"{change} Undo the change, take another {output}, or delete {where}.")
+        logger.warning(f"{change} Rewards that were given before are kept. If they are wrong, take another {output}.")
+    for name, was in changed_settings(before, settings, held | dict.fromkeys(sources), prints):
+        raise ConfigError(
+            f"{describe_change(name, was, settings[name], where)} Undo the change, or take another {output}."
+        )
+    if sources:
+        write_json(path, before | {_PRINTS: prints})
 
 
 def changed_settings(
@@ -84,10 +106,22 @@ def describe_change(name: str, was: Any, now: Any, made: str) -> str:
     return f"`{name}` is {now!r}, and what it holds has changed since {made} was made."
 
 
+def changed_sources(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Functions whose source differs between two results of [`fingerprints`], and the file of each."""
+    changed = (name for name, held in now.items() if held.startswith(_SOURCE) and before.get(name, held) != held)
+    return {name: _source_of(name) or "" for name in changed}
+
+
 def fingerprints(settings: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """What the paths hold that some settings name, by path. Hub ids, URLs and functions have no entry."""
-    prints = {path: fingerprint(path) for _, path in _paths_in(settings, names)}
-    return {path: found for path, found in prints.items() if found is not None}
+    """What the paths and the functions' files hold that some settings name, by path. Hub ids and URLs have no entry."""
+    found: dict[str, str] = {}
+    for name, path in _named_in(settings, names):
+        is_path = name not in _JUDGES or _is_model(path)
+        place = path if is_path else _source_of(path)
+        held = None if place is None else fingerprint(place)
+        if held is not None:
+            found[path] = held if is_path else _SOURCE + held
+    return found
 
 
 def check_is_outside(output: Path, option: str, settings: dict[str, Any], names: Iterable[str]) -> None:
@@ -103,20 +137,32 @@ def check_is_outside(output: Path, option: str, settings: dict[str, Any], names:
     Raises:
         ConfigError: If it is in a folder that one of them names.
     """
-    for name, path in _paths_in(settings, names):
-        if _place(path).is_dir() and output.resolve().is_relative_to(_place(path).resolve()):
+    for name, path in _named_in(settings, names):
+        is_folder = (name not in _JUDGES or _is_model(path)) and _place(path).is_dir()
+        if is_folder and output.resolve().is_relative_to(_place(path).resolve()):
             raise ConfigError(
                 f"`{option}` is {str(output)!r}, inside the folder of `{name}`, {path!r}. What is written there would "
                 f"change that folder, and the same command could not resume. Take another `{option}`."
             )
 
 
-def _paths_in(settings: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _named_in(settings: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names of settings and the paths, hub ids, ... in them."""
     for name in names:
         value: Any = settings.get(name)
         for path in value if isinstance(value, list) else [value]:
-            if path and (name not in _JUDGES or _is_model(path)):
+            if path:
                 yield name, path
+
+
+def _source_of(path: str) -> str | None:
+    """The file of a function `package.module:function`; `None` if it has none, or the path is no function."""
+    module, _, function = path.removeprefix(_RANKER).partition(":")
+    try:
+        spec = importlib.util.find_spec(module) if function else None
+    except Exception:  # a package of the user's can raise anything; reported where it is imported
+        return None
+    return None if spec is None else spec.origin
 
 
 def _is_model(path: str) -> bool:
@@ -179,5 +225,7 @@ def _is_same(was: Any, now: Any, prints_before: dict[str, str], prints_now: dict
         return was == now
     held, holds = prints_before.get(was), prints_now.get(now)
     if held is not None and holds is not None:
+        if holds.startswith(_SOURCE):  # other functions may be in the same file
+            return was == now and held == holds
         return held == holds and was.startswith(_RANKER) == now.startswith(_RANKER)
     return was == now or (held is holds is None and was.rstrip("/") == now.rstrip("/"))

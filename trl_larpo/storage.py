@@ -62,7 +62,8 @@ def iter_jsonl(path: str | Path) -> Iterator[Row]:
 
 def _parse(line: bytes, path: str | Path, number: int) -> Row:
     try:
-        row = json.loads(line.decode("utf-8"))
+        # Some editors write a mark of the encoding in front of a file
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except ValueError as error:  # no JSON, or no text
         damage = "; it holds zero bytes, as after a loss of power" if b"\0" in line else ""
         raise DataError(f"{path} line {number} is not JSON ({getattr(error, 'msg', error)}{damage}).") from None
@@ -164,7 +165,7 @@ def read_json(path: Path) -> Any:
         DataError: Names the line if the file is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno} is not JSON ({error.msg}): the file is damaged.") from None
     except UnicodeDecodeError as error:

@@ -69,8 +69,8 @@ def check_run(folder: RunFolder) -> int | None:
     if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
         raise ConfigError(f"`model_name_or_path` is {path!r}, and there is no such folder.")
     path = model.model_name_or_path = os.path.expanduser(path)
-    folder.check_configuration()
     load_rewards(options.reward_funcs, options.reward_weights)
+    folder.check_configuration()
     for candidates in options.earlier_candidates or []:
         if "://" not in candidates and not Path(candidates).expanduser().exists():
             raise ConfigError(f"`earlier_candidates` names {candidates!r}, and there is no such file.")

@@ -27,7 +27,7 @@ from ..iterations import iteration_folder
 from ..prompts import Prompt
 from ..redaction import hide_secrets
 from ..rewards.functions import check_columns, load_rewards
-from ..settings import changed_settings, check_is_outside, describe_change, fingerprints
+from ..settings import changed_settings, changed_sources, check_is_outside, describe_change, fingerprints
 from ..storage import append_jsonl, iter_jsonl, read_json, read_yaml, whole_rows, write_json, write_jsonl, write_text
 from ..training.config import LarPOConfig
 from .options import RunConfig
@@ -168,10 +168,17 @@ class RunFolder:
                 f"The run in {str(self.path)!r} was made by another version of trl-larpo, which had no option "
                 f"`{unknown[0]}`. Finish it with that version, or take a new `output_dir`."
             )
-        prints = before.get(_PRINTS, {}), fingerprints(now, _PATHS)
+        held, holds = before.get(_PRINTS, {}), fingerprints(now, _PATHS)
+        sources = changed_sources(held, holds)
         common = {name: now[name] for name in now.keys() & before.keys() - set(_NOT_RECORDED)}
-        differ = dict(sorted(changed_settings(before, common, *prints)))
+        differ = dict(sorted(changed_settings(before, common, held, holds | {name: held[name] for name in sources})))
         self._changes = {name: (was, now[name]) for name, was in differ.items()}
+        for name, file in sources.items():  # a comment, or the fix of an error that stopped the run: not refused
+            self._changes[f"{file}, which holds {name}"] = (held[name], holds[name])
+            logger.warning(
+                f"`reward_funcs`: {file}, which holds the reward {name!r}, has changed since the last start. Rewards "
+                "that were given before are kept. If they are wrong, take a new `output_dir`."
+            )
         changed = [name for name in differ if name not in _MAY_CHANGE]
         longer = now["num_iterations"] > before["num_iterations"] and self.options.prompt_schedule == "same"
         batch_options = {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -210,11 +217,13 @@ class RunFolder:
 
     def save_configuration(self) -> None:
         """Also records the options that changed since the last start, in changes.jsonl."""
+        options = self.configuration()
         if self._changes:
-            print("\n".join(f"Changed: `{name}` from {was!r} to {now!r}" for name, (was, now) in self._changes.items()))
+            for name in sorted(self._changes.keys() & options.keys()):  # a warning has told of the files of rewards
+                was, now = self._changes[name]
+                print(f"Changed: `{name}` from {was!r} to {now!r}")
             record = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": self._changes}
             append_jsonl(self.path / CHANGES, [record])
-        options = self.configuration()
         options |= {_PRINTS: fingerprints(options, _PATHS), HIDDEN_OPTIONS: sorted(self.hidden_options())}
         text = yaml.safe_dump(options, allow_unicode=True, sort_keys=True)
         write_text(self.path / "run.yaml", text)

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from ..candidates import Selection
 from ..errors import ConfigError
 from ..generation.in_process import check_sampling
 from ..generation.model_servers import RELOADS
 from ..generation.options import GenerationOptions
 from ..options import DTYPES, CheckedOptions, check_choice, option
 from ..rewards.options import RewardOptions
+from ..selection import Selection
 from ..training.config import LarPOConfig
 from .evaluation import MIN_PROMPTS_TO_JUDGE
 from .memory import MEMORIES

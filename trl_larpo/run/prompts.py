@@ -11,7 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError
 from ..generation.in_process import encode_prompt
-from ..prompts import Content, Prompt, Row, checked_columns, prompt_id, prompt_problem, without_none
+from ..prompts import (
+    Content,
+    Prompt,
+    Row,
+    changed_columns,
+    checked_columns,
+    columns_of,
+    prompt_id,
+    prompt_problem,
+    without_none,
+)
 from ..storage import rows_as_written
 from ..training.datasets import load_splits
 from .negatives import OTHER_PROMPTS
@@ -64,7 +74,7 @@ def choose_prompts(
         except DataError as error:
             raise DataError(f"{path!r}: {error}") from error
 
-    def load(path: str, split: str, known: set[str], file_of: dict[type, str]) -> list[Prompt]:
+    def load(path: str, split: str, known: dict[str, Prompt], file_of: dict[type, str]) -> list[Prompt]:
         prompts = []
         config = options.prompts_config if path in options.prompt_sources else None
         for prompt in load_prompts(path, options, config, split):
@@ -77,14 +87,16 @@ def choose_prompts(
                 )
             if prompt.id in known:
                 counts["duplicates"] += 1
+                others.extend([prompt] if changed_columns(known[prompt.id], prompt) else [])
             elif limit is not None and num_tokens(prompt, path) > limit:
                 counts["too_long"] += 1
             else:
                 prompts.append(prompt)
-            known.add(prompt.id)
+            known.setdefault(prompt.id, prompt)
         return prompts
 
-    known: set[str] = set()
+    known: dict[str, Prompt] = {}
+    others: list[Prompt] = []
     file_of: dict[type, str] = {}  # form of prompts: a file that has it
     sources = [load(path, options.prompts_split, known, file_of) for path in options.prompt_sources]
     if options.prompt_schedule != "fresh":
@@ -97,10 +109,11 @@ def choose_prompts(
         held_out = [prompt for prompts, share in zip(sources, shares, strict=True) for prompt in prompts[:share]]
         sources = [prompts[share:] for prompts, share in zip(sources, shares, strict=True)]
     else:
-        held_out = load(options.held_out_prompts, options.held_out_split, set(), {})[: options.num_held_out]
+        held_out = load(options.held_out_prompts, options.held_out_split, {}, {})[: options.num_held_out]
         ids = {prompt.id for prompt in held_out}
         counts["also_held_out"] = sum(prompt.id in ids for prompts in sources for prompt in prompts)
         sources = [[prompt for prompt in prompts if prompt.id not in ids] for prompts in sources]
+    warn_of_other_columns(others)
     if len(held_out) < options.num_held_out:
         raise ConfigError(
             f"`num_held_out` is {options.num_held_out}, but there are only {len(held_out)} prompts to hold out."
@@ -112,6 +125,15 @@ def choose_prompts(
     if options.prompt_schedule != "same":
         counts["slices"] = list(map(len, slices))
     return ChosenPrompts([prompt for prompts in slices for prompt in prompts], held_out, counts)
+
+
+def warn_of_other_columns(others: list[Prompt]) -> None:
+    """Says that of rows with the same prompt the first counts, if there are others that differ from it."""
+    if others:
+        logger.warning(
+            f"{len(others)} rows have the prompt of an earlier row with other columns, and are not used. The first: "
+            f"{others[0].text[:60]!r}."
+        )
 
 
 def _about_length(counts: dict[str, Any], limit: int | None) -> str:
@@ -170,6 +192,7 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
         The prompts in the order of the file.
 
     Raises:
+        ConfigError: If `prompt_template` or `system_prompt` is not for prompts of this form.
         DataError: Names the file, the row and what is wrong with it.
     """
     names, rows = _read(path, config, split)
@@ -179,24 +202,33 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             f"{path!r} has no column `{column}`. Its columns: {', '.join(names)}. Name the one that holds the prompts "
             "in `prompt_column`."
         )
+    no_tools = DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
     if "tools" in names:
-        raise DataError(f"{path!r} has a column `tools`, with which completions cannot be sampled yet. Remove it.")
+        raise no_tools
     prompts, answered = [], []
     for number, row in enumerate(rows):
         prompt = row.pop(column)
         if problem := prompt_problem(prompt):
             raise DataError(f"{path!r} row {number}, column `{column}`: {problem}")
+        prompt = without_none(prompt) if isinstance(prompt, list) else prompt
+        row.pop("prompt", None)  # of another form, where it is not the column asked for
+        columns = columns_of(row)
+        if columns is not None and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
+            row = columns
+            if row.get("tools") is not None:
+                raise no_tools
         if isinstance(prompt, list):
-            prompt = without_none(prompt)
+            if options.prompt_template is not None:
+                raise ConfigError(
+                    f"`prompt_template` is for texts, and {path!r} row {number} is a conversation. Leave it out, and "
+                    "write its text into the messages, or into `system_prompt`."
+                )
             answered += [number] if prompt[-1]["role"] == "assistant" else []
         else:
             if options.prompt_template is not None:
                 prompt = options.prompt_template.replace("{prompt}", prompt)
             if options.prompts_as_messages:
                 prompt = [{"role": "user", "content": prompt}]
-        row.pop("prompt", None)  # of another form, where it is not the column asked for
-        if isinstance(row.get("columns"), dict) and row.get("prompt_id") == prompt_id(prompt):  # a file of ours
-            row = row["columns"]
         if options.system_prompt is not None:
             prompt = _with_system_prompt(prompt, options.system_prompt)
         prompts.append(Prompt.of(prompt, checked_columns(row, f"{path!r} row {number}")))

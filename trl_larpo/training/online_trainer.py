@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataError
 from ..losses import RankingLoss
 from .attention import without_sharing
 from .candidate_scoring import CandidateScoring
-from .datasets import has_images
+from .datasets import column_names, evaluation_sets, has_images
 from .finite import FiniteTraining
 from .groups import collate_groups, total_rewards, whole_groups
 from .list_metrics import ListMetrics, Measurements
@@ -35,6 +35,9 @@ from .trl_compat import get_config_model_id, require_grpo, restore_forward_of_co
 require_grpo()
 
 _NO_IMAGES = "Images cannot be ranked online: the losses compare completions of text prompts. Use GRPOTrainer for them."
+
+
+_ARGUMENTS = ("prompts", "completions")  # of reward functions; the user's columns of these names are not passed on
 
 
 class OnlineLarPOTrainer(CandidateScoring, ReferenceCheckpoints, GRPOTrainer):
@@ -110,6 +113,7 @@ class OnlineLarPOTrainer(CandidateScoring, ReferenceCheckpoints, GRPOTrainer):
         check_loss_fn(loss_fn, args)
         if isinstance(train_dataset, Dataset | IterableDataset) and has_images(train_dataset):
             raise ConfigError(f"train_dataset has images. {_NO_IMAGES}")
+        check_prompts(train_dataset, eval_dataset)
         if eval_dataset is not None:
             args.check_evaluation()
         beta = args.beta
@@ -161,7 +165,8 @@ class OnlineLarPOTrainer(CandidateScoring, ReferenceCheckpoints, GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         finished = [ids[-1] in ends for ids in completion_ids_list]
-        inputs = [row | {"finished": ended} for row, ended in zip(inputs, finished, strict=True)]
+        rows = [{name: value for name, value in row.items() if name not in _ARGUMENTS} for row in inputs]
+        inputs = [row | {"finished": ended} for row, ended in zip(rows, finished, strict=True)]
         by_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for name, values in zip(self.reward_func_names, by_function.T, strict=True):
             if values.isinf().any():
@@ -255,6 +260,19 @@ class OnlineLarPOTrainer(CandidateScoring, ReferenceCheckpoints, GRPOTrainer):
         if state is not None:
             self._step, self._buffered_inputs = state.step, state.batches or None
             self._memory.from_rows(state.memory)
+
+
+def check_prompts(train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Raises:
+        DataError: If a dataset has no column `prompt`.
+    """
+    for where, dataset in {"train_dataset": train_dataset, **evaluation_sets(eval_dataset)}.items():
+        if isinstance(dataset, Dataset | IterableDataset) and "prompt" not in (names := column_names(dataset)):
+            raise DataError(
+                f"{where} has no column `prompt`. Its columns: {', '.join(names)}. Rename the one that holds the "
+                "prompts."
+            )
 
 
 class _SamplerOfEpochs(Sampler):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..candidates import TRUNCATED_COMPLETIONS, check_truncated_completions
 from ..errors import ConfigError
 from ..losses import (
     RANKING_LOSSES,
@@ -21,6 +20,7 @@ from ..losses import (
     reversed_relevance,
     smoothed,
 )
+from ..selection import TRUNCATED_COMPLETIONS, check_truncated_completions
 from .scores import divergence_scores
 
 # fmt: off

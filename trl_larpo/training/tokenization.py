@@ -214,9 +214,9 @@ def _tokenize_row(
             "`finished` and `completion_ids`. Said once; other rows may be affected too.",
         )
     if isinstance(prompt, list):
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        given = (row.get(name) for name in ("tools", "chat_template_kwargs"))
+        tools, further = (json.loads(value) if isinstance(value, str) else value for value in given)
+        template_kwargs = {"tools": tools, **(further or {})}
         prompt_source = Source(prompt, template_kwargs | {"add_generation_prompt": True})
         if continues:
             text = _render_up_to_end_of_content(processing_class, prompt, template_kwargs)
