@@ -111,7 +111,7 @@ def run(argv: list[str]) -> None:
         argv = [word for word in argv if word != "--small"]
         argv = argv if asks_for_help(argv) else shrink_arguments(argv)
     argv, num_tried = without_try(argv)
-    options, training, model, _ = parse_options(
+    options, training, model, *_ = parse_options(
         argv,
         (RunConfig, RunTrainingConfig, RunModelConfig),
         command="run",
@@ -194,7 +194,7 @@ def generate(argv: list[str]) -> None:
     """`larpo generate`: samples completions."""
     from .commands import GenerateConfig, SampledModelConfig, generate
 
-    options, model, _ = parse_options(
+    options, model, *_ = parse_options(
         argv,
         (GenerateConfig, SampledModelConfig),
         command="generate",
@@ -209,7 +209,7 @@ def reward(argv: list[str]) -> None:
     """`larpo reward`: scores completions."""
     from .commands import RewardConfig, reward
 
-    options, _ = parse_options(
+    options, *_ = parse_options(
         argv, (RewardConfig,), command="reward", description="Reward the completions of a file into another file."
     )
     _show_log()
@@ -220,7 +220,7 @@ def select(argv: list[str]) -> None:
     """`larpo select`: makes candidate lists."""
     from .commands import SelectConfig, select
 
-    options, _ = parse_options(
+    options, *_ = parse_options(
         argv,
         (SelectConfig,),
         command="select",
@@ -235,7 +235,7 @@ def recall(argv: list[str]) -> None:
     from .commands import SampledModelConfig
     from .recall import RecallConfig, recall
 
-    options, model, _ = parse_options(
+    options, model, *_ = parse_options(
         argv,
         (RecallConfig, SampledModelConfig),
         command="recall",
@@ -260,7 +260,7 @@ def train(argv: list[str]) -> int:
 
     from .training.config import LarPOConfig
 
-    script_args, training_args, model_args, mixture_args, launch_args = parse_options(
+    script_args, training_args, model_args, mixture_args, *launch_args = parse_options(
         argv,
         (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="train",
@@ -269,8 +269,8 @@ def train(argv: list[str]) -> int:
         launchable=True,
     )
     _allow_last_checkpoint(training_args)
-    if launch_args:
-        return launch_training("train", argv, launch_args)
+    if any(launch_args):
+        return launch_training("train", argv, *launch_args)
 
     _show_log()
     from .run.training_stages import make_trainer
@@ -295,7 +295,7 @@ def online(argv: list[str]) -> int:
     from .rewards.options import JudgeOptions
     from .training.online_config import OnlineLarPOConfig
 
-    script_args, judges, training_args, model_args, mixture_args, launch_args = parse_options(
+    script_args, judges, training_args, model_args, mixture_args, *launch_args = parse_options(
         argv,
         (ScriptArguments, JudgeOptions, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="online",
@@ -305,8 +305,8 @@ def online(argv: list[str]) -> int:
         launchable=True,
     )
     _allow_last_checkpoint(training_args)
-    if launch_args:
-        return launch_training("online", argv, launch_args)
+    if any(launch_args):
+        return launch_training("online", argv, *launch_args)
 
     _show_log()
     train_dataset, eval_dataset = _load_data(script_args, training_args, model_args, mixture_args)
