@@ -1,5 +1,7 @@
 """What a person may write into a configuration file or a file of prompts by mistake, or with good reason."""
 
+import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -9,11 +11,17 @@ import pytest
 import tiny
 import yaml
 from small_run import change_options, larpo_run
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from trl_larpo import cli
-from trl_larpo.config_file import as_meant
-from trl_larpo.errors import DataError
+from trl_larpo.arguments import parse_options
+from trl_larpo.commands import SampledModelConfig
+from trl_larpo.config_file import as_meant, check_types
+from trl_larpo.errors import ConfigError, DataError
 from trl_larpo.run.candidate_files import read_candidate_pools
+from trl_larpo.run.folder import _plain as plain
+from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
 from trl_larpo.training.datasets import load_splits
 
 
@@ -59,9 +67,92 @@ def test_no_without_quotes(project, capsys):
 
 def test_false_stays_false_where_no_is_no_choice():
     class Action:
-        dest, choices = "a", None
+        dest, choices, nargs = "a", None, None
 
     assert as_meant({"a": False, "b": False}, [Action]) == {"a": False, "b": False}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("loss_weights: [1, 1e-2, few]", "`loss_weights` is 'few'; it must be a number."),
+        ("loss_weights: [1, true]", "`loss_weights` is [1, True]; it must be a list (each item: a number)."),
+        ("max_steps: 1.5", "`max_steps` is 1.5; it must be a whole number."),
+        ("per_device_train_batch_size: 2.5", "`per_device_train_batch_size` is 2.5; it must be a whole number."),
+        ("per_device_train_batch_size: 0", "`per_device_train_batch_size` is 0; it must be at least 1."),
+        ("gradient_accumulation_steps: 0", "`gradient_accumulation_steps` is 0; it must be at least 1."),
+        ("beta: true", "`beta` is True; it must be a number (YAML reads"),
+        ("beta: [0.1]", "`beta` is [0.1]; it must be a number."),
+        ("lora_r: 1.5", "`lora_r` is 1.5; it must be a whole number."),
+        ("seed: 1.5", "`seed` is 1.5; it must be a whole number."),
+        ("max_length: 512.0", "`max_length` is 512.0; it must be a whole number."),
+        ("dtype: no", "`dtype` is False; it must be text (YAML reads"),
+        ("learning_rate: null", "`learning_rate` is None; it must be a number."),
+        ("num_train_epochs: [1]", "`num_train_epochs` is [1]; it must be a number."),
+        ("lr_scheduler_type: 1", "`lr_scheduler_type` is 1; it must be text."),
+        ("pad_to_multiple_of: 8.5", "`pad_to_multiple_of` is 8.5; it must be a whole number or text."),
+        ("use_peft: 2", "`use_peft` is 2; it must be true or false."),
+    ],
+)
+def test_training_options_of_another_type(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(f"output_dir: out\nuse_cpu: true\nbf16: false\n{text}\n")
+    kinds = (RunConfig, RunTrainingConfig, RunModelConfig)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_options(["--config", str(tmp_path / "a.yaml")], kinds, command="run", description="")
+
+
+def test_training_options_that_yaml_may_write_in_several_ways(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        """
+output_dir: out
+use_cpu: true
+bf16: false
+temperature: [1, 1e-1]
+loss_type: [listmle, sft]
+loss_weights: [1, 1e-2]
+learning_rate: 1e-6
+beta: 1
+save_steps: 0.5
+lr_scheduler_type: cosine
+lr_scheduler_kwargs: {num_cycles: 2}
+model_init_kwargs: '{"a": 1}'
+save_strategy: no
+report_to: [none]
+logging_steps: 5
+pad_to_multiple_of: 8
+max_length: null
+shared_prompt: off
+optim_target_modules: [a, b]
+accelerator_config: {split_batches: true}
+lora_target_modules: all-linear
+lora_modules_to_save: lm_head
+"""
+    )
+    kinds = (RunConfig, RunTrainingConfig, RunModelConfig)
+    options, training, model, *_ = parse_options(
+        ["--config", str(tmp_path / "a.yaml")], kinds, command="run", description=""
+    )
+    assert options.temperature == [1.0, 0.1] and training.loss_weights == [1, 0.01] and training.beta == 1
+    assert training.save_strategy == "no" and training.shared_prompt == "off" and training.max_length is None
+    assert (model.lora_target_modules, model.lora_modules_to_save) == ("all-linear", ["lm_head"])
+
+
+KINDS_OF_OPTIONS = [ScriptArguments, RunTrainingConfig, RunModelConfig, SampledModelConfig, DatasetMixtureConfig]
+if tiny.HAS_ONLINE:
+    KINDS_OF_OPTIONS.append(importlib.import_module("trl_larpo").OnlineLarPOConfig)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OPTIONS)
+def test_defaults_are_of_the_types_that_are_checked(tmp_path, kind):
+    folder = {"output_dir": str(tmp_path)} if issubclass(kind, TrainingArguments) else {}
+    made = kind(**folder, **({"use_cpu": True, "bf16": False} if folder else {}))
+    for each in dataclasses.fields(kind):
+        default = each.default if each.default is not dataclasses.MISSING else getattr(made, each.name, None)
+        if each.init and default is not dataclasses.MISSING:
+            check_types({each.name: default}, [kind])  # as the class has it
+    in_yaml = yaml.safe_load(yaml.safe_dump({name: plain(value) for name, value in vars(made).items()}))
+    known = {each.name for each in dataclasses.fields(kind) if each.init}
+    check_types({name: value for name, value in in_yaml.items() if name in known}, [kind])  # as run.yaml has it
 
 
 def test_prompts_that_are_not_utf8_are_named_by_their_line(project, capsys):

@@ -7,7 +7,7 @@ import difflib
 import os
 import subprocess
 
-from .config_file import as_meant, check_config_file, check_numbers
+from .config_file import as_meant, check_config_file, check_numbers, check_types
 from .errors import ConfigError, LarPOError, ProcessError
 from .lifetime import Stopped, ended_by, exit_status, is_launched, mark_launcher
 from .option_help import ShowFullHelp, short_help
@@ -64,7 +64,9 @@ def parse_options(
             return short_help(self)
 
         def set_defaults_with_config(self, **config):
-            words = super().set_defaults_with_config(**as_meant(config, [*launch_actions, *self._actions]))
+            config = as_meant(config, [*launch_actions, *self._actions])
+            check_types(config, dataclasses)
+            words = super().set_defaults_with_config(**config)
             pairs = zip(words[::2], words[1::2], strict=True)
             return [word for flag, value in pairs for word in _as_flag(flag, value, flag in switches)]
 
