@@ -3,7 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig, get_quantization_config
 
 from ..training.config import LarPOConfig
@@ -32,3 +39,14 @@ def quantization_of(model: ModelConfig, args: LarPOConfig) -> BitsAndBytesConfig
 def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
     """That of the initial model."""
     return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+
+
+def empty_model(config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """
+    A model without memory for its weights, which need not be there: as of a hub id.
+
+    Raises:
+        Exception: Of many kinds, as some architectures compute with weights when they are made.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **kwargs)
