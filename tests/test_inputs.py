@@ -228,3 +228,31 @@ def test_a_folder_that_is_a_file_is_named(project, capsys, place):
     assert cli.main(["train", "--output_dir", place, *words]) == 2
     assert f"`output_dir` is '{place}', but file is a file" in error_of(capsys)
     assert Path("file").is_file()
+
+
+def test_a_yaml_file_may_name_the_home_folder(project, monkeypatch):
+    """There no shell puts it in place of `~`."""
+    monkeypatch.setenv("HOME", str(project / "home"))
+    shutil.copytree(tiny.save_tiny_model(project / "tiny"), project / "home/model")
+    (project / "home/prompts.jsonl").write_text('{"prompt": "why"}\n{"prompt": "how"}\n')
+    judge = {"reward_funcs": "run_rewards:vowels", "use_cpu": True}
+    steps = {
+        "generate": {
+            "model_name_or_path": "~/model", "prompts": "~/prompts.jsonl", "output": "~/samples.jsonl",
+            "num_samples": 2, "max_new_tokens": 4, "use_cpu": True,
+        },
+        "reward": {"samples": "~/samples.jsonl", "output": "~/rewarded.jsonl"} | judge,
+        "select": {"candidates": "~/rewarded.jsonl", "output": "~/lists.jsonl"},
+        "recall": {"candidates": ["~/run"], "output": "~/recall"} | judge,
+    }  # fmt: skip
+    for command, options in steps.items():
+        if command == "recall":
+            (project / "home/run/iteration_1").mkdir(parents=True)
+            (project / "home/run/run.yaml").touch()
+            shutil.copy(project / "home/rewarded.jsonl", project / "home/run/iteration_1/held_out.jsonl")
+        Path("options.yaml").write_text(yaml.safe_dump(options))
+        assert cli.main([command, "--config", "options.yaml"]) == 0
+    assert (project / "home/recall/recall.md").is_file() and (project / "home/lists.jsonl").is_file()
+    change_options(project, model_name_or_path="~/model", output_dir="~/out")
+    assert larpo_run("--small", "--dry_run") == 0 and (project / "home/out-small-parts").is_dir()
+    assert not Path("~").exists()

@@ -7,7 +7,7 @@ import difflib
 import os
 import subprocess
 
-from .config_file import as_meant, check_config_file, check_numbers, check_types
+from .config_file import as_meant, check_config_file, check_numbers, check_types, expand_paths
 from .errors import ConfigError, LarPOError, ProcessError
 from .lifetime import Stopped, ended_by, exit_status, is_launched, mark_launcher
 from .option_help import ShowFullHelp, short_help
@@ -88,6 +88,7 @@ def parse_options(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
         check_numbers(*options)
+        expand_paths(*options)
     except LarPOError:
         raise
     except IndexError:

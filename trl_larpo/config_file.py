@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterable
 from enum import Enum
 from types import NoneType, UnionType
@@ -151,3 +152,22 @@ def check_numbers(*groups: Any) -> None:
             for each in value if isinstance(value, list) else [value]:
                 if isinstance(each, float) and math.isnan(each):
                     raise ConfigError(f"`{field.name}` is nan, which is not a number.")
+
+
+_PATHS = ("output", "model_name_or_path", "candidates", "samples", "prompts", "accelerate_config")
+
+
+def expand_paths(*groups: Any) -> None:
+    """
+    Puts the home folder in place of `~` in options that name files and folders: no shell does so in a YAML file.
+
+    Args:
+        groups: Dataclasses of options.
+    """
+    for group in groups:
+        for name in _PATHS:
+            value = getattr(group, name, None)
+            if isinstance(value, str):
+                setattr(group, name, os.path.expanduser(value))
+            elif isinstance(value, list):
+                setattr(group, name, [os.path.expanduser(path) for path in value])

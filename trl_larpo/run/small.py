@@ -65,8 +65,8 @@ def shrink_arguments(argv: list[str]) -> list[str]:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or "output_dir" not in config:
         raise ConfigError(f"`--config`: {str(path)!r} has no `output_dir`.")
-    small = shrink(config, Path(f"{config['output_dir']}-small-parts"))
-    written = Path(f"{config['output_dir']}-small-parts") / "small.yaml"
+    parts = Path(f"{config['output_dir']}-small-parts").expanduser()
+    small, written = shrink(config, parts), parts / "small.yaml"
     write_text(written, yaml.safe_dump(small, sort_keys=True))
     print(f"Small form of {path} with tiny stand-ins for its models: {written}")
     return [*argv[:place], "--config", str(written), *argv[place + 2 :]]
