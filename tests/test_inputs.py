@@ -11,16 +11,17 @@ import pytest
 import tiny
 import yaml
 from small_run import change_options, larpo_run
-from transformers import TrainingArguments
-from trl import DatasetMixtureConfig, ScriptArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_larpo import cli
 from trl_larpo.arguments import parse_options
-from trl_larpo.commands import SampledModelConfig
+from trl_larpo.commands import SampledModelConfig, check_model
 from trl_larpo.config_file import as_meant, check_types
 from trl_larpo.errors import ConfigError, DataError
 from trl_larpo.run.candidate_files import read_candidate_pools
 from trl_larpo.run.folder import _plain as plain
+from trl_larpo.run.loading import tokenizer_of
 from trl_larpo.run.options import RunConfig, RunModelConfig, RunTrainingConfig
 from trl_larpo.training.datasets import load_splits
 
@@ -256,3 +257,31 @@ def test_a_yaml_file_may_name_the_home_folder(project, monkeypatch):
     change_options(project, model_name_or_path="~/model", output_dir="~/out")
     assert larpo_run("--small", "--dry_run") == 0 and (project / "home/out-small-parts").is_dir()
     assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("name", ["nomodel", "./nomodel", "empty", "prompts.jsonl"])
+@pytest.mark.parametrize("command", ["run", "generate", "recall", "train", *(["online"] if tiny.HAS_ONLINE else [])])
+def test_a_model_that_is_not_there_is_named(project, capsys, command, name):
+    Path("empty").mkdir()
+    judge = ["--reward_funcs", "run_rewards:vowels"]
+    of_training = ["--dataset_name", "prompts.jsonl", "--output_dir", "out", "--bf16", "false"]
+    flags = {
+        "run": ["--config", "it.yaml"],
+        "generate": ["--prompts", "prompts.jsonl", "--output", "samples.jsonl"],
+        "recall": ["--prompts", "prompts.jsonl", "--output", "recall", *judge],
+        "train": of_training,
+        "online": [*of_training, *judge],
+    }
+    assert cli.main([command, *flags[command], "--use_cpu", "true", "--model_name_or_path", name]) == 2
+    said = error_of(capsys)
+    missing = f"is {name!r}, and there is no such folder."
+    assert f"`model_name_or_path`: {name!r} cannot be loaded: " in said or (name == "./nomodel" and missing in said)
+
+
+def test_an_adapter_is_a_model_to_sample_or_train(project, talkative_model):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(talkative_model)
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained("adapter")
+    check_model(ModelConfig("adapter"))
+    with pytest.raises(ConfigError, match="'adapter' cannot be loaded"):
+        tokenizer_of(ModelConfig("adapter"))

@@ -320,6 +320,9 @@ _LAUNCHES = (
 )
 
 
+_TO_FIND_FILES = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code", "code_revision")
+
+
 def _allow_last_checkpoint(training_args) -> None:
     if getattr(training_args, "enable_jit_checkpoint", False):  # transformers saves one when SIGTERM comes
         take_time_to_stop()
@@ -327,11 +330,13 @@ def _allow_last_checkpoint(training_args) -> None:
 
 def _load_data(script_args, training_args, model_args, mixture_args):
     """The training set, and the evaluation set where there is to be an evaluation."""
+    from .commands import check_model
+    from .run.loading import check_model_path
     from .storage import check_folder
     from .training.datasets import load_splits, pick_split
 
     check_folder(Path(training_args.output_dir), "output_dir")
-    _check_model_path(model_args.model_name_or_path)
+    check_model_path(model_args.model_name_or_path)
     if mixture_args.datasets:
         from trl import get_dataset
 
@@ -342,6 +347,8 @@ def _load_data(script_args, training_args, model_args, mixture_args):
         raise ConfigError(
             "No data: give `dataset_name` (a file, a folder or a hub id), or `datasets` in the YAML file."
         )
+    given = {"trust_remote_code": training_args.trust_remote_code} | (training_args.model_init_kwargs or {})
+    check_model(model_args, **{name: value for name, value in given.items() if name in _TO_FIND_FILES})
     train_dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
     if training_args.eval_strategy == "no":
         return train_dataset, None
@@ -370,13 +377,6 @@ def _train_and_save(trainer, script_args) -> None:
         trainer.push_to_hub(dataset_name=_hub_name(script_args.dataset_name))
     if hasattr(trainer, "end"):  # transformers ≥ 5.18: finishes trackers and the process group
         trainer.end()
-
-
-def _check_model_path(name: str | None) -> None:
-    if not name:
-        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
-    if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
-        raise ConfigError(f"`model_name_or_path` is {name!r}, and there is no such folder.")
 
 
 def _hub_name(dataset_name: str | None) -> str | None:

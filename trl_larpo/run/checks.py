@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from transformers import AttentionInterface, AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AttentionInterface, AutoConfig, PretrainedConfig
 from trl import get_peft_config
 
 from ..errors import ConfigError
@@ -22,7 +22,7 @@ from .candidate_files import read_candidate_pools
 from .disk import check_disk
 from .folder import RunFolder
 from .health import CHECKS
-from .loading import empty_model
+from .loading import check_model_path, config_of, empty_model, tokenizer_of
 from .prompts import load_random_prompts
 
 _REFUSED = {  # option of the trainer: (what it must be, why)
@@ -66,10 +66,7 @@ def check_run(folder: RunFolder) -> int | None:
                 f"`stop_on` names {name!r}; the health checks are {', '.join(CHECKS)}, or 'any' or 'none'."
             )
     path = model.model_name_or_path
-    if not path:
-        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
-    if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
-        raise ConfigError(f"`model_name_or_path` is {path!r}, and there is no such folder.")
+    check_model_path(path)
     path = model.model_name_or_path = os.path.expanduser(path)
     folder.check_configuration()
     load_rewards(options.reward_funcs, options.reward_weights)
@@ -97,13 +94,7 @@ def check_run(folder: RunFolder) -> int | None:
         if not words or shutil.which(words[0]) is None:
             raise ConfigError(f"`server_command`: there is no program {words[0] if words else ''!r} on this machine.")
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=model.model_revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.model_revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`model_name_or_path`: {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+    config, tokenizer = config_of(model), tokenizer_of(model)
     _check_attention(folder, config)
     _check_modules(folder, config)
     if options.random_prompts:
