@@ -87,6 +87,26 @@ def test_resumes_from_the_last_checkpoint(yaml_file, tmp_path, monkeypatch):
     assert started_at == [4, 5]
 
 
+@pytest.mark.parametrize("value", ["true", "false", "no", "last"])
+def test_a_first_start_has_no_checkpoint(yaml_file, tmp_path, monkeypatch, value):
+    resumed = []
+    monkeypatch.setattr(
+        LarPOTrainer, "train", lambda self, resume_from_checkpoint: resumed.append(resume_from_checkpoint)
+    )
+    yaml_file.write_text(f"{yaml_file.read_text()}resume_from_checkpoint: {value}\n")
+    assert cli.main(["train", "--config", str(yaml_file)]) == 0
+    assert cli.main(["train", "--config", str(yaml_file), "--resume_from_checkpoint", value]) == 0
+    assert resumed == [None, None]
+
+
+def test_a_checkpoint_that_is_none_is_named(yaml_file, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for path, problem in (("nowhere", "there is no such folder"), ("empty", "it has no trainer_state.json")):
+        flags = ["--config", str(yaml_file), "--resume_from_checkpoint", str(tmp_path / path)]
+        assert cli.main(["train", *flags]) == 2
+        assert f"{path}', and {problem}. 'last' resumes" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_trains_with_lora_and_evaluates(yaml_file, tmp_path, tiny_model):
     pytest.importorskip("peft")

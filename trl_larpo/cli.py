@@ -25,7 +25,7 @@ from .errors import ConfigError, LarPOError
 from .lifetime import Stopped, end_now, end_with_launcher, guard, is_launched, take_time_to_stop
 from .version import __version__
 
-_LAST_CHECKPOINT = ("true", "last", "auto")
+_LAST_CHECKPOINT, _NO_CHECKPOINT = ("true", "last", "auto"), ("false", "no", "none", "")
 
 _RERUN = " Run the same command again to resume; what was saved is kept."
 _RESUME_TRAINING = " With `--resume_from_checkpoint last` it resumes from its last checkpoint (`save_steps`)."
@@ -336,6 +336,7 @@ def _load_data(script_args, training_args, model_args, mixture_args):
     from .training.datasets import load_splits, pick_split
 
     check_folder(Path(training_args.output_dir), "output_dir")
+    training_args.resume_from_checkpoint = _checkpoint(training_args)
     check_model_path(model_args.model_name_or_path)
     if mixture_args.datasets:
         from trl import get_dataset
@@ -355,10 +356,27 @@ def _load_data(script_args, training_args, model_args, mixture_args):
     return train_dataset, pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
 
 
+def _checkpoint(training_args) -> str | None:
+    """The folder of the checkpoint to resume from; `None` for a fresh start."""
+    from .training.checkpoints import damage_of, last_whole_checkpoint
+
+    name = str(training_args.resume_from_checkpoint or "")
+    if name.lower() in _NO_CHECKPOINT:
+        return None
+    if name.lower() in _LAST_CHECKPOINT:
+        return last_whole_checkpoint(training_args.output_dir)  # None where there is none yet
+    path = Path(name).expanduser()
+    problem = damage_of(path, "trainer_state.json") if path.is_dir() else "there is no such folder"
+    if problem is not None:
+        raise ConfigError(
+            f"`resume_from_checkpoint` is {name!r}, and {problem}. 'last' resumes from the last checkpoint in "
+            "`output_dir`, if there is one."
+        )
+    return str(path)
+
+
 def _train_and_save(trainer, script_args) -> None:
     import torch
-
-    from .training.checkpoints import last_whole_checkpoint
 
     args = trainer.args
     if script_args.ignore_bias_buffers:  # as in TRL's scripts: a work-around for boolean buffers under DDP
@@ -366,10 +384,7 @@ def _train_and_save(trainer, script_args) -> None:
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
 
-    checkpoint = args.resume_from_checkpoint
-    if isinstance(checkpoint, str) and checkpoint.lower() in _LAST_CHECKPOINT:
-        checkpoint = last_whole_checkpoint(args.output_dir)  # None, a fresh start, where there is none yet
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=_hub_name(script_args.dataset_name))
     trainer.accelerator.print(f"Model saved to {args.output_dir}")

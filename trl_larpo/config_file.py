@@ -67,6 +67,8 @@ def as_meant(options: dict[str, Any], actions: Iterable[Any]) -> dict[str, Any]:
         words = [word for word, read in _WORDS.items() if read is value and word in choices.get(name, ())]
         if words:
             value = words[0]
+        elif name == "resume_from_checkpoint" and isinstance(value, bool):
+            value = str(value).lower()  # as the flag is written
         if name in known and known[name].nargs == "+" and value is not None:
             items = value if isinstance(value, list) else [value]
             value = [_converted(name, item, known[name].type) for item in items]
