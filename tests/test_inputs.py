@@ -285,3 +285,11 @@ def test_an_adapter_is_a_model_to_sample_or_train(project, talkative_model):
     check_model(ModelConfig("adapter"))
     with pytest.raises(ConfigError, match="'adapter' cannot be loaded"):
         tokenizer_of(ModelConfig("adapter"))
+
+
+def test_config_may_be_written_in_one_word_but_not_twice(project, capsys):
+    for words in (["--config=it.yaml"], ["--config=it.yaml", "--small"], ["--config", "it.yaml"]):
+        assert cli.main(["run", *words, "--dry_run"]) == 0
+    assert cli.main(["run", "--config=it.yaml", "--config", "it.yaml", "--dry_run"]) == 2
+    assert "`--config` is given twice" in error_of(capsys)
+    assert cli.main(["run", "--config=nowhere.yaml"]) == 2 and "'nowhere.yaml' cannot be read" in error_of(capsys)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .arguments import Parser, asks_for_help, launch_training, parse_options
+from .config_file import with_config_apart
 from .errors import ConfigError, LarPOError
 from .lifetime import Stopped, end_now, end_with_launcher, guard, is_launched, take_time_to_stop
 from .version import __version__
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             end_with_launcher()  # before the imports, which take seconds
         if argv[0] not in COMMANDS:
             raise ConfigError(f"Unknown option `{argv[0]}`: a command comes first (`larpo --help` lists them).")
-        return COMMANDS[argv[0]][0](argv[1:]) or 0
+        return COMMANDS[argv[0]][0](with_config_apart(argv[1:])) or 0
     except LarPOError as error:
         if is_worker:
             _tell_others(error)

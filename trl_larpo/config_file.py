@@ -29,6 +29,22 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
+def with_config_apart(argv: list[str]) -> list[str]:
+    """
+    The words of a command, with `--config=FILE` as the two words that TRL's parser takes.
+
+    Raises:
+        ConfigError: If there are several files.
+    """
+    words: list[str] = []
+    for word in argv:
+        flag, is_joined, path = word.partition("=")
+        words += [flag, os.path.expanduser(path)] if is_joined and flag == "--config" else [word]
+    if words.count("--config") > 1:
+        raise ConfigError("`--config` is given twice; put all options in one YAML file, or give some as flags.")
+    return words
+
+
 def check_config_file(argv: list[str]) -> None:
     """
     Checks the file that `--config` names, if it does.
