@@ -4,7 +4,10 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,6 +139,11 @@ lora_modules_to_save: lm_head
     assert options.temperature == [1.0, 0.1] and training.loss_weights == [1, 0.01] and training.beta == 1
     assert training.save_strategy == "no" and training.shared_prompt == "off" and training.max_length is None
     assert (model.lora_target_modules, model.lora_modules_to_save) == ("all-linear", ["lm_head"])
+
+
+@pytest.mark.skipif(not tiny.HAS_ONLINE, reason="needs `larpo online`")
+def test_truth_that_trl_takes_as_text():
+    check_types({"scale_rewards": True}, [importlib.import_module("trl_larpo").OnlineLarPOConfig])
 
 
 KINDS_OF_OPTIONS = [ScriptArguments, RunTrainingConfig, RunModelConfig, SampledModelConfig, DatasetMixtureConfig]
@@ -293,3 +301,17 @@ def test_config_may_be_written_in_one_word_but_not_twice(project, capsys):
     assert cli.main(["run", "--config=it.yaml", "--config", "it.yaml", "--dry_run"]) == 2
     assert "`--config` is given twice" in error_of(capsys)
     assert cli.main(["run", "--config=nowhere.yaml"]) == 2 and "'nowhere.yaml' cannot be read" in error_of(capsys)
+
+
+@pytest.mark.parametrize("text, flag", [("small: true", "--small"), ("try: 5", "--try"), ("help: true", "--help")])
+def test_flags_are_no_options_of_a_yaml_file(project, capsys, text, flag):
+    (project / "it.yaml").write_text(f"{(project / 'it.yaml').read_text()}{text}\n")
+    assert larpo_run("--dry_run") == 2
+    assert f"in the YAML file: write it as the flag `{flag}` in the command" in error_of(capsys)
+
+
+def test_who_reads_a_text_may_leave_early():
+    code = "from trl_larpo.cli import _show; _show('line\\n' * 100_000)"
+    words = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "line\n", "")

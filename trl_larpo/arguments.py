@@ -7,7 +7,7 @@ import difflib
 import os
 import subprocess
 
-from .config_file import as_meant, check_config_file, check_numbers, check_types, expand_paths
+from .config_file import as_meant, check_config_file, check_no_flags, check_numbers, check_types, expand_paths
 from .errors import ConfigError, LarPOError, ProcessError
 from .lifetime import Stopped, ended_by, exit_status, is_launched, mark_launcher
 from .option_help import ShowFullHelp, short_help
@@ -64,6 +64,7 @@ def parse_options(
             return short_help(self)
 
         def set_defaults_with_config(self, **config):
+            check_no_flags(config)
             config = as_meant(config, [*launch_actions, *self._actions])
             check_types(config, dataclasses)
             words = super().set_defaults_with_config(**config)

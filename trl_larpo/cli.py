@@ -174,7 +174,7 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--prompt", help="show all candidates of one prompt instead: its prompt_id, or how it begins")
     arguments = parser.parse_args(argv)
     if arguments.prompt is not None:
-        print(describe_prompt(arguments.run, arguments.prompt))
+        _show(describe_prompt(arguments.run, arguments.prompt))
     else:
         print(f"Report: {write_report(arguments.run)}")
 
@@ -188,7 +188,15 @@ def status(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for scripts")
     arguments = parser.parse_args(argv)
     found = status_of(arguments.run)
-    print(json.dumps(found, ensure_ascii=False) if arguments.json else as_text(found))
+    _show(json.dumps(found, ensure_ascii=False) if arguments.json else as_text(found))
+
+
+def _show(text: str) -> None:
+    """Prints a text; who reads it may leave early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again at its end
 
 
 def generate(argv: list[str]) -> None:

@@ -124,6 +124,8 @@ def check_types(options: dict[str, Any], groups: Iterable[Any]) -> None:
             value, hint = options.get(field.name, ""), hints[field.name]
             if isinstance(value, str) or (value is None and field.default is None) or _fits(value, hint):
                 continue
+            if field.name == "scale_rewards" and isinstance(value, bool):  # TRL's types do not say so
+                continue
             raise ConfigError(of_another_type(field.name, value, " or ".join(dict.fromkeys(_names(hint)))))
 
 
@@ -173,6 +175,22 @@ def check_numbers(*groups: Any) -> None:
 
 
 _PATHS = ("output", "model_name_or_path", "candidates", "samples", "prompts", "accelerate_config")
+
+
+_FLAGS = ("config", "help", "help_all", "small", "try")
+
+
+def check_no_flags(options: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: If a YAML file has what can only be a flag.
+    """
+    for name in _FLAGS:
+        if name in options:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"`{name}` in the YAML file: write it as the flag `{flag}` in the command, and leave it out."
+            )
 
 
 def expand_paths(*groups: Any) -> None:
