@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_larpo import LarPOConfig, LarPOTrainer, cli, option_help
+from trl_larpo.arguments import launch_training, parse_options
 from trl_larpo.commands import GenerateConfig, RewardConfig, SelectConfig
 from trl_larpo.recall import RecallConfig
 from trl_larpo.rewards.options import JudgeOptions
@@ -83,6 +85,26 @@ def test_resumes_from_the_last_checkpoint(yaml_file, tmp_path, monkeypatch):
     cut_off.write_bytes(cut_off.read_bytes()[:1000])
     assert cli.main(again) == 0
     assert started_at == [4, 5]
+
+
+@pytest.mark.parametrize("value", ["true", "false", "no", "last"])
+def test_a_first_start_has_no_checkpoint(yaml_file, tmp_path, monkeypatch, value):
+    resumed = []
+    monkeypatch.setattr(
+        LarPOTrainer, "train", lambda self, resume_from_checkpoint: resumed.append(resume_from_checkpoint)
+    )
+    yaml_file.write_text(f"{yaml_file.read_text()}resume_from_checkpoint: {value}\n")
+    assert cli.main(["train", "--config", str(yaml_file)]) == 0
+    assert cli.main(["train", "--config", str(yaml_file), "--resume_from_checkpoint", value]) == 0
+    assert resumed == [None, None]
+
+
+def test_a_checkpoint_that_is_none_is_named(yaml_file, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for path, problem in (("nowhere", "there is no such folder"), ("empty", "it has no trainer_state.json")):
+        flags = ["--config", str(yaml_file), "--resume_from_checkpoint", str(tmp_path / path)]
+        assert cli.main(["train", *flags]) == 2
+        assert f"{path}', and {problem}. 'last' resumes" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -278,9 +300,53 @@ def test_missing_yaml(capsys):
     assert "`--config` needs the path of a YAML file" in capsys.readouterr().err
 
 
-def run(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(*command, **variables):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+LAUNCHES = "num_processes: 1\nnum_machines: 1\nmixed_precision: no\ndynamo_backend: no\ncpu: true\n"
+
+
+@pytest.mark.slow
+def test_options_of_accelerate_in_the_yaml_file_launch_once(yaml_file, tmp_path):
+    yaml_file.write_text(f"{yaml_file.read_text()}max_steps: 1\n{LAUNCHES}".replace("max_steps: 4\n", ""))
+    (tmp_path / "sitecustomize.py").write_text(  # else a process that launches itself would do so without end
+        "import os\ndepth = os.environ['DEPTH'] = os.environ.get('DEPTH', '') + 'x'\n"
+        f"open({str(tmp_path / 'starts')!r}, 'a').write(depth + '\\n')\nif len(depth) > 2: os._exit(99)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = run(sys.executable, "-m", "trl_larpo", "train", "--config", str(yaml_file), PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert max((tmp_path / "starts").read_text().split()) == "xx"
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", None])
+def test_a_launched_process_leaves_what_launched_it_out(tmp_path, monkeypatch, variable):
+    (tmp_path / "a.yaml").write_text(f"use_fsdp: false\n{LAUNCHES}")
+    words = ["--config", str(tmp_path / "a.yaml"), "--dynamo_mode", "default"]
+    options = (words, (ScriptArguments,))
+    _, from_config, from_flags = parse_options(*options, command="train", description="", launchable=True)
+    expected = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu"
+    assert (" ".join(from_config), from_flags) == (expected, ["--dynamo_mode", "default"])
+    if variable:
+        monkeypatch.setenv(variable, "0")
+    else:
+        monkeypatch.setenv("LARPO_LAUNCHER", f"{os.getppid()}@{socket.gethostname()}")
+    _, from_config, from_flags = parse_options(*options, command="train", description="", launchable=True)
+    assert (from_config, from_flags) == ([], ["--dynamo_mode", "default"])
+
+
+def test_each_option_goes_to_the_one_it_belongs_to(monkeypatch):
+    started = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", started.append)
+    monkeypatch.setattr("trl_larpo.arguments.mark_launcher", lambda: None)
+    argv = ["--config", "a.yaml", "--num_processes", "2", "--max_steps", "2"]
+    assert launch_training("train", argv, ["--num_processes", "1", "--cpu"], ["--num_processes", "2"]) == 0
+    [options] = started
+    assert options.num_processes == 2 and options.cpu is True
+    assert options.training_script_args == ["train", "--config", "a.yaml", "--max_steps", "2"]
 
 
 @pytest.mark.slow

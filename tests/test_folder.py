@@ -68,12 +68,27 @@ def test_a_logging_folder_with_the_time_in_its_name_is_no_change(start):
 
 
 @pytest.mark.parametrize("training, options, name", [
-    ({"bf16": True}, {}, "bf16"), ({"learning_rate": 1.0}, {}, "learning_rate"),
+    ({"bf16": True}, {}, "bf16"), ({"seed": 1}, {}, "seed"), ({"max_length": 99}, {}, "max_length"),
+    ({"reference_free": True}, {}, "reference_free"), ({"truncated_completions": "drop"}, {}, "truncated_completions"),
     ({}, {"reward_dtype": "float32"}, "reward_dtype"), ({}, {"max_new_tokens": 3}, "max_new_tokens"),
 ])  # fmt: skip
 def test_what_changes_results_is_refused(start, training, options, name):
     with pytest.raises(ConfigError, match=rf"`{name}` is .*, but the run in 'out' was made with .* Undo the change"):
         start(training, **options)
+
+
+@pytest.mark.parametrize("trained", ["model", "trainer/checkpoint-1", "trainer/best-1"])
+def test_options_of_updates_may_change_until_something_is_trained(start, trained):
+    """A training that crashed in its first step costs no samples."""
+    for path in ("out/iteration_1/trainer/data", "out/iteration_1/model.partial"):
+        Path(path).mkdir(parents=True)
+    Path("out/iteration_1/ref_logps.jsonl").touch()
+    corrected = {"learning_rate": 1e-5, "loss_type": ["listmle", "sft"], "loss_weights": [1.0, 0.01], "beta": 0.5}
+    start(corrected)
+    assert rows_of(f"out/{CHANGES}")[0]["changed"].keys() == corrected.keys()
+    Path("out/iteration_1", trained).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"`learning_rate` is 1.0, but the run in 'out' was made with 1e-05. Undo"):
+        start(corrected | {"learning_rate": 1.0})
 
 
 def test_a_run_that_was_stopped_before_it_began_may_start(start, tmp_path):

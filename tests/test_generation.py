@@ -291,6 +291,7 @@ def test_model_mode_is_restored(model):
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"num_samples": 2, "temperature": 0}, "`temperature=0` decodes greedily, so all 2 samples"),
         ({"num_samples": 2, "temperature": -1.0}, "`temperature` is -1.0"),
+        ({"num_samples": 2, "temperature": float("inf")}, "`temperature` is inf, with which"),
         ({"num_samples": 2, "temperature": [1.0]}, "`temperature` has 1 numbers for 2 samples"),
         ({"num_samples": 2, "top_p": 1.5}, "`top_p` is 1.5"),
         ({"num_samples": 2, "max_new_tokens": 0}, "`max_new_tokens` is 0"),

@@ -517,6 +517,7 @@ def test_a_checkpoint_of_other_processes_resumes_with_new_samples(online, tmp_pa
         ({"loss_type": ["sigmoid"]}, "on two completions 'lambdarank' is 'sigmoid'"),
         ({"loss_weights": [1.0, 2.0]}, "`loss_weights` has 2 numbers for 1 losses"),
         ({"beta": 0.0}, "`beta` is 0.0; it must be greater than 0"),
+        ({"temperature": 0.0}, "`temperature` is 0.0; samples that differ need one above 0"),
         ({"f_divergence_type": "kl"}, "`f_divergence_type` is 'kl'"),
         ({"ref_update_steps": 0}, "`ref_update_steps` is 0; it must be at least 1"),
         ({"ref_update_steps": 2, "sync_ref_model": True}, "`sync_ref_model` and `ref_update_steps` exclude"),

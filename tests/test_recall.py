@@ -159,6 +159,21 @@ def test_a_finished_run_needs_no_new_samples(finished_run, tmp_path, monkeypatch
         assert one["recall"]["mean"][-1] == np.mean([max(row["rewards"]) >= 0.3 for row in rows])
 
 
+WRONG_MODEL = ["--model_name_or_path", "nomodel", "--reward_funcs", "gsm8k", "--use_cpu"]
+
+
+@pytest.mark.parametrize("wrong", [["--candidates", "nowhere.jsonl"], ["--prompts", "sums.jsonl", *WRONG_MODEL]])
+def test_a_failed_start_does_not_block_its_output(tmp_path, monkeypatch, capsys, wrong):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(
+        tmp_path / "sums.jsonl", [{"prompt": "1 + 1 =", "answer": "2", "completions": ["2", "3"], "rewards": [1, 0]}]
+    )
+    assert cli.main(["recall", *wrong, "--output", "out"]) == 2
+    assert cli.main(["recall", "--candidates", "sums.jsonl", "--output", "out"]) == 0
+    assert cli.main(["recall", *wrong, "--output", "out"]) == 2
+    assert "but 'out' was made with" in capsys.readouterr().err
+
+
 def test_a_file_of_candidates_leaves_negatives_and_memory_out(tmp_path):
     about = {"finished": True, "num_tokens": 3}
     candidates = [

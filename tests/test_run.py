@@ -375,6 +375,24 @@ def test_text_prompts_fresh_slices_and_the_initial_model_as_reference(project):
                       "saved": [10, 4]}  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--attn_implementation", "eager"],
+        ["--attn_implementation", "kernels-community/flash-attn2"],
+        ["--use_peft"],
+        ["--use_peft", "--lora_target_modules", "all-linear", "--use_dora", "--merge_adapter"],
+        ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"],
+        ["--use_peft", "--lora_target_modules", r"model\.layers\.0\..*q_proj"],
+        ["--use_peft", "--lora_modules_to_save", "lm_head"],
+    ],
+)
+def test_attention_and_modules_that_a_model_has(project, flags):
+    if "--use_peft" in flags:
+        pytest.importorskip("peft")
+    assert larpo_run("--dry_run", *flags) == 0
+
+
 @pytest.mark.slow
 def test_lora_is_merged_into_a_whole_model(project, talkative_model):
     flags = ["--merge_adapter", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
@@ -467,6 +485,14 @@ BAD = {
     "chunks of adapters with ZeRO-3": (["--accelerate_config", "shards.yaml", "--use_peft", "--merge_adapter",
      "--candidate_chunk_size", 1, "--gradient_checkpointing", "true"], "Set `gradient_checkpointing: false`"),
     "merged without an adapter": (["--merge_adapter"], "`merge_adapter` is for an adapter"),
+    "unknown attention": (["--attn_implementation", "foo"], "`attn_implementation` is 'foo'; it must be one of"),
+    "attention that is not installed": (
+        ["--attn_implementation", "flash_attention_3"], "`attn_implementation` is 'flash_attention_3': "
+    ),
+    "unknown modules": (
+        ["--use_peft", "--lora_target_modules", "nosuch"],
+        "`lora_target_modules` is 'nosuch': Target modules nosuch not found in the base model",
+    ),
     "4 bits without an adapter": (["--load_in_4bit"], "set `use_peft`, and leave out `merge_adapter`"),
     "4 bits, merged": (["--load_in_4bit", "--use_peft", "--merge_adapter"], "leave out `merge_adapter`"),
     "an adapter and servers": (["--use_peft", "--server_command", "vllm {model} {port}"], "set `merge_adapter: true`"),

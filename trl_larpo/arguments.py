@@ -7,9 +7,9 @@ import difflib
 import os
 import subprocess
 
-from .config_file import as_meant, check_config_file, check_numbers
+from .config_file import as_meant, check_config_file, check_no_flags, check_numbers, check_types, expand_paths
 from .errors import ConfigError, LarPOError, ProcessError
-from .lifetime import Stopped, ended_by, exit_status, mark_launcher
+from .lifetime import Stopped, ended_by, exit_status, is_launched, mark_launcher
 from .option_help import ShowFullHelp, short_help
 
 
@@ -36,7 +36,9 @@ def parse_options(
     launchable: bool = False,
 ):
     """
-    Options as dataclasses, and what is left for `accelerate launch`.
+    Options as dataclasses, and what is left for `accelerate launch`: words from the YAML file, and from flags.
+
+    In a process that has been launched, those of the YAML file have done their work, and are left out.
 
     Args:
         argv: What follows the command's name.
@@ -52,6 +54,9 @@ def parse_options(
     from accelerate.commands.launch import launch_command_parser
     from trl import TrlParser
 
+    launch_actions = launch_command_parser()._actions if launchable else []
+    switches = {flag for action in launch_actions if action.nargs == 0 for flag in action.option_strings}
+
     class OptionParser(TrlParser):
         error = Parser.error
 
@@ -59,7 +64,12 @@ def parse_options(
             return short_help(self)
 
         def set_defaults_with_config(self, **config):
-            return super().set_defaults_with_config(**as_meant(config, self._actions))
+            check_no_flags(config)
+            config = as_meant(config, [*launch_actions, *self._actions])
+            check_types(config, dataclasses)
+            words = super().set_defaults_with_config(**config)
+            pairs = zip(words[::2], words[1::2], strict=True)
+            return [word for flag, value in pairs for word in _as_flag(flag, value, flag in switches)]
 
     parser = OptionParser(
         dataclasses,
@@ -79,6 +89,7 @@ def parse_options(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
         check_numbers(*options)
+        expand_paths(*options)
     except LarPOError:
         raise
     except IndexError:
@@ -89,8 +100,7 @@ def parse_options(
     remaining = from_config + from_flags
     known = {flag for action in parser._actions for flag in action.option_strings}
     if launchable:
-        known |= {flag for action in launch_command_parser()._actions for flag in action.option_strings}
-        known.add("--accelerate_config")
+        known |= {flag for action in launch_actions for flag in action.option_strings} | {"--accelerate_config"}
     for word in remaining:
         flag = word.split("=")[0]
         if flag.startswith("--") and (flag not in known or not launchable):
@@ -100,17 +110,33 @@ def parse_options(
             raise ConfigError(f"Unknown option {where}.{hint}")
     if remaining and not remaining[0].startswith("--"):
         raise ConfigError(f"Unexpected argument {remaining[0]!r}: options start with `--`.")
-    return *options, remaining
+    if is_launched() or {"RANK", "LOCAL_RANK"} & os.environ.keys():
+        from_config = []
+    return *options, from_config, from_flags
 
 
-def launch_training(command: str, argv: list[str], launch_args: list[str]) -> int:
+def _as_flag(flag: str, value: str, is_switch: bool) -> list[str]:
+    """The words of a flag for a value of a YAML file: a switch such as `--cpu` is there, or is not."""
+    if is_switch and value in ("True", "False"):
+        return [flag] * (value == "True")
+    return [flag, value]
+
+
+def launch_training(command: str, argv: list[str], from_config: list[str], from_flags: list[str]) -> int:
     """
     Starts `accelerate launch ... -m trl_larpo COMMAND ...`, each option going to the one it belongs to.
+
+    Args:
+        command: Name of the command.
+        argv: What follows it.
+        from_config: Words for accelerate from the YAML file, which the launched processes read again.
+        from_flags: Words of `argv` for accelerate, which win.
 
     Returns:
         The exit status of the process that failed, which has said why.
 
     Raises:
+        ConfigError: If accelerate has launched this process, or has no such configuration.
         ProcessError: If a signal ended a process, which could not say it.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -121,15 +147,15 @@ def launch_training(command: str, argv: list[str], launch_args: list[str]) -> in
     from .run.launch import first_failure
 
     if "RANK" in os.environ:
-        raise ConfigError(f"Already launched by accelerate; give {launch_args[0]} to `accelerate launch` itself.")
-    ours, remaining = [], list(launch_args)
+        raise ConfigError(f"Already launched by accelerate; give {from_flags[0]} to `accelerate launch` itself.")
+    ours, remaining = [], list(from_flags)
     for word in argv:
         if remaining and word == remaining[0]:
             remaining.pop(0)
         else:
             ours.append(word)
     try:
-        launch_args = resolve_accelerate_config_argument(launch_args)
+        launch_args = resolve_accelerate_config_argument([*from_config, *from_flags])
     except ValueError as error:
         raise ConfigError(str(error)) from None
     mark_launcher()

@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .arguments import Parser, asks_for_help, launch_training, parse_options
+from .config_file import with_config_apart
 from .errors import ConfigError, LarPOError
 from .lifetime import Stopped, end_now, end_with_launcher, guard, is_launched, take_time_to_stop
 from .version import __version__
 
-_LAST_CHECKPOINT = ("true", "last", "auto")
+_LAST_CHECKPOINT, _NO_CHECKPOINT = ("true", "last", "auto"), ("false", "no", "none", "")
 
 _RERUN = " Run the same command again to resume; what was saved is kept."
 _RESUME_TRAINING = " With `--resume_from_checkpoint last` it resumes from its last checkpoint (`save_steps`)."
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             end_with_launcher()  # before the imports, which take seconds
         if argv[0] not in COMMANDS:
             raise ConfigError(f"Unknown option `{argv[0]}`: a command comes first (`larpo --help` lists them).")
-        return COMMANDS[argv[0]][0](argv[1:]) or 0
+        return COMMANDS[argv[0]][0](with_config_apart(argv[1:])) or 0
     except LarPOError as error:
         if is_worker:
             _tell_others(error)
@@ -111,7 +112,7 @@ def run(argv: list[str]) -> None:
         argv = [word for word in argv if word != "--small"]
         argv = argv if asks_for_help(argv) else shrink_arguments(argv)
     argv, num_tried = without_try(argv)
-    options, training, model, _ = parse_options(
+    options, training, model, *_ = parse_options(
         argv,
         (RunConfig, RunTrainingConfig, RunModelConfig),
         command="run",
@@ -173,7 +174,7 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--prompt", help="show all candidates of one prompt instead: its prompt_id, or how it begins")
     arguments = parser.parse_args(argv)
     if arguments.prompt is not None:
-        print(describe_prompt(arguments.run, arguments.prompt))
+        _show(describe_prompt(arguments.run, arguments.prompt))
     else:
         print(f"Report: {write_report(arguments.run)}")
 
@@ -187,14 +188,22 @@ def status(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for scripts")
     arguments = parser.parse_args(argv)
     found = status_of(arguments.run)
-    print(json.dumps(found, ensure_ascii=False) if arguments.json else as_text(found))
+    _show(json.dumps(found, ensure_ascii=False) if arguments.json else as_text(found))
+
+
+def _show(text: str) -> None:
+    """Prints a text; who reads it may leave early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again at its end
 
 
 def generate(argv: list[str]) -> None:
     """`larpo generate`: samples completions."""
     from .commands import GenerateConfig, SampledModelConfig, generate
 
-    options, model, _ = parse_options(
+    options, model, *_ = parse_options(
         argv,
         (GenerateConfig, SampledModelConfig),
         command="generate",
@@ -209,7 +218,7 @@ def reward(argv: list[str]) -> None:
     """`larpo reward`: scores completions."""
     from .commands import RewardConfig, reward
 
-    options, _ = parse_options(
+    options, *_ = parse_options(
         argv, (RewardConfig,), command="reward", description="Reward the completions of a file into another file."
     )
     _show_log()
@@ -220,7 +229,7 @@ def select(argv: list[str]) -> None:
     """`larpo select`: makes candidate lists."""
     from .commands import SelectConfig, select
 
-    options, _ = parse_options(
+    options, *_ = parse_options(
         argv,
         (SelectConfig,),
         command="select",
@@ -235,7 +244,7 @@ def recall(argv: list[str]) -> None:
     from .commands import SampledModelConfig
     from .recall import RecallConfig, recall
 
-    options, model, _ = parse_options(
+    options, model, *_ = parse_options(
         argv,
         (RecallConfig, SampledModelConfig),
         command="recall",
@@ -260,7 +269,7 @@ def train(argv: list[str]) -> int:
 
     from .training.config import LarPOConfig
 
-    script_args, training_args, model_args, mixture_args, launch_args = parse_options(
+    script_args, training_args, model_args, mixture_args, *launch_args = parse_options(
         argv,
         (ScriptArguments, LarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="train",
@@ -269,8 +278,8 @@ def train(argv: list[str]) -> int:
         launchable=True,
     )
     _allow_last_checkpoint(training_args)
-    if launch_args:
-        return launch_training("train", argv, launch_args)
+    if any(launch_args):
+        return launch_training("train", argv, *launch_args)
 
     _show_log()
     from .run.training_stages import make_trainer
@@ -295,7 +304,7 @@ def online(argv: list[str]) -> int:
     from .rewards.options import JudgeOptions
     from .training.online_config import OnlineLarPOConfig
 
-    script_args, judges, training_args, model_args, mixture_args, launch_args = parse_options(
+    script_args, judges, training_args, model_args, mixture_args, *launch_args = parse_options(
         argv,
         (ScriptArguments, JudgeOptions, OnlineLarPOConfig, ModelConfig, DatasetMixtureConfig),
         command="online",
@@ -305,8 +314,8 @@ def online(argv: list[str]) -> int:
         launchable=True,
     )
     _allow_last_checkpoint(training_args)
-    if launch_args:
-        return launch_training("online", argv, launch_args)
+    if any(launch_args):
+        return launch_training("online", argv, *launch_args)
 
     _show_log()
     train_dataset, eval_dataset = _load_data(script_args, training_args, model_args, mixture_args)
@@ -320,6 +329,9 @@ _LAUNCHES = (
 )
 
 
+_TO_FIND_FILES = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code", "code_revision")
+
+
 def _allow_last_checkpoint(training_args) -> None:
     if getattr(training_args, "enable_jit_checkpoint", False):  # transformers saves one when SIGTERM comes
         take_time_to_stop()
@@ -327,11 +339,14 @@ def _allow_last_checkpoint(training_args) -> None:
 
 def _load_data(script_args, training_args, model_args, mixture_args):
     """The training set, and the evaluation set where there is to be an evaluation."""
+    from .commands import check_model
+    from .run.loading import check_model_path
     from .storage import check_folder
     from .training.datasets import load_splits, pick_split
 
     check_folder(Path(training_args.output_dir), "output_dir")
-    _check_model_path(model_args.model_name_or_path)
+    training_args.resume_from_checkpoint = _checkpoint(training_args)
+    check_model_path(model_args.model_name_or_path)
     if mixture_args.datasets:
         from trl import get_dataset
 
@@ -342,16 +357,36 @@ def _load_data(script_args, training_args, model_args, mixture_args):
         raise ConfigError(
             "No data: give `dataset_name` (a file, a folder or a hub id), or `datasets` in the YAML file."
         )
+    given = {"trust_remote_code": training_args.trust_remote_code} | (training_args.model_init_kwargs or {})
+    check_model(model_args, **{name: value for name, value in given.items() if name in _TO_FIND_FILES})
     train_dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
     if training_args.eval_strategy == "no":
         return train_dataset, None
     return train_dataset, pick_split(splits, script_args.dataset_test_split, "dataset_test_split")
 
 
+def _checkpoint(training_args) -> str | None:
+    """The folder of the checkpoint to resume from; `None` for a fresh start."""
+    from .training.checkpoints import damage_of, last_whole_checkpoint
+
+    name = str(training_args.resume_from_checkpoint or "")
+    if name.lower() in _NO_CHECKPOINT:
+        return None
+    if name.lower() in _LAST_CHECKPOINT:
+        # None where there is none yet
+        return last_whole_checkpoint(training_args.output_dir, training_args.save_only_model)
+    path = Path(name).expanduser()
+    problem = damage_of(path, "trainer_state.json") if path.is_dir() else "there is no such folder"
+    if problem is not None:
+        raise ConfigError(
+            f"`resume_from_checkpoint` is {name!r}, and {problem}. 'last' resumes from the last checkpoint in "
+            "`output_dir`, if there is one."
+        )
+    return str(path)
+
+
 def _train_and_save(trainer, script_args) -> None:
     import torch
-
-    from .training.checkpoints import last_whole_checkpoint
 
     args = trainer.args
     if script_args.ignore_bias_buffers:  # as in TRL's scripts: a work-around for boolean buffers under DDP
@@ -359,11 +394,7 @@ def _train_and_save(trainer, script_args) -> None:
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
 
-    checkpoint = args.resume_from_checkpoint
-    if isinstance(checkpoint, str) and checkpoint.lower() in _LAST_CHECKPOINT:
-        # None, a fresh start, where there is none yet
-        checkpoint = last_whole_checkpoint(args.output_dir, args.save_only_model)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=_hub_name(script_args.dataset_name))
     trainer.accelerator.print(f"Model saved to {args.output_dir}")
@@ -371,13 +402,6 @@ def _train_and_save(trainer, script_args) -> None:
         trainer.push_to_hub(dataset_name=_hub_name(script_args.dataset_name))
     if hasattr(trainer, "end"):  # transformers ≥ 5.18: finishes trackers and the process group
         trainer.end()
-
-
-def _check_model_path(name: str | None) -> None:
-    if not name:
-        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
-    if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
-        raise ConfigError(f"`model_name_or_path` is {name!r}, and there is no such folder.")
 
 
 def _hub_name(dataset_name: str | None) -> str | None:

@@ -3,6 +3,7 @@ What the commands beside `larpo run` do: the steps of an iteration one at a time
 `larpo reward`, `larpo select`), and the trainer of `larpo online`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers.utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .candidates import CandidatePool, SelectionCounts, each_list
@@ -28,6 +29,7 @@ from .rewards.options import JudgeOptions, RewardOptions
 from .rewards.scorer import RewardScorer, saved_scores_of_row
 from .rewards.trl_convention import as_function
 from .run.candidate_files import read_candidate_pools
+from .run.loading import check_model_path, config_of, tokenizer_of
 from .run.options import PromptOptions, SelectionOptions
 from .run.prompts import load_prompts, warn_of_other_columns
 from .selection import TRUNCATED_COMPLETIONS
@@ -108,8 +110,7 @@ def generate(options: GenerateConfig, model: ModelConfig) -> None:
     """Samples completions of all prompts."""
     output = Path(_path(options, "output"))
     options.check_prompts()
-    if not model.model_name_or_path:
-        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
+    check_model_path(model.model_name_or_path)
     options.check_generation()
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
     kinds = [SampleKind("policy", options.temperature[0])] * options.num_samples
@@ -148,6 +149,27 @@ def prompts_of(options: PromptOptions) -> list[Prompt]:
     return list(first.values())
 
 
+def check_model(model: ModelConfig, **kwargs: Any) -> None:
+    """
+    Checks that there is such a model, or an adapter.
+
+    Args:
+        model: Which one.
+        kwargs: Further arguments of `from_pretrained`.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    check_model_path(model.model_name_or_path)
+    try:
+        config_of(model, **kwargs)
+    except ConfigError:
+        with contextlib.suppress(OSError):
+            if find_adapter_config_file(model.model_name_or_path, revision=model.model_revision):
+                return
+        raise
+
+
 def sample_file(
     options: GenerationOptions,
     model: ModelConfig,
@@ -175,7 +197,7 @@ def sample_file(
         The prompts with their candidates. On processes but the first nothing.
 
     Raises:
-        ConfigError: If servers are to sample from a model that is quantized in this process.
+        ConfigError: If there is no such model, or servers are to sample from one that is quantized in this process.
     """
     path, quantization = model.model_name_or_path, get_quantization_config(model)
     if quantization is not None:
@@ -187,7 +209,8 @@ def sample_file(
         quantization.bnb_4bit_compute_dtype = generation_dtype(options.generation_dtype, device_of(use_cpu))
     if continue_output(output, [prompt.id for prompt in prompts], lambda place: prompts[place].text):
         return read_pools(output)
-    AutoTokenizer.from_pretrained(path, revision=model.model_revision)  # an error here, before servers start
+    check_model(model)
+    tokenizer_of(model)  # an error here, before servers start
     sampler = PolicySampler(
         options,
         seed=seed,

@@ -40,10 +40,18 @@ def _of_type(value: Any, kind: type, name: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "names and values"}
-        hint = " (YAML reads no, off, yes and on as true or false: quote it)" if isinstance(value, bool) else ""
-        raise ConfigError(f"`{name}` is {value!r}; it must be {names[kind]}{hint}.")
+        raise ConfigError(of_another_type(name, value, KINDS[kind]))
     return value
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "names and values"}
+"""What values of the types are called."""
+
+
+def of_another_type(name: str, value: Any, kind: str) -> str:
+    """The message that a value of an option is not of its kind."""
+    hint = " (YAML reads no, off, yes and on as true or false: quote it)" if isinstance(value, bool) else ""
+    return f"`{name}` is {value!r}; it must be {kind}{hint}."
 
 
 def _parsed(text: str, name: str) -> Any:

@@ -416,5 +416,7 @@ def _keep_settings(options: RecallConfig, model: ModelConfig, folder: Path) -> N
     names = ("candidates", "greedy", "best_of_n_reward", *REWARD_SETTINGS)
     now = sampling_settings(options, model) | {name: getattr(options, name) for name in names}
     paths = (*PATHS_OF_SAMPLING, "reward_funcs", "best_of_n_reward")
-    is_whole = (folder / "recall.json").exists()
-    keep_settings(folder / "settings.json", now, "`output`", paths, is_whole=is_whole)
+    record = folder / "settings.json"
+    if all(path == record or path.is_dir() for path in folder.glob("*.json*")):
+        record.unlink(missing_ok=True)  # of a start that failed before anything was computed
+    keep_settings(record, now, "`output`", paths, is_whole=(folder / "recall.json").exists())

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -148,6 +149,8 @@ def check_sampling(
     for value in temperatures:
         if value < 0:
             raise ConfigError(f"`temperature` is {value}; it must be 0 (greedy) or more.")
+        if math.isinf(value):
+            raise ConfigError(f"`temperature` is {value}, with which all tokens are equally likely.")
     if temperatures.count(0) > 1:
         raise ConfigError(
             f"`temperature=0` decodes greedily, so all {temperatures.count(0)} samples of a prompt would be the same. "

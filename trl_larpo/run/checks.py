@@ -5,10 +5,12 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, PretrainedConfig
+from trl import get_peft_config
 
 from ..errors import ConfigError
 from ..generation.server_process import check_servers, server_command
@@ -20,6 +22,7 @@ from .candidate_files import read_candidate_pools
 from .disk import check_disk
 from .folder import RunFolder
 from .health import CHECKS
+from .loading import check_model_path, config_of, empty_model, tokenizer_of
 from .prompts import load_random_prompts
 from .tracking import check_trackers
 
@@ -64,10 +67,7 @@ def check_run(folder: RunFolder) -> int | None:
                 f"`stop_on` names {name!r}; the health checks are {', '.join(CHECKS)}, or 'any' or 'none'."
             )
     path = model.model_name_or_path
-    if not path:
-        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
-    if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
-        raise ConfigError(f"`model_name_or_path` is {path!r}, and there is no such folder.")
+    check_model_path(path)
     path = model.model_name_or_path = os.path.expanduser(path)
     load_rewards(options.reward_funcs, options.reward_weights)
     folder.check_configuration()
@@ -96,13 +96,9 @@ def check_run(folder: RunFolder) -> int | None:
         if not words or shutil.which(words[0]) is None:
             raise ConfigError(f"`server_command`: there is no program {words[0] if words else ''!r} on this machine.")
     check_servers(options.server_urls, options.server_command, options.server_api_key_variable)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=model.model_revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.model_revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`model_name_or_path`: {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+    config, tokenizer = config_of(model), tokenizer_of(model)
+    _check_attention(folder, config)
+    _check_modules(folder, config)
     if options.random_prompts:
         load_random_prompts(options, tokenizer)
     for name in options.reward_funcs:
@@ -164,6 +160,50 @@ def _check_adapter(folder: RunFolder) -> None:
             "`server_command`: vLLM takes neither `use_dora` nor `lora_modules_to_save` of an adapter. Leave them out, "
             "set `merge_adapter: true`, or sample in this process."
         )
+
+
+def _check_attention(folder: RunFolder, config: PretrainedConfig) -> None:
+    """Whether transformers knows `attn_implementation`, and the model and this machine have it."""
+    name = folder.model.attn_implementation
+    if name is None or "/" in name:  # a kernel of the hub, which is loaded where it is used
+        return
+    known = ["eager", *AttentionInterface().valid_keys()]
+    if name not in known:
+        raise ConfigError(f"`attn_implementation` is {name!r}; it must be one of {', '.join(sorted(known))}.")
+    if folder.options.train_launcher is None:  # else other machines train
+        _check_empty_model(config, "attn_implementation", name, lambda: empty_model(config, attn_implementation=name))
+
+
+def _check_modules(folder: RunFolder, config: PretrainedConfig) -> None:
+    """Whether the model has the modules that LoRA is to train."""
+    if not folder.model.use_peft:
+        return
+    from peft import inject_adapter_in_model
+
+    lora = get_peft_config(folder.model)
+    _check_empty_model(
+        config,
+        "lora_target_modules",
+        folder.model.lora_target_modules,
+        lambda: inject_adapter_in_model(lora, empty_model(config), low_cpu_mem_usage=True),
+    )
+
+
+def _check_empty_model(config: PretrainedConfig, option: str, value: object, attempt: Callable[[], object]) -> None:
+    """
+    Raises:
+        ConfigError: If the attempt fails for a reason that the loaded model will have, too.
+    """
+    try:
+        empty_model(config)
+    except Exception:  # then nothing can be said without the weights; `check_disk` warns
+        return
+    try:
+        attempt()
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"`{option}` is {value!r}: {' '.join(str(error).split())[:300]}") from None
+    except Exception:  # for want of weights
+        return
 
 
 def _check_accelerate_config(path: str, folder: RunFolder) -> None:

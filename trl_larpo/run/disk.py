@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.logging import get_logger
-from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
 from ..errors import ConfigError
 from ..storage import partial_files
 from .folder import RunFolder
-from .loading import model_init_kwargs
+from .loading import empty_model, model_init_kwargs
 from .plan import list_size, times_of_prompts
 from .stages import STAGES, is_done
 
@@ -149,10 +148,9 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _num_parameters(config: PretrainedConfig) -> int | None:
-    """Those of a model that need not be there: as of a hub id. `None` where the configuration alone does not tell."""
+    """`None` where the configuration alone does not tell."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).num_parameters()
+        return empty_model(config).num_parameters()
     except Exception as error:  # some architectures compute with weights when they are made: no reason not to run
         logger.warning(f"The disk space that the run needs is not known and was not checked: {error}")
         return None

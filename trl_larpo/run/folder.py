@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig
 
 from ..errors import ConfigError, DataError
-from ..iterations import iteration_folder
+from ..iterations import iteration_folder, iteration_folders
 from ..prompts import Prompt
 from ..redaction import hide_secrets
 from ..rewards.functions import check_columns, load_rewards
@@ -55,6 +55,20 @@ _MAY_CHANGE = frozenset({
     "generation_dtype", "attn_implementation", "use_cpu", "tf32", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "use_liger_kernel", "liger_kernel_config",
 })  # fmt: skip
+
+# May differ as long as nothing is trained: no samples, rewards, lists or log-probabilities depend on them
+_OF_UPDATES = frozenset({
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
+    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "neftune_noise_alpha", "auto_find_batch_size", "average_tokens_across_devices", "dataloader_drop_last",
+    "router_aux_loss_coef", "loss_type", "loss_weights", "label_smoothing", "beta", "f_divergence_type",
+    "f_alpha_divergence_coef", "lambda_weight", "normalize_comparisons", "listmle_top_k", "contrastive_positives",
+    "listnet_temperature", "per_token_scores", "target_margin", "lora_r", "lora_alpha", "lora_dropout",
+    "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora",
+})  # fmt: skip
+
+_TRAINED = ("model", "training_log.jsonl", "trainer/checkpoint-*", "trainer/best-*")  # in the folder of an iteration
 
 # `logging_dir` is a new folder at each start where transformers has the option, and training stages set it anyway
 _NOT_RECORDED = ("output_dir", "dry_run", "local_rank", "logging_dir")
@@ -193,6 +207,9 @@ class RunFolder:
                     f"have {batch}. Change `per_device_train_batch_size` or "
                     "`gradient_accumulation_steps` too, so that it stays the same."
                 )
+        folders = iteration_folders(self.path).values()
+        if not any(any(path.glob(trained)) for path in folders for trained in _TRAINED):
+            changed = [name for name in changed if name not in _OF_UPDATES]
         if longer:  # a run may be made longer, and then needs temperatures for what is new
             kept = now["temperature"][: len(before["temperature"])] == before["temperature"]
             added = {"num_iterations"} | ({"temperature"} if kept and len(before["temperature"]) > 1 else set())

@@ -1,11 +1,23 @@
 """How the models of a run are loaded: by the training, and where its policy is sampled."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig, get_quantization_config
 
+from ..errors import ConfigError
 from ..training.config import LarPOConfig
 
 
@@ -29,6 +41,58 @@ def quantization_of(model: ModelConfig, args: LarPOConfig) -> BitsAndBytesConfig
     return config
 
 
+def check_model_path(path: str | None) -> None:
+    """
+    Raises:
+        ConfigError: If there is no path, or one that can only be a folder and is none.
+    """
+    if not path:
+        raise ConfigError("No model: give `model_name_or_path`, a folder or a hub id.")
+    if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
+        raise ConfigError(f"`model_name_or_path` is {path!r}, and there is no such folder.")
+
+
+def config_of(model: ModelConfig, **kwargs: Any) -> PretrainedConfig:
+    """
+    That of the initial model.
+
+    Args:
+        model: Which one.
+        kwargs: Further arguments of `from_pretrained`.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    with _no_such_model(model):
+        return AutoConfig.from_pretrained(model.model_name_or_path, **{"revision": model.model_revision} | kwargs)
+
+
 def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """That of the initial model."""
-    return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    """
+    That of the initial model.
+
+    Raises:
+        ConfigError: If there is no such model, or it has none.
+    """
+    with _no_such_model(model):
+        return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+
+
+@contextlib.contextmanager
+def _no_such_model(model: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ConfigError(f"`model_name_or_path`: {model.model_name_or_path!r} cannot be loaded: {cause}") from None
+
+
+def empty_model(config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """
+    A model without memory for its weights, which need not be there: as of a hub id.
+
+    Raises:
+        Exception: Of many kinds, as some architectures compute with weights when they are made.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **kwargs)

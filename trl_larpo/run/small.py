@@ -67,10 +67,11 @@ def shrink_arguments(argv: list[str]) -> list[str]:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or "output_dir" not in config:
         raise ConfigError(f"`--config`: {str(path)!r} has no `output_dir`.")
-    small = shrink(config, Path(f"{config['output_dir']}-small-parts"))
-    written, text = Path(f"{config['output_dir']}-small-parts") / "small.yaml", yaml.safe_dump(small, sort_keys=True)
+    parts = Path(f"{config['output_dir']}-small-parts").expanduser()
+    small, written = shrink(config, parts), parts / "small.yaml"
+    text = yaml.safe_dump(small, sort_keys=True)
     if written.exists() and written.read_text(encoding="utf-8") != text:
-        _remove_earlier(Path(small["output_dir"]), written.parent)
+        _remove_earlier(Path(small["output_dir"]).expanduser(), parts)
     write_text(written, text)
     print(f"Small form of {path} with tiny stand-ins for its models: {written}")
     if any(":" in name.removeprefix(PAIRWISE) for name in small["reward_funcs"]):

@@ -1,5 +1,6 @@
 """Options of [`OnlineLarPOTrainer`]: TRL's [`~trl.GRPOConfig`] plus what ranked lists need."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -120,6 +121,8 @@ class OnlineLarPOConfig(RankingOptions, GRPOConfig):
             )
         if not self.beta > 0:
             raise ConfigError(f"`beta` is {self.beta}; it must be greater than 0.")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"`temperature` is {self.temperature}; samples that differ need one above 0.")
         if self.memory_size < 0:
             raise ConfigError(f"`memory_size` is {self.memory_size}; it must be at least 0.")
         if self.memory_size and self.multi_objective_aggregation == "normalize_then_sum":

@@ -166,6 +166,9 @@ def check_ranking_options(args: Any) -> None:
     for name in ("listmle_top_k", "contrastive_positives"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"`{name}` is {value}; it must be at least 1.")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"`{name}` is {getattr(args, name)}; it must be at least 1.")
     for option, losses in _OF_LOSS.items():
         value = getattr(args, option)
         if value != _default(option) and not set(losses) & set(args.loss_type):
