@@ -304,9 +304,9 @@ def test_columns_named_as_arguments_of_rewards_are_not_passed_on(online):
     assert "more" in seen and "completions" not in seen
 
 
-def test_prompts_are_looked_for_before_models_are_loaded(tmp_path, capsys):
+def test_prompts_are_looked_for_before_models_are_loaded(tmp_path, tiny_model, capsys):
     (tmp_path / "a.jsonl").write_text('{"question": "why", "answer": "so"}\n')
-    flags = ["--model_name_or_path", "org/none", "--reward_funcs", "org/judge", "--output_dir", str(tmp_path / "out")]
+    flags = ["--model_name_or_path", tiny_model, "--reward_funcs", "org/judge", "--output_dir", str(tmp_path / "out")]
     assert cli.main(["online", "--dataset_name", str(tmp_path / "a.jsonl"), "--use_cpu", *flags]) == 2
     assert "train_dataset has no column `prompt`. Its columns: question, answer." in capsys.readouterr().err
 
