@@ -10,6 +10,8 @@ from dataclasses import fields
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
@@ -105,6 +107,16 @@ def test_a_checkpoint_that_is_none_is_named(yaml_file, tmp_path, capsys):
         flags = ["--config", str(yaml_file), "--resume_from_checkpoint", str(tmp_path / path)]
         assert cli.main(["train", *flags]) == 2
         assert f"{path}', and {problem}. 'last' resumes" in capsys.readouterr().err
+
+
+def test_checkpoints_of_weights_alone_are_not_passed_over(yaml_file, tmp_path, capsys):
+    """Training would start over, and delete them."""
+    path = tmp_path / "out" / "checkpoint-1"
+    path.mkdir(parents=True)
+    save_file({"weight": torch.zeros(2)}, path / "model.safetensors")
+    (path / "trainer_state.json").write_text("{}")
+    assert cli.main(["train", "--config", str(yaml_file), "--resume_from_checkpoint", "last"]) == 2
+    assert "hold weights alone" in capsys.readouterr().err
 
 
 @pytest.mark.slow

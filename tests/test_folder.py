@@ -77,10 +77,10 @@ def test_what_changes_results_is_refused(start, training, options, name):
         start(training, **options)
 
 
-@pytest.mark.parametrize("trained", ["model", "trainer/checkpoint-1", "trainer/best-1"])
+@pytest.mark.parametrize("trained", ["model", "trainer/checkpoint-1", "training_log.jsonl"])
 def test_options_of_updates_may_change_until_something_is_trained(start, trained):
     """A training that crashed in its first step costs no samples."""
-    for path in ("out/iteration_1/trainer/data", "out/iteration_1/model.partial"):
+    for path in ("out/iteration_1/trainer/data", "out/iteration_1/trainer/best-1", "out/iteration_1/model.partial"):
         Path(path).mkdir(parents=True)
     Path("out/iteration_1/ref_logps.jsonl").touch()
     corrected = {"learning_rate": 1e-5, "loss_type": ["listmle", "sft"], "loss_weights": [1.0, 0.01], "beta": 0.5}

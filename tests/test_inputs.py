@@ -130,6 +130,8 @@ optim_target_modules: [a, b]
 accelerator_config: {split_batches: true}
 lora_target_modules: all-linear
 lora_modules_to_save: lm_head
+model_revision:
+fsdp: false
 """
     )
     kinds = (RunConfig, RunTrainingConfig, RunModelConfig)

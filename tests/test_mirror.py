@@ -222,7 +222,7 @@ def test_a_run_whose_newest_files_are_in_no_mirror_is_not_finished(project, mirr
         patched.setattr(Mirror, "push", out_of_reach)
         patched.setattr(loop, "_SECONDS_OF_RETRIES", 0.0)
         assert mirrored() == 2
-    said = f"The run has ended, but the newest files are not in the mirror file://{project}/store (ConnectionError: no "
+    said = f"The run has ended. But the newest files are not in the mirror file://{project}/store (ConnectionError: no "
     assert said in capsys.readouterr().err and (project / "told.txt").read_text().startswith(f"failed: {said}")
     assert not (project / "store").exists()
     assert mirrored() == 0, "the same command copies them"

@@ -186,7 +186,8 @@ def test_a_model_that_was_not_copied_to_its_end_is_trained_again(run, caplog, us
     assert model.exists()
     (model / name).unlink()
     repair(run)
-    assert not model.exists() and f"is damaged (it has no {name}): it is deleted, and trained again" in caplog.text
+    missing = "tokenizer" if "tokenizer" in name else name
+    assert not model.exists() and f"is damaged (it has no {missing}): it is deleted, and trained again" in caplog.text
 
 
 def test_checkpoints_are_deleted_where_a_kill_left_them_beside_the_model(run):

@@ -552,6 +552,13 @@ def test_bad_configurations_are_one_line_before_any_model_is_loaded(project, cap
     assert not list((project / "out").rglob("samples.jsonl"))
 
 
+def test_a_dry_run_may_be_on_a_machine_without_the_attention(project, capsys):
+    assert larpo_run("--dry_run", "--attn_implementation", "flash_attention_3") == 0
+    output = capsys.readouterr()
+    assert "in all     72 samples" in output.out
+    assert "The run itself would not start on this machine" in output.err
+
+
 def test_the_guide_names_the_options_that_a_run_refuses():
     guide = (Path(__file__).parents[1] / "docs/running.md").read_text(encoding="utf-8")
     [entry] = [each for each in guide.split("\n- ") if each.startswith("**Not in a run**")]

@@ -92,6 +92,8 @@ def test_a_template_of_texts_is_refused_for_conversations(tmp_path):
     path.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"prompt": [{"role": "user", "content": "x"}]}))
     with pytest.raises(ConfigError, match=r"`prompt_template` is for texts, and .* row 1 is a conversation. Leave it"):
         load_prompts(str(path), RunConfig(prompt_template="Q: {prompt}"))
+    mixed = load_prompts(str(path), RunConfig(prompt_template="Q: {prompt}", prompts_as_messages=True))
+    assert [prompt.content[0]["content"] for prompt in mixed] == ["Q: x", "x"]
 
 
 def test_prompts_that_end_with_an_answer_are_told(tmp_path, caplog):

@@ -116,6 +116,16 @@ def test_whole_lists_of_simpo_and_ultrafeedback(project, as_messages):
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
 
 
+@pytest.mark.parametrize("columns", [{"tools": "hammer, saw"}, {"tools": ["saw"]}, {"chat_template_kwargs": ""}])
+def test_columns_that_only_have_the_names_of_a_templates_arguments_stay_apart(project, columns):
+    row = {"prompt": [{"role": "user", "content": "why"}], "rewards": [0.0, 1.0]} | columns
+    row["completions"] = [[{"role": "assistant", "content": each}] for each in ("aaa", "e")]
+    write_jsonl(project / "a.jsonl", [row])
+    assert larpo("select", "--candidates", "a.jsonl", "--output", "lists.jsonl") == 0
+    [made] = rows_of("lists.jsonl")
+    assert json.loads(made["columns"]) == columns and not made.keys() & columns.keys()
+
+
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["objects", "text"])
 def test_lists_keep_tools_and_all_other_columns(project, tools):
     """A training on selected lists left the tools of its rows out, and a reward their columns."""

@@ -171,9 +171,13 @@ def wandb_host() -> str:
     return wandb_setup.singleton().settings.base_url.removeprefix("https://")
 
 
-def test_a_key_of_wandb_that_is_none_is_refused(_no_session, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(ConfigError, match=r"`report_to` names 'wandb', which cannot be used: .*API key must have"):
+@pytest.mark.parametrize("variable, value, said", [
+    ("WANDB_API_KEY", "short", "API key must have"), ("WANDB_MODE", "OFFLINE", "mode"),
+])  # fmt: skip
+def test_settings_of_wandb_that_are_none_are_refused(_no_session, monkeypatch, variable, value, said):
+    monkeypatch.setenv(variable, value)
+    sys.modules["wandb"].teardown()
+    with pytest.raises(ConfigError, match=rf"`report_to` names 'wandb', which cannot be used: .*{said}"):
         tracking.check_trackers("wandb")
 
 

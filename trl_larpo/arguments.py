@@ -119,7 +119,7 @@ def _as_flag(flag: str, value: str, is_switch: bool) -> list[str]:
     """The words of a flag for a value of a YAML file: a switch such as `--cpu` is there, or is not."""
     if is_switch and value in ("True", "False"):
         return [flag] * (value == "True")
-    return [flag, value]
+    return [flag, os.path.expanduser(value) if flag in ("--accelerate_config", "--config_file") else value]
 
 
 def launch_training(command: str, argv: list[str], from_config: list[str], from_flags: list[str]) -> int:

@@ -7,6 +7,7 @@ train on ([`CandidateList`]) to the trainer's dataset and the page. [`build_list
 Optimization", section 3.2 (hard negatives, candidate lists) and Algorithm 1.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +17,7 @@ from .errors import DataError
 from .prompts import Content, Prompt, Row, completion_key, completion_text, is_empty
 from .selection import Selection
 
-_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # the user's columns that a training looks for in each row
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # the user's columns that a training reads in each row
 
 
 @dataclass(frozen=True, slots=True)  # slots: there are millions of them
@@ -280,8 +281,7 @@ class CandidateList:
             "problem": self.problem,
             "columns": json.dumps(self.prompt.columns),
         }
-        given = {name: self.prompt.columns[name] for name in _OF_TEMPLATES if name in self.prompt.columns}
-        row |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+        row |= _for_templates(self.prompt.columns)
         judge = next((candidate.scored_by for candidate in self.all_candidates if candidate.scored_by), None)
         row |= {} if judge is None else {"reward_id": judge}
         ref_logps = [candidate.ref_logp for candidate in self.selected]
@@ -303,6 +303,24 @@ class CandidateList:
             (Candidate.from_row(x["completion"], x["reward"], x, scored_by=judge), x["why"]) for x in row["left_out"]
         ]
         return cls(Prompt.from_row(row), selected, left_out, row["problem"])
+
+
+def _for_templates(columns: Row) -> Row:
+    """What chat templates are given, as JSON. The user's columns of these names that have another form are no such."""
+    found = {}
+    for name in _OF_TEMPLATES:
+        value = columns.get(name)
+        text = value if isinstance(value, str) else json.dumps(value)
+        with contextlib.suppress(ValueError):
+            if _is_for_templates(name, json.loads(text)):
+                found[name] = text
+    return found
+
+
+def _is_for_templates(name: str, value: Any) -> bool:
+    if name == "tools":
+        return isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+    return isinstance(value, dict)
 
 
 def build_list(pool: CandidatePool, selection: Selection) -> CandidateList:

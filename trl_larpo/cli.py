@@ -373,8 +373,14 @@ def _checkpoint(training_args) -> str | None:
     if name.lower() in _NO_CHECKPOINT:
         return None
     if name.lower() in _LAST_CHECKPOINT:
-        # None where there is none yet
-        return last_whole_checkpoint(training_args.output_dir, training_args.save_only_model)
+        folder, only_model = training_args.output_dir, training_args.save_only_model
+        checkpoint = last_whole_checkpoint(folder, only_model)  # None where there is none yet
+        if checkpoint is None and not only_model and last_whole_checkpoint(folder, only_model=True) is not None:
+            raise ConfigError(
+                f"The checkpoints in {folder!r} hold weights alone, without the state of the optimizer. Set "
+                "`save_only_model: true` to resume from the weights, or take another `output_dir`."
+            )
+        return checkpoint
     path = Path(name).expanduser()
     problem = damage_of(path, "trainer_state.json") if path.is_dir() else "there is no such folder"
     if problem is not None:

@@ -209,7 +209,8 @@ def sample_file(
         quantization.bnb_4bit_compute_dtype = generation_dtype(options.generation_dtype, device_of(use_cpu))
     if continue_output(output, [prompt.id for prompt in prompts], lambda place: prompts[place].text):
         return read_pools(output)
-    check_model(model)
+    if not options.uses_servers:
+        check_model(model)
     tokenizer_of(model)  # an error here, before servers start
     sampler = PolicySampler(
         options,

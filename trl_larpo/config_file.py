@@ -122,11 +122,15 @@ def check_types(options: dict[str, Any], groups: Iterable[Any]) -> None:
         hints = get_type_hints(group)
         for field in dataclasses.fields(group):
             value, hint = options.get(field.name, ""), hints[field.name]
-            if isinstance(value, str) or (value is None and field.default is None) or _fits(value, hint):
+            is_unset = value is None and (field.default is None or hint is str)  # as YAML's `name:` is mostly meant
+            if isinstance(value, str) or is_unset or _fits(value, hint):
                 continue
-            if field.name == "scale_rewards" and isinstance(value, bool):  # TRL's types do not say so
+            if isinstance(value, _MORE_TYPES.get(field.name, ())):
                 continue
             raise ConfigError(of_another_type(field.name, value, " or ".join(dict.fromkeys(_names(hint)))))
+
+
+_MORE_TYPES: dict[str, Any] = {"scale_rewards": bool, "fsdp": (bool, list)}  # no hint tells them
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -32,6 +32,8 @@ _PROMPT_COLUMNS = ("prompt", "instruction", "question")
 _COMPLETION_COLUMNS = {"completions": "file", "responses": "rlhflow", "all_generated_responses": "simpo"}
 """Column of the completions: where it comes from."""
 
+_FORMS = (*_COMPLETION_COLUMNS.values(), "ultrafeedback")
+
 _REWARD_COLUMNS = ("rewards", "all_rm_scores")
 
 _NO_SCORE = ("", "n/a", "na", "none", "null", "nan")
@@ -165,7 +167,9 @@ def _pool(row: Row, where: str, as_messages: bool) -> CandidatePool:
     token_ids = [_token_ids(ids, f"{where}, column `completion_ids`: entry {i}") for i, ids in enumerate(token_ids)]
     judge = row.get("reward_id") if is_ours else None
     if judge is None and any(reward is not None for reward in rewards):
-        judge = source  # of files of one form the same one, as far as is known
+        # Of files of one form the same one, as far as is known; lists of earlier versions tell what form they came from
+        origin = candidates[0].get("source") if is_ours and candidates else None
+        judge = origin if origin in _FORMS else source
     defaults = {"iteration": 0, "source": source}
     made = [
         Candidate.from_row(

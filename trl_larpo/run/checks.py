@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from accelerate.logging import get_logger
 from transformers import AttentionInterface, AutoConfig, PretrainedConfig
 from trl import get_peft_config
 
@@ -25,6 +26,8 @@ from .health import CHECKS
 from .loading import check_model_path, config_of, empty_model, tokenizer_of
 from .prompts import load_random_prompts
 from .tracking import check_trackers
+
+logger = get_logger(__name__)
 
 _REFUSED = {  # option of the trainer: (what it must be, why)
     "resume_from_checkpoint": (None, "`larpo run` resumes on its own: run the same command again."),
@@ -170,8 +173,14 @@ def _check_attention(folder: RunFolder, config: PretrainedConfig) -> None:
     known = ["eager", *AttentionInterface().valid_keys()]
     if name not in known:
         raise ConfigError(f"`attn_implementation` is {name!r}; it must be one of {', '.join(sorted(known))}.")
-    if folder.options.train_launcher is None:  # else other machines train
+    if folder.options.train_launcher is not None:  # other machines train
+        return
+    try:
         _check_empty_model(config, "attn_implementation", name, lambda: empty_model(config, attn_implementation=name))
+    except ConfigError as error:
+        if not folder.options.dry_run:
+            raise
+        logger.warning(f"{error} The run itself would not start on this machine.")
 
 
 def _check_modules(folder: RunFolder, config: PretrainedConfig) -> None:

@@ -68,7 +68,7 @@ _OF_UPDATES = frozenset({
     "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora",
 })  # fmt: skip
 
-_TRAINED = ("model", "training_log.jsonl", "trainer/checkpoint-*", "trainer/best-*")  # in the folder of an iteration
+_TRAINED = ("model", "training_log.jsonl", "trainer/checkpoint-*")  # in the folder of an iteration
 
 # `logging_dir` is a new folder at each start where transformers has the option, and training stages set it anyway
 _NOT_RECORDED = ("output_dir", "dry_run", "local_rank", "logging_dir")

@@ -19,7 +19,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 from trl import ModelConfig
 
-from ..errors import ConfigError, LarPOError, ProcessError
+from ..errors import ConfigError, DataError, LarPOError, ProcessError
 from ..full_disk import explain_full_disk
 from ..lifetime import end_family, exit_status
 from ..locks import exclusive_lock
@@ -139,14 +139,17 @@ def _run_all(context: RunContext, mirror: Mirror | None) -> Path:
             if worked or ends:
                 _write_page(folder, with_plots=ends)
                 _push(mirror)
-            if ends:
-                _catch_up(mirror, folder)
+            stopped = ""
             if stops:
-                raise LarPOError(
+                stopped = (
                     f"Stopped after iteration {iteration}, as `stop_on` asks: {stops[0].name}. {stops[0].meaning} See "
                     f"{page}. Best model so far: {_best_model(folder, iteration)}. To continue anyway, run the same "
                     "command with `--stop_on none`."
                 )
+            if ends:
+                _catch_up(mirror, folder, stopped)
+            if stops:
+                raise LarPOError(stopped)
     finally:
         forget_warnings(warnings)
     minutes = (time.monotonic() - started) / 60
@@ -328,7 +331,7 @@ def _retry(work: Callable[[], int]) -> int:
     while True:
         try:
             return work()
-        except ConfigError:
+        except (ConfigError, DataError, PermissionError, FileNotFoundError):  # time changes nothing about these
             raise
         except Exception as error:  # of any store's
             if time.monotonic() + pause > deadline:
@@ -351,9 +354,14 @@ def _push(mirror: Mirror | None) -> None:
         mirror.lags = True
 
 
-def _catch_up(mirror: Mirror | None, folder: RunFolder) -> None:
+def _catch_up(mirror: Mirror | None, folder: RunFolder, stopped: str) -> None:
     """
     Copies at the end of a run what the last pushes could not: nothing comes later that would.
+
+    Args:
+        mirror: The run's mirror, if it has one.
+        folder: The run.
+        stopped: Why the run was stopped, if it was: an error here says that first.
 
     Raises:
         LarPOError: If the store stays out of reach.
@@ -365,8 +373,8 @@ def _catch_up(mirror: Mirror | None, folder: RunFolder) -> None:
         mirror.lags = False
     except Exception as error:  # of any store's
         raise LarPOError(
-            f"The run has ended, but the newest files are not in the mirror {mirror.url} ({type(error).__name__}: "
-            f"{error}). They are in {folder.path}. Run the same command again to copy them."
+            f"{stopped or 'The run has ended.'} But the newest files are not in the mirror {mirror.url} "
+            f"({type(error).__name__}: {error}). They are in {folder.path}. Run the same command again to copy them."
         ) from error
 
 

@@ -218,10 +218,11 @@ def load_prompts(path: str, options: PromptOptions, config: str | None = None, s
             if row.get("tools") is not None:
                 raise no_tools
         if isinstance(prompt, list):
-            if options.prompt_template is not None:
+            if options.prompt_template is not None and not options.prompts_as_messages:
                 raise ConfigError(
                     f"`prompt_template` is for texts, and {path!r} row {number} is a conversation. Leave it out, and "
-                    "write its text into the messages, or into `system_prompt`."
+                    "write its text into the messages, or into `system_prompt`. Where texts and conversations are "
+                    "mixed, set `prompts_as_messages`: then it is for the texts alone."
                 )
             answered += [number] if prompt[-1]["role"] == "assistant" else []
         else:

@@ -28,6 +28,8 @@ logger = get_logger(__name__)
 
 _MAX_NAMED = 3
 
+_OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tekken.json")  # of which each has one
+
 _OF_SELECTION = ("selection.json", "lists.jsonl", "ref_logps.jsonl", "trainer")  # made of rewards, up to the training
 
 
@@ -174,7 +176,9 @@ def _ids(path: Path, condition: Callable[[Row], bool] = lambda row: True) -> tup
 def _drop_damaged_model(path: Path, config: str) -> None:
     if not path.is_dir():
         return
-    problem = damage_of(path, config, "tokenizer_config.json")
+    problem = damage_of(path, config)
+    if problem is None and not any((path / name).is_file() for name in _OF_TOKENIZERS):
+        problem = "it has no tokenizer"
     if problem is None and not any(path.glob("*.safetensors")):
         problem = "it has no weights"
     if problem is not None:

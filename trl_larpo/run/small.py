@@ -168,14 +168,15 @@ def _reward(name: str, folder: Path) -> str:
 
 def _prompts(path: str, target: Path, config: dict[str, Any], seed: int, num_rows: int = _NUM_PROMPTS) -> str:
     """
-    The first rows of a JSONL file, but for long prompts; in place of any other source, sums in the form that the
-    configuration expects.
+    The first rows of a JSONL file, but for long prompts; in place of any other source, or if all are long, sums in the
+    form that the configuration expects.
     """
     column = config.get("prompt_column", "prompt")
     if Path(path).suffix == ".jsonl" and Path(path).is_file():
         short = (row for row in iter_jsonl(path) if len(json.dumps(row.get(column))) <= _LONGEST_PROMPT)
-        write_jsonl(target, itertools.islice(short, num_rows))
-        return str(target)
+        if found := list(itertools.islice(short, num_rows)):
+            write_jsonl(target, found)
+            return str(target)
     rng, rows = random.Random(seed), []
     for _ in range(num_rows):
         first, second, third = (rng.randint(0, 200) for _ in range(3))

@@ -160,7 +160,7 @@ def _check_wandb() -> None:
 
     if wandb.run is not None or os.environ.get("WANDB_MODE") in _WITHOUT_KEY:
         return
-    with contextlib.suppress(ImportError, AttributeError):  # of versions that keep it elsewhere
+    with contextlib.suppress(ImportError, AttributeError, ValueError):  # of versions that keep it elsewhere
         from wandb.sdk import wandb_setup
 
         if wandb_setup.singleton().settings.mode in _WITHOUT_KEY:  # by `wandb offline`
@@ -170,12 +170,14 @@ def _check_wandb() -> None:
             has_key = wandb.login(prompt=False, verify=False)
         else:
             has_key = bool(wandb.api.api_key)
-    except wandb.Error as error:
-        raise ConfigError(f"`report_to` names 'wandb', which cannot be used: {error}") from None
+    except (wandb.Error, ValueError) as error:  # ValueError: of a setting such as WANDB_MODE
+        cause = " ".join(str(error).split())
+        raise ConfigError(f"`report_to` names 'wandb', which cannot be used: {cause}") from None
     if not has_key:
         raise ConfigError(
             "`report_to` names 'wandb', and there is no API key: run `wandb login`, set the environment variable "
-            "WANDB_API_KEY, or set WANDB_MODE=offline and upload the run later with `wandb sync`."
+            "WANDB_API_KEY, or set WANDB_MODE=offline and upload the run later with `wandb sync`. To go without, set "
+            "`report_to: none`; WANDB_DISABLED has no effect any more."
         )
 
 
