@@ -28,6 +28,7 @@ from .health import Check
 _MAX_TABLE_ROWS = 1000  # of candidates, for each iteration
 
 _WITHOUT_KEY = ("offline", "dryrun", "disabled")  # modes of W&B
+_WITH_KEY = ("online", "run", "shared")
 
 logger = get_logger(__name__)
 
@@ -158,7 +159,10 @@ def _check_wandb() -> None:
     """
     import wandb
 
-    if wandb.run is not None or os.environ.get("WANDB_MODE") in _WITHOUT_KEY:
+    mode = os.environ.get("WANDB_MODE") or "online"
+    if mode not in (*_WITHOUT_KEY, *_WITH_KEY):
+        raise ConfigError(f"WANDB_MODE is {mode!r}; it must be one of {', '.join((*_WITHOUT_KEY, *_WITH_KEY))}.")
+    if wandb.run is not None or mode in _WITHOUT_KEY:
         return
     with contextlib.suppress(ImportError, AttributeError, ValueError):  # of versions that keep it elsewhere
         from wandb.sdk import wandb_setup
