@@ -94,7 +94,7 @@ def test_false_stays_false_where_no_is_no_choice():
         ("learning_rate: null", "`learning_rate` is None; it must be a number."),
         ("num_train_epochs: [1]", "`num_train_epochs` is [1]; it must be a number."),
         ("lr_scheduler_type: 1", "`lr_scheduler_type` is 1; it must be text."),
-        ("pad_to_multiple_of: 8.5", "`pad_to_multiple_of` is 8.5; it must be a whole number or text."),
+        ("pad_to_multiple_of: 8.5", "`pad_to_multiple_of` is 8.5; it must be a whole number"),
         ("use_peft: 2", "`use_peft` is 2; it must be true or false."),
     ],
 )
@@ -269,10 +269,10 @@ def test_a_yaml_file_may_name_the_home_folder(project, monkeypatch):
     assert not Path("~").exists()
 
 
-@pytest.mark.parametrize("name", ["nomodel", "./nomodel", "empty", "prompts.jsonl"])
+@pytest.mark.parametrize("name", ["nomodel", "./nomodel", "void", "prompts.jsonl"])
 @pytest.mark.parametrize("command", ["run", "generate", "recall", "train", *(["online"] if tiny.HAS_ONLINE else [])])
 def test_a_model_that_is_not_there_is_named(project, capsys, command, name):
-    Path("empty").mkdir()
+    Path("void").mkdir()  # transformers 4 takes a name such as "empty" for that of an MPT
     judge = ["--reward_funcs", "run_rewards:vowels"]
     of_training = ["--dataset_name", "prompts.jsonl", "--output_dir", "out", "--bf16", "false"]
     flags = {
